@@ -1,0 +1,1 @@
+//! Runs pretrained decoder models on the CPU.

@@ -1,0 +1,2 @@
+//! The `iceformer` command line.
+fn main() {}
