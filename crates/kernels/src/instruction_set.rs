@@ -60,6 +60,12 @@ impl InstructionSet {
         Self::Portable
     }
 
+    /// [`InstructionSet::detected`], asked once per process.
+    pub(crate) fn detected_once() -> Self {
+        static DETECTED: OnceLock<InstructionSet> = OnceLock::new();
+        *DETECTED.get_or_init(Self::detected)
+    }
+
     /// The level in use: the detected one, or the lower one that `ICEFORMER_ISA` names. Read once per process.
     ///
     /// # Panics

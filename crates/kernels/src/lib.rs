@@ -3,8 +3,15 @@
 //! The only crate of the workspace with `unsafe` code. Callers pass slices; shapes are checked once at the border.
 //! [`InstructionSet::current`] tells which kernels run; the environment variable `ICEFORMER_ISA` lowers it.
 
+pub mod activation;
+pub mod add;
+mod elementwise;
 mod instruction_set;
 pub mod linear;
+pub mod norm;
+pub mod rope;
+mod simd;
+pub mod softmax;
 mod thread_team;
 
 pub use instruction_set::InstructionSet;

@@ -1,0 +1,132 @@
+//! AVX-512 F: sixteen lanes.
+
+use std::arch::x86_64::*;
+
+use super::{Operation, Simd};
+use crate::InstructionSet;
+
+/// Proof that the processor has AVX-512 F, BW, DQ and VL: only [`Avx512::new`] makes one.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+const LANES: usize = 16;
+
+/// Calls an intrinsic that needs no more than the features an [`Avx512`] proves.
+macro_rules! intrinsic {
+    ($call:expr) => {
+        // SAFETY: an `Avx512` exists only where AVX-512 was detected, and the call touches no memory.
+        unsafe { $call }
+    };
+}
+
+impl Avx512 {
+    #[inline(always)]
+    pub(crate) fn new() -> Option<Self> {
+        (InstructionSet::detected_once() >= InstructionSet::Avx512).then_some(Self(()))
+    }
+
+    /// Runs `operation` compiled with AVX-512.
+    #[inline(always)]
+    pub(crate) fn enter<O: Operation>(self, operation: O) -> O::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        fn body<O: Operation>(simd: Avx512, operation: O) -> O::Output {
+            operation.eval(simd)
+        }
+        // SAFETY: `self` proves the features.
+        unsafe { body(self, operation) }
+    }
+
+    #[inline(always)]
+    fn mask(self, count: usize) -> __mmask16 {
+        assert!(count < LANES, "fewer values than lanes");
+        (1 << count) - 1
+    }
+}
+
+impl Simd for Avx512 {
+    type Vector = __m512;
+    const LANES: usize = LANES;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        intrinsic!(_mm512_set1_ps(value))
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32]) -> __m512 {
+        assert!(values.len() >= LANES, "a full vector");
+        // SAFETY: the slice has at least LANES values.
+        unsafe { _mm512_loadu_ps(values.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_part(self, values: &[f32], fill: f32) -> __m512 {
+        let mask = self.mask(values.len());
+        // SAFETY: the mask has one lane for each value of the slice; lanes outside it are not read.
+        unsafe { _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, values.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(self, vector: __m512, values: &mut [f32]) {
+        assert!(values.len() >= LANES, "a full vector");
+        // SAFETY: the slice has at least LANES places.
+        unsafe { _mm512_storeu_ps(values.as_mut_ptr(), vector) }
+    }
+
+    #[inline(always)]
+    fn store_part(self, vector: __m512, values: &mut [f32]) {
+        let mask = self.mask(values.len());
+        // SAFETY: the mask has one lane for each place of the slice; nothing outside it is written.
+        unsafe { _mm512_mask_storeu_ps(values.as_mut_ptr(), mask, vector) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_div_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        intrinsic!(_mm512_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_min_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic!(_mm512_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn scale_by_power_of_two(self, a: __m512, n: __m512) -> __m512 {
+        intrinsic!(_mm512_scalef_ps(a, n))
+    }
+
+    #[inline(always)]
+    fn reduce_add(self, a: __m512) -> f32 {
+        intrinsic!(_mm512_reduce_add_ps(a))
+    }
+
+    #[inline(always)]
+    fn reduce_max(self, a: __m512) -> f32 {
+        intrinsic!(_mm512_reduce_max_ps(a))
+    }
+}

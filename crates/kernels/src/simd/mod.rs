@@ -1,0 +1,131 @@
+//! Vectors of f32 behind one small trait, so that an operation is written once for every instruction set.
+//!
+//! A type that implements [`Simd`] is a *proof*: it exists only where the processor has the instructions, so its
+//! methods are safe. An operation is a struct with one generic [`Operation::eval`], entered through [`run`].
+
+pub(crate) mod exponential;
+mod portable;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use crate::InstructionSet;
+
+/// Vector primitives of one instruction set. Comparisons follow x86: with a NaN the second operand is taken.
+pub(crate) trait Simd: Copy {
+    /// A vector of [`Simd::LANES`] f32.
+    type Vector: Copy;
+    /// f32 in a vector.
+    const LANES: usize;
+
+    /// All lanes `value`.
+    fn splat(self, value: f32) -> Self::Vector;
+    /// The first `LANES` values. Panics when there are fewer.
+    fn load(self, values: &[f32]) -> Self::Vector;
+    /// `values` in the first lanes, `fill` in the others. Panics when there are `LANES` values or more.
+    fn load_part(self, values: &[f32], fill: f32) -> Self::Vector;
+    /// Writes all lanes to the first `LANES` places. Panics when there are fewer.
+    fn store(self, vector: Self::Vector, values: &mut [f32]);
+    /// Writes the first lanes to `values`. Panics when there are `LANES` places or more.
+    fn store_part(self, vector: Self::Vector, values: &mut [f32]);
+    /// `a + b`
+    fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a − b`
+    fn sub(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a · b`
+    fn mul(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a / b`
+    fn div(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a · b + c`, in one rounding where the instruction set has it.
+    fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// `a < b ? a : b`
+    fn min(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a > b ? a : b`
+    fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a · 2^n` rounded once, for whole `n` from −252 to 252.
+    fn scale_by_power_of_two(self, a: Self::Vector, n: Self::Vector) -> Self::Vector;
+    /// Sum of the lanes, in an order that depends on the instruction set only.
+    fn reduce_add(self, a: Self::Vector) -> f32;
+    /// Largest lane; a NaN may be passed over.
+    fn reduce_max(self, a: Self::Vector) -> f32;
+}
+
+/// A piece of work written once for every instruction set.
+pub(crate) trait Operation {
+    /// What the work returns.
+    type Output;
+    /// The body. Implementations are `#[inline(always)]`, so that they are compiled with the caller's instructions.
+    fn eval<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// Runs `operation` with the instructions of `level`.
+///
+/// # Panics
+/// When the machine does not have `level`.
+pub(crate) fn run<O: Operation>(level: InstructionSet, operation: O) -> O::Output {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if level >= InstructionSet::Avx512 {
+            return avx512::Avx512::new().expect("the machine has AVX-512").enter(operation);
+        }
+        if level == InstructionSet::Avx2 {
+            return avx2::Avx2::new().expect("the machine has AVX2 and FMA").enter(operation);
+        }
+    }
+    assert_eq!(level, InstructionSet::Portable, "the machine has the level");
+    operation.eval(portable::Portable)
+}
+
+/// Replaces each value by `map(value)`.
+#[inline(always)]
+pub(crate) fn map_in_place<S: Simd>(simd: S, values: &mut [f32], map: impl Fn(S::Vector) -> S::Vector) {
+    let mut chunks = values.chunks_exact_mut(S::LANES);
+    for chunk in &mut chunks {
+        simd.store(map(simd.load(chunk)), chunk);
+    }
+    let rest = chunks.into_remainder();
+    if !rest.is_empty() {
+        simd.store_part(map(simd.load_part(rest, 0.0)), rest);
+    }
+}
+
+/// Writes `map(output, input)` to each place of `output`; both are of one length.
+#[inline(always)]
+pub(crate) fn zip_in_place<S: Simd>(
+    simd: S,
+    output: &mut [f32],
+    input: &[f32],
+    map: impl Fn(S::Vector, S::Vector) -> S::Vector,
+) {
+    let mut outputs = output.chunks_exact_mut(S::LANES);
+    let mut inputs = input.chunks_exact(S::LANES);
+    for (output, input) in (&mut outputs).zip(&mut inputs) {
+        simd.store(map(simd.load(output), simd.load(input)), output);
+    }
+    let (output, input) = (outputs.into_remainder(), inputs.remainder());
+    if !output.is_empty() {
+        simd.store_part(map(simd.load_part(output, 0.0), simd.load_part(input, 0.0)), output);
+    }
+}
+
+/// `Σ term(value)` over `values`. Blocks of 1,024 values are summed in f32 and the blocks in f64, so that the error
+/// does not grow with the length. `term` of `fill` must be zero: it stands in the lanes behind the last value.
+#[inline(always)]
+pub(crate) fn sum_of<S: Simd>(simd: S, values: &[f32], fill: f32, term: impl Fn(S::Vector) -> S::Vector) -> f64 {
+    const BLOCK: usize = 1024;
+    let mut total = 0.0;
+    for block in values.chunks(BLOCK) {
+        let mut sum = simd.splat(0.0);
+        let mut chunks = block.chunks_exact(S::LANES);
+        for chunk in &mut chunks {
+            sum = simd.add(sum, term(simd.load(chunk)));
+        }
+        if !chunks.remainder().is_empty() {
+            sum = simd.add(sum, term(simd.load_part(chunks.remainder(), fill)));
+        }
+        total += f64::from(simd.reduce_add(sum));
+    }
+    total
+}

@@ -1,0 +1,104 @@
+//! Plain Rust: four lanes that the compiler maps to the baseline vectors of the target.
+
+use super::Simd;
+
+/// Needs no proof: every machine has it.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+const LANES: usize = 4;
+type Vector = [f32; LANES];
+
+#[inline(always)]
+fn lanes(f: impl Fn(usize) -> f32) -> Vector {
+    std::array::from_fn(f)
+}
+
+impl Simd for Portable {
+    type Vector = Vector;
+    const LANES: usize = LANES;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Vector {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32]) -> Vector {
+        *values.first_chunk().expect("a full vector")
+    }
+
+    #[inline(always)]
+    fn load_part(self, values: &[f32], fill: f32) -> Vector {
+        let mut vector = [fill; LANES];
+        vector[..LANES - 1][..values.len()].copy_from_slice(values);
+        vector
+    }
+
+    #[inline(always)]
+    fn store(self, vector: Vector, values: &mut [f32]) {
+        *values.first_chunk_mut().expect("a full vector") = vector;
+    }
+
+    #[inline(always)]
+    fn store_part(self, vector: Vector, values: &mut [f32]) {
+        values.copy_from_slice(&vector[..LANES - 1][..values.len()]);
+    }
+
+    #[inline(always)]
+    fn add(self, a: Vector, b: Vector) -> Vector {
+        lanes(|i| a[i] + b[i])
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Vector, b: Vector) -> Vector {
+        lanes(|i| a[i] - b[i])
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Vector, b: Vector) -> Vector {
+        lanes(|i| a[i] * b[i])
+    }
+
+    #[inline(always)]
+    fn div(self, a: Vector, b: Vector) -> Vector {
+        lanes(|i| a[i] / b[i])
+    }
+
+    // Not `f32::mul_add`: without the instruction it is a slow call.
+    #[inline(always)]
+    fn mul_add(self, a: Vector, b: Vector, c: Vector) -> Vector {
+        lanes(|i| a[i] * b[i] + c[i])
+    }
+
+    #[inline(always)]
+    fn min(self, a: Vector, b: Vector) -> Vector {
+        lanes(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+
+    #[inline(always)]
+    fn max(self, a: Vector, b: Vector) -> Vector {
+        lanes(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+
+    #[inline(always)]
+    fn scale_by_power_of_two(self, a: Vector, n: Vector) -> Vector {
+        // In two steps, since 2^n itself may be no f32; the first step is exact.
+        let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
+        lanes(|i| {
+            let n = n[i] as i32;
+            let half = n >> 1;
+            a[i] * power(half) * power(n - half)
+        })
+    }
+
+    #[inline(always)]
+    fn reduce_add(self, a: Vector) -> f32 {
+        (a[0] + a[2]) + (a[1] + a[3])
+    }
+
+    #[inline(always)]
+    fn reduce_max(self, a: Vector) -> f32 {
+        a.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}

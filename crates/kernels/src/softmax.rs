@@ -1,0 +1,98 @@
+//! Exponentials and softmax of rows.
+
+use crate::InstructionSet;
+use crate::simd::exponential::exp;
+use crate::simd::{self, Operation, Simd};
+
+/// Replaces each value by its exponential, within 2 units in the last place.
+pub fn exp_in_place(values: &mut [f32]) {
+    exp_at(InstructionSet::current(), values);
+}
+
+/// `ln Σ e^value` in nats; −∞ for no values and where all are −∞, NaN with a NaN or +∞.
+pub fn log_sum_exp(values: &[f32]) -> f32 {
+    log_sum_exp_at(InstructionSet::current(), values)
+}
+
+/// Replaces logits by their softmax and returns their log-sum-exp in nats. Where all logits are −∞ the result is zero
+/// everywhere, and the log-sum-exp −∞; with a NaN or +∞ it is NaN everywhere.
+pub fn softmax_in_place(logits: &mut [f32]) -> f32 {
+    softmax_at(InstructionSet::current(), logits)
+}
+
+pub(crate) fn exp_at(level: InstructionSet, values: &mut [f32]) {
+    simd::run(level, Exp { values });
+}
+
+pub(crate) fn log_sum_exp_at(level: InstructionSet, values: &[f32]) -> f32 {
+    simd::run(level, LogSumExp { values })
+}
+
+pub(crate) fn softmax_at(level: InstructionSet, logits: &mut [f32]) -> f32 {
+    simd::run(level, Softmax { logits })
+}
+
+struct Exp<'a> {
+    values: &'a mut [f32],
+}
+
+impl Operation for Exp<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        simd::map_in_place(simd, self.values, |x| exp(simd, x));
+    }
+}
+
+/// The largest value, or 0 where that is −∞: what is subtracted before exponentials are taken.
+#[inline(always)]
+fn shift_of<S: Simd>(simd: S, values: &[f32]) -> f32 {
+    let mut largest = simd.splat(f32::NEG_INFINITY);
+    let mut chunks = values.chunks_exact(S::LANES);
+    for chunk in &mut chunks {
+        largest = simd.max(simd.load(chunk), largest);
+    }
+    if !chunks.remainder().is_empty() {
+        largest = simd.max(simd.load_part(chunks.remainder(), f32::NEG_INFINITY), largest);
+    }
+    let largest = simd.reduce_max(largest);
+    if largest == f32::NEG_INFINITY { 0.0 } else { largest }
+}
+
+struct LogSumExp<'a> {
+    values: &'a [f32],
+}
+
+impl Operation for LogSumExp<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) -> f32 {
+        let shift = shift_of(simd, self.values);
+        let vector = simd.splat(shift);
+        let sum = simd::sum_of(simd, self.values, f32::NEG_INFINITY, |x| exp(simd, simd.sub(x, vector)));
+        (f64::from(shift) + sum.ln()) as f32
+    }
+}
+
+struct Softmax<'a> {
+    logits: &'a mut [f32],
+}
+
+impl Operation for Softmax<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) -> f32 {
+        let shift = shift_of(simd, self.logits);
+        let vector = simd.splat(shift);
+        simd::map_in_place(simd, self.logits, |x| exp(simd, simd.sub(x, vector)));
+        let sum = simd::sum_of(simd, self.logits, 0.0, |x| x);
+        if sum != 0.0 {
+            let factor = simd.splat((1.0 / sum) as f32);
+            simd::map_in_place(simd, self.logits, |x| simd.mul(x, factor));
+        }
+        (f64::from(shift) + sum.ln()) as f32
+    }
+}
