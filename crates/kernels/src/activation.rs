@@ -103,7 +103,12 @@ impl Operation for Apply<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        simd::map_in_place(simd, self.values, |x| self.activation.vector(simd, x));
+        simd::map_in_place(
+            simd,
+            self.values,
+            #[inline(always)]
+            |x| self.activation.vector(simd, x),
+        );
     }
 }
 
@@ -117,6 +122,12 @@ impl Operation for SiluMultiply<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        simd::zip_in_place(simd, self.gate, self.up, |gate, up| simd.mul(times_sigmoid(simd, gate, gate), up));
+        simd::zip_in_place(
+            simd,
+            self.gate,
+            self.up,
+            #[inline(always)]
+            |gate, up| simd.mul(times_sigmoid(simd, gate, gate), up),
+        );
     }
 }

@@ -42,7 +42,13 @@ impl Operation for Add<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         for row in self.rows.chunks_exact_mut(self.input.len()) {
-            simd::zip_in_place(simd, row, self.input, |a, b| simd.add(a, b));
+            simd::zip_in_place(
+                simd,
+                row,
+                self.input,
+                #[inline(always)]
+                |a, b| simd.add(a, b),
+            );
         }
     }
 }

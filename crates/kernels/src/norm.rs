@@ -51,10 +51,22 @@ impl Operation for RmsNorm<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         for row in self.rows.chunks_exact_mut(self.weight.len()) {
-            let squares = simd::sum_of(simd, row, 0.0, |x| simd.mul(x, x));
+            let squares = simd::sum_of(
+                simd,
+                row,
+                0.0,
+                #[inline(always)]
+                |x| simd.mul(x, x),
+            );
             let scale = 1.0 / (squares / row.len() as f64 + f64::from(self.epsilon)).sqrt();
             let scale = simd.splat(scale as f32);
-            simd::zip_in_place(simd, row, self.weight, |x, weight| simd.mul(simd.mul(x, scale), weight));
+            simd::zip_in_place(
+                simd,
+                row,
+                self.weight,
+                #[inline(always)]
+                |x, weight| simd.mul(simd.mul(x, scale), weight),
+            );
         }
     }
 }

@@ -252,26 +252,26 @@ impl Operation for Rotate<'_> {
     }
 }
 
+/// `(a cos − b sin, b cos + a sin)`
+#[inline(always)]
+fn turn<S: Simd>(simd: S, a: S::Vector, b: S::Vector, cosine: S::Vector, sine: S::Vector) -> (S::Vector, S::Vector) {
+    let minus_b = simd.sub(simd.splat(0.0), b);
+    (simd.mul_add(a, cosine, simd.mul(minus_b, sine)), simd.mul_add(b, cosine, simd.mul(a, sine)))
+}
+
 #[inline(always)]
 fn rotate_head<S: Simd>(simd: S, low: &mut [f32], high: &mut [f32], cosines: &[f32], sines: &[f32]) {
-    let turn = |a, b, cosine, sine| {
-        let minus_b = simd.sub(simd.splat(0.0), b);
-        (simd.mul_add(a, cosine, simd.mul(minus_b, sine)), simd.mul_add(b, cosine, simd.mul(a, sine)))
-    };
     let full = low.len() / S::LANES * S::LANES;
     for at in (0..full).step_by(S::LANES) {
-        let (a, b) =
-            turn(simd.load(&low[at..]), simd.load(&high[at..]), simd.load(&cosines[at..]), simd.load(&sines[at..]));
+        let (a, b) = (simd.load(&low[at..]), simd.load(&high[at..]));
+        let (a, b) = turn(simd, a, b, simd.load(&cosines[at..]), simd.load(&sines[at..]));
         simd.store(a, &mut low[at..]);
         simd.store(b, &mut high[at..]);
     }
     if full < low.len() {
-        let (a, b) = turn(
-            simd.load_part(&low[full..], 0.0),
-            simd.load_part(&high[full..], 0.0),
-            simd.load_part(&cosines[full..], 0.0),
-            simd.load_part(&sines[full..], 0.0),
-        );
+        let (a, b) = (simd.load_part(&low[full..], 0.0), simd.load_part(&high[full..], 0.0));
+        let (cosine, sine) = (simd.load_part(&cosines[full..], 0.0), simd.load_part(&sines[full..], 0.0));
+        let (a, b) = turn(simd, a, b, cosine, sine);
         simd.store_part(a, &mut low[full..]);
         simd.store_part(b, &mut high[full..]);
     }

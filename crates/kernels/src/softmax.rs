@@ -41,7 +41,12 @@ impl Operation for Exp<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        simd::map_in_place(simd, self.values, |x| exp(simd, x));
+        simd::map_in_place(
+            simd,
+            self.values,
+            #[inline(always)]
+            |x| exp(simd, x),
+        );
     }
 }
 
@@ -71,7 +76,13 @@ impl Operation for LogSumExp<'_> {
     fn eval<S: Simd>(self, simd: S) -> f32 {
         let shift = shift_of(simd, self.values);
         let vector = simd.splat(shift);
-        let sum = simd::sum_of(simd, self.values, f32::NEG_INFINITY, |x| exp(simd, simd.sub(x, vector)));
+        let sum = simd::sum_of(
+            simd,
+            self.values,
+            f32::NEG_INFINITY,
+            #[inline(always)]
+            |x| exp(simd, simd.sub(x, vector)),
+        );
         (f64::from(shift) + sum.ln()) as f32
     }
 }
@@ -87,11 +98,27 @@ impl Operation for Softmax<'_> {
     fn eval<S: Simd>(self, simd: S) -> f32 {
         let shift = shift_of(simd, self.logits);
         let vector = simd.splat(shift);
-        simd::map_in_place(simd, self.logits, |x| exp(simd, simd.sub(x, vector)));
-        let sum = simd::sum_of(simd, self.logits, 0.0, |x| x);
+        simd::map_in_place(
+            simd,
+            self.logits,
+            #[inline(always)]
+            |x| exp(simd, simd.sub(x, vector)),
+        );
+        let sum = simd::sum_of(
+            simd,
+            self.logits,
+            0.0,
+            #[inline(always)]
+            |x| x,
+        );
         if sum != 0.0 {
             let factor = simd.splat((1.0 / sum) as f32);
-            simd::map_in_place(simd, self.logits, |x| simd.mul(x, factor));
+            simd::map_in_place(
+                simd,
+                self.logits,
+                #[inline(always)]
+                |x| simd.mul(x, factor),
+            );
         }
         (f64::from(shift) + sum.ln()) as f32
     }

@@ -78,6 +78,9 @@ pub(crate) fn run<O: Operation>(level: InstructionSet, operation: O) -> O::Outpu
     operation.eval(portable::Portable)
 }
 
+// The closures given to the helpers below need `#[inline(always)]` like every body of an operation: compiled on their
+// own, without the instructions of the caller, each primitive in them would be a function call.
+
 /// Replaces each value by `map(value)`.
 #[inline(always)]
 pub(crate) fn map_in_place<S: Simd>(simd: S, values: &mut [f32], map: impl Fn(S::Vector) -> S::Vector) {
