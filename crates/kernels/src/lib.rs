@@ -5,6 +5,7 @@
 
 pub mod activation;
 pub mod add;
+mod aligned;
 mod elementwise;
 mod instruction_set;
 pub mod linear;

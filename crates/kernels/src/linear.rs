@@ -1,66 +1,26 @@
 //! Linear layers: `output = input · weightsᵀ`, weights packed once at load for this machine.
 
-use crate::ThreadTeam;
+mod activations;
+pub mod blocks;
+mod expand;
+mod float;
+mod packed;
+#[cfg(test)]
+mod tests;
+mod tile;
+mod weight_type;
 
-/// How the weights of a model file are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(non_camel_case_types)]
-pub enum WeightType {
-    /// 32-bit floats.
-    F32,
-    /// 16-bit IEEE floats.
-    F16,
-    /// 16-bit brain floats.
-    Bf16,
-    /// GGML blocks of 32 weights: f16 scale, 8-bit integers.
-    Q8_0,
-    /// GGML blocks of 32 weights: f16 scale, 4-bit integers offset by 8.
-    Q4_0,
-    /// GGML superblocks of 256 weights: 4-bit integers, 6-bit scales and minima for each 32.
-    Q4_K,
-    /// GGML superblocks of 256 weights: 5-bit integers, 6-bit scales and minima for each 32.
-    Q5_K,
-    /// GGML superblocks of 256 weights: 6-bit integers, 8-bit scales for each 16.
-    Q6_K,
-}
+use std::sync::Mutex;
 
-impl WeightType {
-    /// Weights in one block of the file format; a row is a whole number of blocks.
-    pub fn block_weights(self) -> usize {
-        match self {
-            Self::F32 | Self::F16 | Self::Bf16 => 1,
-            Self::Q8_0 | Self::Q4_0 => 32,
-            Self::Q4_K | Self::Q5_K | Self::Q6_K => 256,
-        }
-    }
+use memmap2::{MmapMut, MmapOptions};
 
-    /// Bytes of one block of the file format.
-    pub fn block_bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-            Self::Q8_0 => 34,
-            Self::Q4_0 => 18,
-            Self::Q4_K => 144,
-            Self::Q5_K => 176,
-            Self::Q6_K => 210,
-        }
-    }
+use crate::aligned::AlignedScratch;
+use crate::{InstructionSet, ThreadTeam};
+use activations::RowTiles;
+use packed::PANEL;
+use tile::{Tile, TileKernels};
 
-    /// Lower-case name as the command line takes it (`f32`, `bf16`, `q4_k`, …).
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-            Self::Q8_0 => "q8_0",
-            Self::Q4_0 => "q4_0",
-            Self::Q4_K => "q4_k",
-            Self::Q5_K => "q5_k",
-            Self::Q6_K => "q6_k",
-        }
-    }
-}
+pub use weight_type::WeightType;
 
 /// What is wrong with weights given to [`LinearWeights::pack`].
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -76,12 +36,24 @@ pub enum PackError {
         block: usize,
     },
     /// The bytes do not fit the shape.
-    #[error("{given} bytes given for {out_features} × {in_features} {weight_type} weights, which take {expected}")]
+    #[error("row {row}: {given} bytes given for {in_features} {weight_type} weights, which take {expected}")]
     ByteLength {
+        /// Index of the row.
+        row: usize,
         /// Bytes given.
         given: usize,
-        /// Bytes that the shape takes.
+        /// Bytes that a row takes.
         expected: usize,
+        /// Length of a row.
+        in_features: usize,
+        /// Name of the type.
+        weight_type: &'static str,
+    },
+    /// The system gives no memory for the packed weights.
+    #[error("no memory for {bytes} bytes of {out_features} × {in_features} {weight_type} weights")]
+    Memory {
+        /// Bytes wanted.
+        bytes: u128,
         /// Rows.
         out_features: usize,
         /// Columns.
@@ -94,21 +66,34 @@ pub enum PackError {
 /// Weights of a linear layer, `[out_features, in_features]`, packed for this machine.
 pub struct LinearWeights {
     weight_type: WeightType,
+    level: InstructionSet,
     out_features: usize,
     in_features: usize,
-    rows: Vec<f32>,
+    panel_bytes: usize,
+    /// Panels of 16 rows each (see `packed`); anonymous memory, so that the system may back it with huge pages.
+    /// `None` when there is nothing to hold.
+    packed: Option<MmapMut>,
 }
 
 /// Buffers that [`LinearWeights::forward`] reuses from call to call.
 #[derive(Default)]
-pub struct LinearScratch {}
+pub struct LinearScratch {
+    activations: AlignedScratch,
+    /// One for each worker: panels expanded for the micro-kernel.
+    expanded: Vec<Mutex<AlignedScratch>>,
+}
+
+/// Inputs whose weights are expanded to f32 at a time: 16 KiB for each panel.
+const EXPANDED_INPUTS: usize = 256;
 
 impl LinearWeights {
     /// Packs the rows given by `row_bytes(index)`, each the bytes of one row in the file's format, in parallel.
-    /// Rows come from a function so that a caller may reorder or join tensors without a copy.
+    /// Rows come from a function so that a caller may reorder or join tensors without a copy. f16 weights are
+    /// rounded to bf16.
     ///
     /// # Errors
-    /// When the row length is no whole number of blocks or a row has another number of bytes than its shape takes.
+    /// When the row length is no whole number of blocks, a row has another number of bytes than its shape takes, or
+    /// the system has no memory left.
     pub fn pack<'a>(
         weight_type: WeightType,
         out_features: usize,
@@ -116,30 +101,60 @@ impl LinearWeights {
         row_bytes: impl Fn(usize) -> &'a [u8] + Sync,
         team: &ThreadTeam,
     ) -> Result<Self, PackError> {
-        let _ = team;
-        let mut rows = Vec::new();
-        for index in 0..out_features {
-            let bytes = row_bytes(index);
-            if bytes.len() != in_features * weight_type.block_bytes() / weight_type.block_weights() {
-                return Err(PackError::ByteLength {
-                    given: bytes.len(),
-                    expected: in_features * weight_type.block_bytes() / weight_type.block_weights(),
-                    out_features,
-                    in_features,
-                    weight_type: weight_type.name(),
-                });
-            }
-            match weight_type {
-                WeightType::F32 => {
-                    rows.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())))
-                }
-                WeightType::F16 => {
-                    rows.extend(bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()))
-                }
-                _ => rows.extend(bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())),
-            }
+        Self::pack_for(InstructionSet::current(), weight_type, out_features, in_features, row_bytes, team)
+    }
+
+    /// [`LinearWeights::pack`] for a given instruction set, to compare or test levels in one process.
+    ///
+    /// # Errors
+    /// As [`LinearWeights::pack`].
+    ///
+    /// # Panics
+    /// When this machine does not have `level`.
+    pub fn pack_for<'a>(
+        level: InstructionSet,
+        weight_type: WeightType,
+        out_features: usize,
+        in_features: usize,
+        row_bytes: impl Fn(usize) -> &'a [u8] + Sync,
+        team: &ThreadTeam,
+    ) -> Result<Self, PackError> {
+        assert!(level <= InstructionSet::detected(), "this machine has no {}", level.name());
+        let expected = weight_type.row_bytes(in_features).ok_or(PackError::RowLength {
+            in_features,
+            weight_type: weight_type.name(),
+            block: weight_type.block_weights(),
+        })?;
+        let wrong = (0..out_features).find(|&row| row_bytes(row).len() != expected);
+        if let Some(row) = wrong {
+            let given = row_bytes(row).len();
+            return Err(PackError::ByteLength { row, given, expected, in_features, weight_type: weight_type.name() });
         }
-        Ok(Self { weight_type, out_features, in_features, rows })
+        let panel_bytes = packed::panel_bytes(weight_type, in_features);
+        let panels = out_features.div_ceil(PANEL);
+        let no_memory = || PackError::Memory {
+            bytes: panels as u128 * panel_bytes as u128,
+            out_features,
+            in_features,
+            weight_type: weight_type.name(),
+        };
+        let bytes = panels.checked_mul(panel_bytes).ok_or_else(no_memory)?;
+        let mut packed = match bytes {
+            0 => None,
+            _ => Some(MmapOptions::new().len(bytes).map_anon().map_err(|_| no_memory())?),
+        };
+        if let Some(memory) = &mut packed {
+            #[cfg(target_os = "linux")]
+            // Fewer page-table walks while weights stream; a kernel without huge pages refuses, which is harmless.
+            let _ = memory.advise(memmap2::Advice::HugePage);
+            team.run_chunks(memory, panel_bytes, |panel, bytes, _| {
+                let first = panel * PANEL;
+                for row in first..out_features.min(first + PANEL) {
+                    packed::pack_row(weight_type, row_bytes(row), row - first, bytes);
+                }
+            });
+        }
+        Ok(Self { weight_type, level, out_features, in_features, panel_bytes, packed })
     }
 
     /// Type the weights had in the file.
@@ -159,17 +174,27 @@ impl LinearWeights {
 
     /// Bytes held in memory.
     pub fn bytes(&self) -> usize {
-        self.rows.len() * 4
+        self.packed().len()
     }
 
     /// Name of the kernel that runs, as reports print it.
     pub fn kernel_name(&self) -> &'static str {
-        "portable-f32"
+        float::kernels(self.level).name
+    }
+
+    fn packed(&self) -> &[u8] {
+        self.packed.as_deref().unwrap_or_default()
     }
 
     /// Writes row `index` of the weights, dequantised, to `output` (`[in_features]`): an embedding look-up.
+    ///
+    /// # Panics
+    /// When `index` is no row or `output` has another length.
     pub fn row(&self, index: usize, output: &mut [f32]) {
-        output.copy_from_slice(&self.rows[index * self.in_features..][..self.in_features]);
+        assert!(index < self.out_features, "row {index} of {}", self.out_features);
+        assert_eq!(output.len(), self.in_features, "length of a row");
+        let panel = &self.packed()[index / PANEL * self.panel_bytes..][..self.panel_bytes];
+        packed::expand_column(self.weight_type, panel, index % PANEL, output);
     }
 
     /// `output[r, o] = Σ_i input[r, i] · weights[o, i]`; `input` is `[rows, in_features]`, `output`
@@ -178,12 +203,92 @@ impl LinearWeights {
     /// # Panics
     /// When a slice has another length than its shape takes.
     pub fn forward(&self, input: &[f32], output: &mut [f32], team: &ThreadTeam, scratch: &mut LinearScratch) {
-        let _ = scratch;
-        team.run_chunks(output, self.out_features, |row, output, _| {
-            let input = &input[row * self.in_features..][..self.in_features];
-            for (value, weights) in output.iter_mut().zip(self.rows.chunks_exact(self.in_features)) {
-                *value = input.iter().zip(weights).map(|(a, b)| a * b).sum();
-            }
+        if self.in_features == 0 || self.out_features == 0 {
+            output.fill(0.0);
+            return;
+        }
+        let rows = output.len() / self.out_features;
+        assert_eq!(output.len(), rows * self.out_features, "output is [rows, {}]", self.out_features);
+        assert_eq!(input.len(), rows * self.in_features, "input is [{rows}, {}]", self.in_features);
+        if rows == 0 {
+            return;
+        }
+        let tiles = RowTiles::new(rows);
+        let inputs = packed::padded_inputs(self.weight_type, self.in_features);
+        let words = inputs;
+        let activations: &mut [u32] = bytemuck::cast_slice_mut(scratch.activations.bytes(rows * words * 4));
+        for tile in 0..tiles.count {
+            let (first, end) = (tiles.start(tile), tiles.start(tile + 1));
+            activations::interleave_f32(
+                &input[first * self.in_features..end * self.in_features],
+                self.in_features,
+                &mut activations[first * words..end * words],
+            );
+        }
+        scratch.expanded.resize_with(team.threads().max(scratch.expanded.len()), Mutex::default);
+        let kernels = float::kernels(self.level);
+        let output = OutputView { start: output.as_mut_ptr(), row_stride: self.out_features };
+        let columns = kernels.panels() * PANEL;
+        let groups = self.out_features.div_ceil(columns);
+        let row_chunks = (4 * team.threads()).div_ceil(groups).min(tiles.count);
+        let (activations, expanded) = (&*activations, &scratch.expanded);
+        team.run(groups * row_chunks, |task, worker| {
+            let group = task / row_chunks;
+            let chunk = task % row_chunks;
+            let row_tiles = tiles.count * chunk / row_chunks..tiles.count * (chunk + 1) / row_chunks;
+            let mut expanded = expanded[worker].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let columns = group * columns..self.out_features.min((group + 1) * columns);
+            self.forward_f32(&kernels, activations, tiles, row_tiles, columns, &output, &mut expanded);
         });
     }
+
+    #[allow(clippy::too_many_arguments)]
+    fn forward_f32(
+        &self,
+        kernels: &TileKernels,
+        activations: &[u32],
+        tiles: RowTiles,
+        row_tiles: std::ops::Range<usize>,
+        columns: std::ops::Range<usize>,
+        output: &OutputView,
+        expanded: &mut AlignedScratch,
+    ) {
+        let inputs = packed::padded_inputs(self.weight_type, self.in_features);
+        let panels = columns.len().div_ceil(PANEL);
+        for first in (0..inputs).step_by(EXPANDED_INPUTS) {
+            let count = EXPANDED_INPUTS.min(inputs - first);
+            let expanded = expanded.bytes(panels * count * PANEL * 4);
+            for (index, expanded) in expanded.chunks_exact_mut(count * PANEL * 4).enumerate() {
+                let panel = &self.packed()[(columns.start / PANEL + index) * self.panel_bytes..][..self.panel_bytes];
+                expand::expand_to_f32(self.level, self.weight_type, panel, first, bytemuck::cast_slice_mut(expanded));
+            }
+            for tile in row_tiles.clone() {
+                let (start, height) = (tiles.start(tile), tiles.height(tile));
+                let activations = &activations[start * inputs + first * height..][..count * height];
+                let tile = Tile {
+                    steps: count,
+                    activations: activations.as_ptr(),
+                    weights: expanded.as_ptr(),
+                    panel_stride: count * PANEL * 4,
+                    // SAFETY: row `start` and column `columns.start` lie inside the output.
+                    output: unsafe { output.start.add(start * output.row_stride + columns.start) },
+                    row_stride: output.row_stride,
+                    columns: columns.len(),
+                    accumulate: first > 0,
+                };
+                // SAFETY: the slices above cover the activations and panels of the tile; this task alone writes rows
+                // `start..start + height` of `columns`; the level was checked when the weights were packed.
+                unsafe { kernels.table[height - 1][panels - 1](&tile) };
+            }
+        }
+    }
 }
+
+/// Where tasks write: each its own rows and columns.
+struct OutputView {
+    start: *mut f32,
+    row_stride: usize,
+}
+
+// SAFETY: tasks write disjoint parts of the output (see `forward`).
+unsafe impl Sync for OutputView {}

@@ -1,0 +1,54 @@
+//! Panels of any type as f32, for instruction sets that cannot multiply the type itself.
+
+use super::WeightType;
+use super::packed::expand_panel;
+use crate::InstructionSet;
+
+/// Writes inputs `first..first + output.len() / 16` of a packed panel as f32 `[k][16]`.
+pub(super) fn expand_to_f32(
+    level: InstructionSet,
+    weight_type: WeightType,
+    panel: &[u8],
+    first: usize,
+    output: &mut [f32],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if level >= InstructionSet::Avx512 {
+        // SAFETY: a level is only in use when this machine has it.
+        return unsafe { avx512(weight_type, panel, first, output) };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if level >= InstructionSet::Avx2 {
+        // SAFETY: a level is only in use when this machine has it.
+        return unsafe { avx2(weight_type, panel, first, output) };
+    }
+    let _ = level;
+    by_type(weight_type, panel, first, output);
+}
+
+/// One compiled loop for each type, so that the compiler sees constant shifts and offsets.
+#[inline(always)]
+fn by_type(weight_type: WeightType, panel: &[u8], first: usize, output: &mut [f32]) {
+    use WeightType::*;
+    match weight_type {
+        F32 => expand_panel(F32, panel, first, output),
+        F16 | Bf16 => expand_panel(Bf16, panel, first, output),
+        Q8_0 => expand_panel(Q8_0, panel, first, output),
+        Q4_0 => expand_panel(Q4_0, panel, first, output),
+        Q4_K => expand_panel(Q4_K, panel, first, output),
+        Q5_K => expand_panel(Q5_K, panel, first, output),
+        Q6_K => expand_panel(Q6_K, panel, first, output),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn avx2(weight_type: WeightType, panel: &[u8], first: usize, output: &mut [f32]) {
+    by_type(weight_type, panel, first, output);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn avx512(weight_type: WeightType, panel: &[u8], first: usize, output: &mut [f32]) {
+    by_type(weight_type, panel, first, output);
+}
