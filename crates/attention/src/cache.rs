@@ -1,6 +1,20 @@
 //! The key/value cache of one layer and one sequence.
+//!
+//! Keys and values of a head live in segments of [`SEGMENT_KEYS`] keys, each a run of pages in the layout that the
+//! kernels read, so that a prompt, a decode step and a copy on disk share one form and appending never moves a key.
+
+use iceformer_kernels::AlignedBuffer;
+use iceformer_kernels::attention::{KEY_DIM_MULTIPLE, KeyBlock, VALUE_DIM_MULTIPLE};
 
 use crate::ThreadTeam;
+use crate::page::{self, Int8Slot};
+
+/// Keys of one segment: 16 pages.
+pub(crate) const SEGMENT_KEYS: usize = 256;
+
+/// Keys from which an int8 cache takes the channel mean that it centres keys on. Their originals are kept, so the mean
+/// does not depend on how the keys came (at once, in chunks, one by one).
+const MEAN_KEYS: usize = 64;
 
 /// Element type of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,8 +23,32 @@ pub enum KeyValueType {
     F32,
     /// 16-bit brain floats.
     Bf16,
-    /// 8-bit integers with one scale per key and head; keys are centred on their channel mean.
+    /// 8-bit integers with one scale per key and one per value; keys are centred on their channel mean, which the
+    /// softmax does not see (SageAttention, arXiv 2410.02367, §4.2).
     Int8,
+}
+
+impl KeyValueType {
+    /// Every type.
+    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Int8];
+
+    /// Name as the command line takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        }
+    }
+
+    /// An empty block of this type, for kernels that choose by type.
+    pub(crate) fn empty_block(self) -> KeyBlock<'static> {
+        match self {
+            Self::F32 => KeyBlock::F32 { keys: &[], values: &[] },
+            Self::Bf16 => KeyBlock::Bf16 { keys: &[], values: &[] },
+            Self::Int8 => KeyBlock::Int8 { keys: &[], key_scales: &[], values: &[], value_scales: &[] },
+        }
+    }
 }
 
 /// Shape of a cache.
@@ -24,45 +62,202 @@ pub struct CacheShape {
     pub value_dim: usize,
 }
 
+impl CacheShape {
+    /// Key width in a page: padded with zeros.
+    pub(crate) fn padded_key_dim(self) -> usize {
+        self.key_dim.next_multiple_of(KEY_DIM_MULTIPLE)
+    }
+
+    /// Value width in a page: padded with zeros.
+    pub(crate) fn padded_value_dim(self) -> usize {
+        self.value_dim.next_multiple_of(VALUE_DIM_MULTIPLE)
+    }
+}
+
+/// [`SEGMENT_KEYS`] keys and values of one head, in pages.
+enum Segment {
+    F32 { keys: AlignedBuffer<f32>, values: AlignedBuffer<f32> },
+    Bf16 { keys: AlignedBuffer<u16>, values: AlignedBuffer<u16> },
+    Int8 { keys: AlignedBuffer<u8>, key_scales: Vec<f32>, values: AlignedBuffer<i8>, value_scales: Vec<f32> },
+}
+
+impl Segment {
+    fn new(kind: KeyValueType, key_dim: usize, value_dim: usize) -> Self {
+        let (keys, values) = (SEGMENT_KEYS * key_dim, SEGMENT_KEYS * value_dim);
+        match kind {
+            KeyValueType::F32 => Self::F32 { keys: AlignedBuffer::zeroed(keys), values: AlignedBuffer::zeroed(values) },
+            KeyValueType::Bf16 => {
+                Self::Bf16 { keys: AlignedBuffer::zeroed(keys), values: AlignedBuffer::zeroed(values) }
+            }
+            KeyValueType::Int8 => Self::Int8 {
+                keys: AlignedBuffer::zeroed(keys),
+                key_scales: vec![0.0; SEGMENT_KEYS],
+                values: AlignedBuffer::zeroed(values),
+                value_scales: vec![0.0; SEGMENT_KEYS],
+            },
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F32 { keys, values } => keys.bytes() + values.bytes(),
+            Self::Bf16 { keys, values } => keys.bytes() + values.bytes(),
+            Self::Int8 { keys, key_scales, values, value_scales } => {
+                keys.bytes() + values.bytes() + 4 * (key_scales.len() + value_scales.len())
+            }
+        }
+    }
+}
+
+/// Keys and values of one head.
+struct Head {
+    segments: Vec<Segment>,
+    /// Int8 only: what is subtracted from every key. `[key_dim]`
+    mean: Vec<f32>,
+    /// Int8 only: the first keys as they came, at most [`MEAN_KEYS`]. `[keys][key_dim]`
+    first_keys: Vec<f32>,
+}
+
+impl Head {
+    fn write_key(&mut self, index: usize, key: &[f32], key_dim: usize) {
+        let slot = index % SEGMENT_KEYS;
+        match &mut self.segments[index / SEGMENT_KEYS] {
+            Segment::F32 { keys, .. } => page::write_key_f32(keys, slot, key, key_dim),
+            Segment::Bf16 { keys, .. } => page::write_key_bf16(keys, slot, key, key_dim),
+            Segment::Int8 { keys, key_scales, .. } => {
+                page::write_key_int8(
+                    Int8Slot { data: keys, scale: &mut key_scales[slot] },
+                    slot,
+                    key,
+                    &self.mean,
+                    key_dim,
+                );
+            }
+        }
+    }
+
+    fn write_value(&mut self, index: usize, value: &[f32], value_dim: usize) {
+        let slot = index % SEGMENT_KEYS;
+        match &mut self.segments[index / SEGMENT_KEYS] {
+            Segment::F32 { values, .. } => page::write_value_f32(values, slot, value, value_dim),
+            Segment::Bf16 { values, .. } => page::write_value_bf16(values, slot, value, value_dim),
+            Segment::Int8 { values, value_scales, .. } => {
+                let slot_data = Int8Slot { data: values, scale: &mut value_scales[slot] };
+                page::write_value_int8(slot_data, slot, value, value_dim);
+            }
+        }
+    }
+
+    /// Takes the mean of the first keys anew and writes them again.
+    fn centre_first_keys(&mut self, shape: CacheShape) {
+        let key_dim = shape.key_dim;
+        let first_keys = std::mem::take(&mut self.first_keys);
+        let count = first_keys.len() / key_dim;
+        self.mean.fill(0.0);
+        for key in first_keys.chunks_exact(key_dim) {
+            self.mean.iter_mut().zip(key).for_each(|(mean, value)| *mean += value / count as f32);
+        }
+        for (index, key) in first_keys.chunks_exact(key_dim).enumerate() {
+            self.write_key(index, key, shape.padded_key_dim());
+        }
+        self.first_keys = first_keys;
+    }
+}
+
 /// Keys and values of one layer and one sequence, appended in place.
 pub struct KeyValueCache {
     shape: CacheShape,
     kind: KeyValueType,
-    pub(crate) keys: Vec<f32>,
-    pub(crate) values: Vec<f32>,
+    len: usize,
+    heads: Vec<Head>,
 }
 
 impl KeyValueCache {
     /// An empty cache.
+    ///
+    /// # Panics
+    /// When a number in `shape` is zero.
     pub fn new(shape: CacheShape, kind: KeyValueType) -> Self {
-        Self { shape, kind, keys: Vec::new(), values: Vec::new() }
+        assert!(shape.kv_heads > 0 && shape.key_dim > 0 && shape.value_dim > 0, "a cache of shape {shape:?}");
+        let mean = if kind == KeyValueType::Int8 { vec![0.0; shape.key_dim] } else { Vec::new() };
+        let head = || Head { segments: Vec::new(), mean: mean.clone(), first_keys: Vec::new() };
+        Self { shape, kind, len: 0, heads: (0..shape.kv_heads).map(|_| head()).collect() }
     }
 
     /// Appends `keys` `[tokens, kv_heads, key_dim]` and `values` `[tokens, kv_heads, value_dim]`.
-    pub fn append(&mut self, keys: &[f32], values: &[f32], _team: &ThreadTeam) {
-        self.keys.extend_from_slice(keys);
-        self.values.extend_from_slice(values);
+    ///
+    /// # Panics
+    /// When a slice is no whole number of tokens, or the two differ in it.
+    pub fn append(&mut self, keys: &[f32], values: &[f32], team: &ThreadTeam) {
+        let CacheShape { kv_heads, key_dim, value_dim } = self.shape;
+        let tokens = keys.len() / (kv_heads * key_dim);
+        assert_eq!(keys.len(), tokens * kv_heads * key_dim, "keys are no whole number of tokens");
+        assert_eq!(values.len(), tokens * kv_heads * value_dim, "values for another number of tokens than keys");
+        let (shape, kind, before) = (self.shape, self.kind, self.len);
+        let (padded_key_dim, padded_value_dim) = (shape.padded_key_dim(), shape.padded_value_dim());
+        let segments = (before + tokens).div_ceil(SEGMENT_KEYS);
+        let append_head = |index: usize, head: &mut Head| {
+            while head.segments.len() < segments {
+                head.segments.push(Segment::new(kind, padded_key_dim, padded_value_dim));
+            }
+            let key = |token: usize| &keys[(token * kv_heads + index) * key_dim..][..key_dim];
+            let mut first = 0;
+            if kind == KeyValueType::Int8 && before < MEAN_KEYS && tokens > 0 {
+                first = tokens.min(MEAN_KEYS - before);
+                (0..first).for_each(|token| head.first_keys.extend_from_slice(key(token)));
+                head.centre_first_keys(shape);
+            }
+            for token in 0..tokens {
+                if token >= first {
+                    head.write_key(before + token, key(token), padded_key_dim);
+                }
+                let value = &values[(token * kv_heads + index) * value_dim..][..value_dim];
+                head.write_value(before + token, value, padded_value_dim);
+            }
+        };
+        if tokens < 16 {
+            // A decode step: waking the team costs more than the copy.
+            self.heads.iter_mut().enumerate().for_each(|(index, head)| append_head(index, head));
+        } else {
+            team.run_chunks(&mut self.heads, 1, |index, head, _| append_head(index, &mut head[0]));
+        }
+        self.len += tokens;
     }
 
     /// Tokens held.
     pub fn len(&self) -> usize {
-        self.keys.len() / (self.shape.kv_heads * self.shape.key_dim)
+        self.len
     }
 
     /// Whether no token is held.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.len == 0
     }
 
     /// Drops all tokens from `len` on; nothing happens when fewer are held.
     pub fn truncate(&mut self, len: usize) {
-        self.keys.truncate(len * self.shape.kv_heads * self.shape.key_dim);
-        self.values.truncate(len * self.shape.kv_heads * self.shape.value_dim);
+        if len >= self.len {
+            return;
+        }
+        let shape = self.shape;
+        for head in &mut self.heads {
+            head.segments.truncate(len.div_ceil(SEGMENT_KEYS));
+            // A dropped value left in a page in use would still meet a weight of zero, and NaN · 0 is NaN.
+            let zeros = vec![0.0; shape.padded_value_dim()];
+            for index in len..self.len.min(len.next_multiple_of(SEGMENT_KEYS)) {
+                head.write_value(index, &zeros, shape.padded_value_dim());
+            }
+            if self.kind == KeyValueType::Int8 && len < MEAN_KEYS {
+                head.first_keys.truncate(len * shape.key_dim);
+                head.centre_first_keys(shape);
+            }
+        }
+        self.len = len;
     }
 
-    /// Bytes held for keys and values.
+    /// Bytes held for keys and values, those of pages not yet full included.
     pub fn bytes(&self) -> usize {
-        (self.keys.len() + self.values.len()) * 4
+        self.heads.iter().flat_map(|head| &head.segments).map(Segment::bytes).sum()
     }
 
     /// Shape given at creation.
@@ -73,5 +268,28 @@ impl KeyValueCache {
     /// Element type given at creation.
     pub fn kind(&self) -> KeyValueType {
         self.kind
+    }
+
+    /// What head `head` subtracts from its keys (empty: nothing); their logits lack `scale · query · mean`.
+    pub(crate) fn key_mean(&self, head: usize) -> &[f32] {
+        &self.heads[head].mean
+    }
+
+    /// `keys` keys of head `head` from `first` on, both multiples of [`PAGE_KEYS`], within one segment.
+    pub(crate) fn block(&self, head: usize, first: usize, keys: usize) -> KeyBlock<'_> {
+        let (key_dim, value_dim) = (self.shape.padded_key_dim(), self.shape.padded_value_dim());
+        let slots = first % SEGMENT_KEYS..first % SEGMENT_KEYS + keys;
+        let key_range = slots.start * key_dim..slots.end * key_dim;
+        let value_range = slots.start * value_dim..slots.end * value_dim;
+        match &self.heads[head].segments[first / SEGMENT_KEYS] {
+            Segment::F32 { keys, values } => KeyBlock::F32 { keys: &keys[key_range], values: &values[value_range] },
+            Segment::Bf16 { keys, values } => KeyBlock::Bf16 { keys: &keys[key_range], values: &values[value_range] },
+            Segment::Int8 { keys, key_scales, values, value_scales } => KeyBlock::Int8 {
+                keys: &keys[key_range],
+                key_scales: &key_scales[slots.clone()],
+                values: &values[value_range],
+                value_scales: &value_scales[slots],
+            },
+        }
     }
 }

@@ -1,8 +1,7 @@
 //! One attention call: queries against a cache under a mask, by a method.
 
-use std::ops::Range;
-
-use crate::{KeyValueCache, ThreadTeam};
+use crate::exact::{self, AttentionScratch};
+use crate::{KeyValueCache, Mask, ThreadTeam};
 
 /// How the keys of a query are chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,24 +20,6 @@ impl Method {
         match self {
             Self::Exact => "exact",
         }
-    }
-}
-
-/// Which keys a query may see.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Mask {
-    /// Query at position `p` sees keys at positions up to `p` only.
-    pub causal: bool,
-    /// Query at position `p` sees keys at positions above `p − window` only (and below `p + window` when not causal).
-    pub window: Option<usize>,
-    /// Keys that are no padding; `None`: all. Left padding is `padding..len`, right padding `0..used`.
-    pub keys: Option<Range<usize>>,
-}
-
-impl Mask {
-    /// Causal, without window or padding.
-    pub fn causal() -> Self {
-        Self { causal: true, ..Self::default() }
     }
 }
 
@@ -64,10 +45,6 @@ pub struct Attention {
     pub scale: f32,
 }
 
-/// Buffers reused from call to call.
-#[derive(Default)]
-pub struct AttentionScratch {}
-
 /// What a call did.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Report {
@@ -77,9 +54,31 @@ pub struct Report {
     pub kept_keys: u64,
 }
 
+impl std::ops::AddAssign for Report {
+    fn add_assign(&mut self, other: Self) {
+        self.allowed_keys += other.allowed_keys;
+        self.kept_keys += other.kept_keys;
+    }
+}
+
+/// One sequence of a [`Attention::run_batch`].
+pub struct Sequence<'a> {
+    /// The sequence's own queries; lengths may differ from sequence to sequence.
+    pub queries: Queries<'a>,
+    /// The sequence's own keys and values.
+    pub cache: &'a KeyValueCache,
+    /// The sequence's own mask: left or right padding is its `keys`.
+    pub mask: Mask,
+    /// `[tokens, query_heads, value_dim]`.
+    pub output: &'a mut [f32],
+    /// `[tokens, query_heads]`, where wanted.
+    pub log_sum_exp: Option<&'a mut [f32]>,
+}
+
 impl Attention {
     /// Writes `output` `[tokens, query_heads, value_dim]` and, where asked for, `log_sum_exp` `[tokens, query_heads]`
-    /// (nats; −∞ for a query that sees no key, whose output is zero).
+    /// (nats; −∞ for a query that sees no key, whose output is zero). The result does not depend on the number of
+    /// threads.
     ///
     /// # Panics
     /// When a slice has another length than its shape takes, or `query_heads` is no multiple of `kv_heads`.
@@ -88,53 +87,46 @@ impl Attention {
         queries: Queries<'_>,
         cache: &KeyValueCache,
         output: &mut [f32],
-        mut log_sum_exp: Option<&mut [f32]>,
-        _team: &ThreadTeam,
-        _scratch: &mut AttentionScratch,
+        log_sum_exp: Option<&mut [f32]>,
+        team: &ThreadTeam,
+        scratch: &mut AttentionScratch,
     ) -> Report {
         let shape = cache.shape();
         let heads = queries.query_heads;
-        let (d, dv) = (shape.key_dim, shape.value_dim);
-        let tokens = queries.data.len() / (heads * d);
-        let mut report = Report::default();
-        for token in 0..tokens {
-            let position = queries.first_position + token;
-            for head in 0..heads {
-                let query = &queries.data[(token * heads + head) * d..][..d];
-                let kv = head / (heads / shape.kv_heads);
-                let out = &mut output[(token * heads + head) * dv..][..dv];
-                out.fill(0.0);
-                let seen: Vec<usize> = (0..cache.len())
-                    .filter(|&k| {
-                        (!self.mask.causal || k <= position)
-                            && self
-                                .mask
-                                .window
-                                .is_none_or(|w| k + w > position && (self.mask.causal || k < position + w))
-                            && self.mask.keys.as_ref().is_none_or(|r| r.contains(&k))
-                    })
-                    .collect();
-                report.allowed_keys += seen.len() as u64;
-                let logits: Vec<f32> = seen
-                    .iter()
-                    .map(|&k| {
-                        let key = &cache.keys[(k * shape.kv_heads + kv) * d..][..d];
-                        self.scale * query.iter().zip(key).map(|(a, b)| a * b).sum::<f32>()
-                    })
-                    .collect();
-                let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                let sum: f32 = logits.iter().map(|l| (l - max).exp()).sum();
-                for (&k, logit) in seen.iter().zip(&logits) {
-                    let value = &cache.values[(k * shape.kv_heads + kv) * dv..][..dv];
-                    let weight = (logit - max).exp() / sum;
-                    out.iter_mut().zip(value).for_each(|(o, v)| *o += weight * v);
-                }
-                if let Some(lse) = log_sum_exp.as_deref_mut() {
-                    lse[token * heads + head] = if seen.is_empty() { f32::NEG_INFINITY } else { max + sum.ln() };
-                }
-            }
+        assert!(
+            heads > 0 && heads.is_multiple_of(shape.kv_heads),
+            "{heads} query heads are no multiple of {} key/value heads",
+            shape.kv_heads
+        );
+        let tokens = queries.data.len() / (heads * shape.key_dim);
+        assert_eq!(queries.data.len(), tokens * heads * shape.key_dim, "queries are no whole number of tokens");
+        assert_eq!(output.len(), tokens * heads * shape.value_dim, "output is [tokens, query_heads, value_dim]");
+        if let Some(log_sum_exp) = &log_sum_exp {
+            assert_eq!(log_sum_exp.len(), tokens * heads, "log_sum_exp is [tokens, query_heads]");
         }
-        report.kept_keys = report.allowed_keys;
-        report
+        match self.method {
+            Method::Exact => exact::run(self, queries, cache, output, log_sum_exp, team, scratch),
+        }
+    }
+
+    /// Runs every sequence of a ragged batch under its own mask (`self.mask` is not used). Returns the sum of reports.
+    ///
+    /// # Panics
+    /// As [`run`](Self::run), for any sequence.
+    pub fn run_batch(&self, batch: &mut [Sequence<'_>], team: &ThreadTeam, scratch: &mut AttentionScratch) -> Report {
+        let mut total = Report::default();
+        for sequence in batch {
+            let attention = Self { mask: sequence.mask.clone(), ..self.clone() };
+            let log_sum_exp = sequence.log_sum_exp.as_deref_mut();
+            total += attention.run(sequence.queries, sequence.cache, sequence.output, log_sum_exp, team, scratch);
+        }
+        total
+    }
+
+    /// Name of the kernel that runs on a cache of this type, as reports print it.
+    pub fn kernel_name(kind: crate::KeyValueType) -> &'static str {
+        use iceformer_kernels::InstructionSet;
+        use iceformer_kernels::attention::AttentionTile;
+        AttentionTile::kernel_name(InstructionSet::current(), kind.empty_block())
     }
 }

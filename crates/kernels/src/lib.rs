@@ -6,6 +6,7 @@
 pub mod activation;
 pub mod add;
 mod aligned;
+pub mod attention;
 mod elementwise;
 mod instruction_set;
 pub mod linear;
@@ -15,5 +16,7 @@ mod simd;
 pub mod softmax;
 mod thread_team;
 
+pub use aligned::AlignedBuffer;
+pub use half;
 pub use instruction_set::InstructionSet;
 pub use thread_team::ThreadTeam;

@@ -1,0 +1,77 @@
+//! Writing one key or value into the page layouts of [`iceformer_kernels::attention`].
+//!
+//! `slot` counts keys from the start of the buffer; widths are the padded ones, and shorter input leaves zeros.
+
+use iceformer_kernels::attention::PAGE_KEYS;
+use iceformer_kernels::half::bf16;
+
+/// Integers of a segment and the scale of the slot being written.
+pub(crate) struct Int8Slot<'a, T> {
+    pub data: &'a mut [T],
+    pub scale: &'a mut f32,
+}
+
+/// `[key_dim][16]`.
+pub(crate) fn write_key_f32(keys: &mut [f32], slot: usize, key: &[f32], key_dim: usize) {
+    let page = &mut keys[slot / PAGE_KEYS * PAGE_KEYS * key_dim..][..PAGE_KEYS * key_dim];
+    for (channel, value) in key.iter().enumerate() {
+        page[channel * PAGE_KEYS + slot % PAGE_KEYS] = *value;
+    }
+}
+
+/// `[key_dim / 2][16][2]`.
+pub(crate) fn write_key_bf16(keys: &mut [u16], slot: usize, key: &[f32], key_dim: usize) {
+    let page = &mut keys[slot / PAGE_KEYS * PAGE_KEYS * key_dim..][..PAGE_KEYS * key_dim];
+    for (step, pair) in key.chunks(2).enumerate() {
+        let target = &mut page[(step * PAGE_KEYS + slot % PAGE_KEYS) * 2..][..2];
+        target.iter_mut().zip(pair).for_each(|(target, value)| *target = bf16::from_f32(*value).to_bits());
+    }
+}
+
+/// `[key_dim / 4][16][4]` of the integers of `key − mean`, plus 128.
+pub(crate) fn write_key_int8(target: Int8Slot<'_, u8>, slot: usize, key: &[f32], mean: &[f32], key_dim: usize) {
+    let inverse = scale(key.iter().zip(mean).map(|(value, mean)| value - mean), target.scale);
+    let page = &mut target.data[slot / PAGE_KEYS * PAGE_KEYS * key_dim..][..PAGE_KEYS * key_dim];
+    let lane = slot % PAGE_KEYS;
+    for (step, (key, mean)) in key.chunks(4).zip(mean.chunks(4)).enumerate() {
+        // A padded channel keeps the offset alone, so that it counts as zero.
+        let mut integers = [128; 4];
+        for ((integer, value), mean) in integers.iter_mut().zip(key).zip(mean) {
+            *integer = (((value - mean) * inverse).round_ties_even() as i32 + 128) as u8;
+        }
+        page[(step * PAGE_KEYS + lane) * 4..][..4].copy_from_slice(&integers);
+    }
+}
+
+/// `[16][value_dim]`.
+pub(crate) fn write_value_f32(values: &mut [f32], slot: usize, value: &[f32], value_dim: usize) {
+    values[slot * value_dim..][..value.len()].copy_from_slice(value);
+}
+
+/// `[8][value_dim][2]`.
+pub(crate) fn write_value_bf16(values: &mut [u16], slot: usize, value: &[f32], value_dim: usize) {
+    let pair = &mut values[slot / 2 * 2 * value_dim..][..2 * value_dim];
+    for (target, value) in pair.iter_mut().skip(slot % 2).step_by(2).zip(value) {
+        *target = bf16::from_f32(*value).to_bits();
+    }
+}
+
+/// `[8][value_dim][2]`.
+pub(crate) fn write_value_int8(target: Int8Slot<'_, i8>, slot: usize, value: &[f32], value_dim: usize) {
+    let inverse = scale(value.iter().copied(), target.scale);
+    let pair = &mut target.data[slot / 2 * 2 * value_dim..][..2 * value_dim];
+    for (target, value) in pair.iter_mut().skip(slot % 2).step_by(2).zip(value) {
+        *target = (value * inverse).round_ties_even() as i8;
+    }
+}
+
+/// Sets the scale that maps the largest of `values` to 127 and returns its inverse. A NaN or ∞ makes the scale NaN or
+/// ∞, so that it shows in every score of the key instead of turning into a wrong number.
+fn scale(values: impl Iterator<Item = f32>, scale: &mut f32) -> f32 {
+    let largest = values.fold(0.0_f32, |largest, value| {
+        // `f32::max` would drop a NaN.
+        if value.abs() > largest || value.is_nan() { value.abs() } else { largest }
+    });
+    *scale = largest / 127.0;
+    if largest > 0.0 { 127.0 / largest } else { 0.0 }
+}

@@ -1,0 +1,33 @@
+//! Attention tiles: many query rows against blocks of keys and values, with an online softmax.
+//!
+//! The unit of storage is a *page* of [`PAGE_KEYS`] keys, laid out as the matrix kernels read it: sixteen keys are
+//! the sixteen lanes of a vector, so a score product is the same loop as a linear layer. Page layouts, with `key_dim`
+//! padded to a multiple of [`KEY_DIM_MULTIPLE`] and `value_dim` to [`VALUE_DIM_MULTIPLE`] by zeros:
+//!
+//! | type | keys | values |
+//! |---|---|---|
+//! | f32 | `[key_dim][16]` | `[16][value_dim]` |
+//! | bf16 | `[key_dim / 2][16][2]` | `[8][value_dim][2]` |
+//! | int8 | `[key_dim / 4][16][4]`, u8 = integer + 128 | `[8][value_dim][2]`, i8 |
+//!
+//! [`AttentionTile`] is the tiled attention of FlashAttention (Dao et al. 2022) cut to a CPU's caches: block after
+//! block of keys and values stays in the first-level cache while all rows of the tile pass over it, six at a time.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod float;
+mod lanes;
+mod tile;
+
+pub use tile::{AttentionTile, KeyBlock, TileShape};
+
+/// Keys in a page.
+pub const PAGE_KEYS: usize = 16;
+/// The key width in a page is a multiple of this.
+pub const KEY_DIM_MULTIPLE: usize = 4;
+/// The value width in a page is a multiple of this.
+pub const VALUE_DIM_MULTIPLE: usize = 16;
+/// Most keys of one block.
+pub const MAX_BLOCK_KEYS: usize = 256;
+/// Query rows of a micro-tile: 6 rows × 4 vectors fill 24 of 32 registers with sums.
+const MICRO_ROWS: usize = 6;

@@ -1,0 +1,463 @@
+//! The query side of an attention tile and its walk over key blocks.
+
+use half::bf16;
+
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
+use super::float;
+use super::lanes::PortableLanes;
+#[cfg(target_arch = "x86_64")]
+use super::lanes::{Avx2Lanes, Avx512Lanes};
+use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE};
+use crate::{AlignedBuffer, InstructionSet};
+
+/// Whole pages of keys and values, one after another, in the layouts of the [module](super).
+#[derive(Clone, Copy)]
+pub enum KeyBlock<'a> {
+    /// 32-bit floats.
+    F32 {
+        /// `[pages][key_dim][16]`.
+        keys: &'a [f32],
+        /// `[pages][16][value_dim]`.
+        values: &'a [f32],
+    },
+    /// Brain floats as their bits.
+    Bf16 {
+        /// `[pages][key_dim / 2][16][2]`.
+        keys: &'a [u16],
+        /// `[pages][8][value_dim][2]`.
+        values: &'a [u16],
+    },
+    /// Integers with one scale per key: `key[c] = key_scale · (keys[c] − 128)`, `value[c] = value_scale · values[c]`.
+    Int8 {
+        /// `[pages][key_dim / 4][16][4]`.
+        keys: &'a [u8],
+        /// `[pages · 16]`.
+        key_scales: &'a [f32],
+        /// `[pages][8][value_dim][2]`.
+        values: &'a [i8],
+        /// `[pages · 16]`.
+        value_scales: &'a [f32],
+    },
+}
+
+/// Shape of the queries, keys and values of a tile.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TileShape {
+    /// Query rows.
+    pub rows: usize,
+    /// Width of keys in a page, a multiple of [`KEY_DIM_MULTIPLE`].
+    pub key_dim: usize,
+    /// Width of values in a page, a multiple of [`VALUE_DIM_MULTIPLE`].
+    pub value_dim: usize,
+}
+
+/// What the products of a tile are computed in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Arithmetic {
+    /// f32 queries; keys and values expanded to f32 where they are not.
+    F32,
+    /// bf16 queries and weights, f32 sums.
+    Bf16,
+    /// int8 queries against int8 keys, bf16 weights against values expanded to bf16.
+    Int8,
+}
+
+/// Query rows of one key/value head with their running softmax and output.
+///
+/// Use: [`begin`](Self::begin), [`set_row`](Self::set_row) for every row, [`accumulate`](Self::accumulate) for every
+/// block of keys in order, then [`finish_row`](Self::finish_row).
+#[derive(Default)]
+pub struct AttentionTile {
+    instruction_set: Option<InstructionSet>,
+    arithmetic: Option<Arithmetic>,
+    shape: TileShape,
+    /// `[rows][key_dim]`, one of the three by `arithmetic`; multiplied by scale · log2 e.
+    queries_f32: AlignedBuffer<f32>,
+    queries_bf16: AlignedBuffer<u16>,
+    queries_int8: AlignedBuffer<i8>,
+    /// Value of one integer step of a row's queries (int8), else unused. `[rows]`
+    query_scales: Vec<f32>,
+    /// −128 · Σ of a row's integers: what the offset of the keys adds to every dot product. `[rows]`
+    query_offsets: Vec<i32>,
+    /// First and one-past-last key each row sees. `[rows]`
+    visible: Vec<(usize, usize)>,
+    /// Largest score so far, in log2 units. `[rows]`
+    maxima: Vec<f32>,
+    /// Sum of weights so far, by lane. `[rows][16]`
+    sums: AlignedBuffer<f32>,
+    /// Weighted sum of values so far. `[rows][value_dim]`
+    output: AlignedBuffer<f32>,
+    /// Scores of a micro-tile. `[MICRO_ROWS][MAX_BLOCK_KEYS]`
+    scores: AlignedBuffer<f32>,
+    /// Weights of a micro-tile in bf16. `[MICRO_ROWS][MAX_BLOCK_KEYS]`
+    weights: AlignedBuffer<u16>,
+    /// `[MICRO_ROWS][16]`
+    block_sums: AlignedBuffer<f32>,
+    expanded_keys: AlignedBuffer<f32>,
+    expanded_values: AlignedBuffer<f32>,
+    /// `[pages · 8][value_dim][2]`
+    expanded_values_bf16: AlignedBuffer<u16>,
+}
+
+/// Smallest running maximum: finite, so that a row that has seen nothing yet never computes −∞ − −∞.
+const NOTHING_SEEN: f32 = -1e30;
+
+/// Factors by which the earlier sums of a micro-tile's rows shrink.
+#[repr(align(64))]
+pub(super) struct Softmax<const ROWS: usize> {
+    pub decay: [f32; 16],
+}
+
+impl<const ROWS: usize> Default for Softmax<ROWS> {
+    fn default() -> Self {
+        Self { decay: [0.0; 16] }
+    }
+}
+
+/// Pointers of one micro-tile: `ROWS` rows of a tile against one block (or the visible pages of it).
+/// Row `r` of queries starts `r · key_dim` elements on, of scores and weights `r · MAX_BLOCK_KEYS`, of sums
+/// `r · 16`, of output `r · value_dim`; all rows are inside the tile's buffers for `r < ROWS`.
+pub(super) struct MicroTile<'a> {
+    pub pages: usize,
+    pub key_dim: usize,
+    pub value_dim: usize,
+    pub queries: *const u8,
+    pub query_scales: *const f32,
+    pub query_offsets: *const i32,
+    pub keys: *const u8,
+    pub key_scales: *const f32,
+    pub values: *const u8,
+    pub maxima: *mut f32,
+    pub sums: *mut f32,
+    pub output: *mut f32,
+    pub scores: *mut f32,
+    pub weights: *mut u16,
+    pub block_sums: *mut f32,
+    /// First key of the first page, and what each row sees, when some row does not see all of the pages.
+    pub mask: Option<(usize, &'a [(usize, usize)])>,
+}
+
+impl MicroTile<'_> {
+    /// Sets the scores of keys that a row may not see to −∞.
+    #[inline(always)]
+    pub(super) unsafe fn apply_mask<const ROWS: usize>(&mut self) {
+        let Some((first, visible)) = self.mask else { return };
+        let keys = self.pages * PAGE_KEYS;
+        for (row, (start, end)) in visible.iter().take(ROWS).enumerate() {
+            // SAFETY: row `row` of scores holds at least `keys` elements.
+            let scores = unsafe { std::slice::from_raw_parts_mut(self.scores.add(row * MAX_BLOCK_KEYS), keys) };
+            let start = start.saturating_sub(first).min(keys);
+            let end = end.saturating_sub(first).min(keys).max(start);
+            scores[..start].fill(f32::NEG_INFINITY);
+            scores[end..].fill(f32::NEG_INFINITY);
+        }
+    }
+}
+
+impl AttentionTile {
+    /// Starts a new tile: all rows empty, nothing accumulated. `kind` is any block of the cache to come (only its type
+    /// matters), which decides the arithmetic together with the instruction set.
+    pub fn begin(&mut self, instruction_set: InstructionSet, shape: TileShape, kind: KeyBlock<'_>) {
+        assert!(instruction_set <= InstructionSet::detected(), "this machine has no {}", instruction_set.name());
+        assert_eq!(shape.key_dim % KEY_DIM_MULTIPLE, 0, "key width {} is not padded", shape.key_dim);
+        assert_eq!(shape.value_dim % VALUE_DIM_MULTIPLE, 0, "value width {} is not padded", shape.value_dim);
+        let TileShape { rows, key_dim, value_dim } = shape;
+        self.instruction_set = Some(instruction_set);
+        let arithmetic = match (instruction_set, kind) {
+            (InstructionSet::Avx512Bf16, KeyBlock::Bf16 { .. }) => Arithmetic::Bf16,
+            (InstructionSet::Avx512Bf16, KeyBlock::Int8 { .. }) => Arithmetic::Int8,
+            _ => Arithmetic::F32,
+        };
+        self.arithmetic = Some(arithmetic);
+        self.shape = shape;
+        match arithmetic {
+            Arithmetic::F32 => self.queries_f32.grow(rows * key_dim),
+            Arithmetic::Bf16 => self.queries_bf16.grow(rows * key_dim),
+            Arithmetic::Int8 => self.queries_int8.grow(rows * key_dim),
+        }
+        self.query_scales.resize(rows, 1.0);
+        self.query_offsets.resize(rows, 0);
+        self.visible.clear();
+        self.visible.resize(rows, (0, 0));
+        self.maxima.clear();
+        self.maxima.resize(rows, NOTHING_SEEN);
+        self.sums.grow(rows * PAGE_KEYS);
+        self.sums.fill(0.0);
+        self.output.grow(rows * value_dim);
+        self.output.fill(0.0);
+        self.scores.grow(MICRO_ROWS * MAX_BLOCK_KEYS);
+        self.weights.grow(MICRO_ROWS * MAX_BLOCK_KEYS);
+        self.block_sums.grow(MICRO_ROWS * PAGE_KEYS);
+    }
+
+    /// Name of the kernel that [`accumulate`](Self::accumulate) runs, as reports print it.
+    pub fn kernel_name(instruction_set: InstructionSet, kind: KeyBlock<'_>) -> &'static str {
+        match (instruction_set, kind) {
+            (InstructionSet::Avx512Bf16, KeyBlock::Bf16 { .. }) => "avx512-bf16-6x64",
+            (InstructionSet::Avx512Bf16, KeyBlock::Int8 { .. }) => "avx512-vnni-bf16-6x64",
+            (InstructionSet::Portable, _) => "portable-f32-6x16",
+            (InstructionSet::Avx2, _) => "avx2-f32-6x16",
+            _ => "avx512-f32-6x64",
+        }
+    }
+
+    /// Sets row `row`: its query (at most `key_dim` long, the rest counts as zero), the factor on its logits, and the
+    /// keys it sees (`start..end`).
+    pub fn set_row(&mut self, row: usize, query: &[f32], scale: f32, (start, end): (usize, usize)) {
+        let key_dim = self.shape.key_dim;
+        assert!(query.len() <= key_dim, "a query of width {} for keys of width {key_dim}", query.len());
+        let factor = scale * std::f32::consts::LOG2_E;
+        let range = row * key_dim..(row + 1) * key_dim;
+        self.visible[row] = (start, end.max(start));
+        match self.arithmetic.expect("begin was called") {
+            Arithmetic::F32 => {
+                let target = &mut self.queries_f32[range];
+                target.iter_mut().zip(query).for_each(|(target, value)| *target = value * factor);
+                target[query.len()..].fill(0.0);
+            }
+            Arithmetic::Bf16 => {
+                let target = &mut self.queries_bf16[range];
+                for (target, value) in target.iter_mut().zip(query) {
+                    *target = bf16::from_f32(value * factor).to_bits();
+                }
+                target[query.len()..].fill(0);
+            }
+            Arithmetic::Int8 => {
+                let target = &mut self.queries_int8[range];
+                // NaN and ∞ must reach the scale, so that the row's scores are NaN and not quietly wrong.
+                let largest = query.iter().fold(0.0_f32, |largest, value| {
+                    if value.is_nan() { f32::NAN } else { largest.max(value.abs()) + largest * 0.0 }
+                });
+                let step = largest / 127.0;
+                let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+                let mut sum = 0_i32;
+                for (target, value) in target.iter_mut().zip(query) {
+                    *target = (value * inverse).round_ties_even() as i8;
+                    sum += i32::from(*target);
+                }
+                target[query.len()..].fill(0);
+                // A negative factor moves into the integers: the row maximum needs a positive step.
+                let sign = if factor < 0.0 { -1 } else { 1 };
+                if sign < 0 {
+                    target.iter_mut().for_each(|value| *value = -*value);
+                }
+                self.query_scales[row] = step * factor.abs();
+                self.query_offsets[row] = -128 * sum * sign;
+            }
+        }
+    }
+
+    /// Adds the keys of `block`, whose first key has index `first_key`, to every row that sees them.
+    ///
+    /// # Panics
+    /// When the slices of the block are no whole number of pages of this tile's shape, have more than
+    /// [`MAX_BLOCK_KEYS`] keys, or the block is of another type than [`begin`](Self::begin) was told.
+    pub fn accumulate(&mut self, first_key: usize, block: KeyBlock<'_>) {
+        let TileShape { rows, key_dim, value_dim } = self.shape;
+        let (key_elements, value_elements) = match block {
+            KeyBlock::F32 { keys, values } => (keys.len(), values.len()),
+            KeyBlock::Bf16 { keys, values } => (keys.len(), values.len()),
+            KeyBlock::Int8 { keys, values, key_scales, value_scales } => {
+                assert_eq!(key_scales.len() * key_dim, keys.len(), "one scale for each key");
+                assert_eq!(value_scales.len() * value_dim, values.len(), "one scale for each value");
+                (keys.len(), values.len())
+            }
+        };
+        let pages = value_elements / (PAGE_KEYS * value_dim);
+        assert_eq!(value_elements, pages * PAGE_KEYS * value_dim, "values are whole pages");
+        assert_eq!(key_elements, pages * PAGE_KEYS * key_dim, "as many pages of keys as of values");
+        assert!(pages * PAGE_KEYS <= MAX_BLOCK_KEYS, "{pages} pages are more than one block");
+        let end_key = first_key + pages * PAGE_KEYS;
+        if !self.visible.iter().any(|&(start, end)| start < end_key && end > first_key && start < end) {
+            return;
+        }
+        let arithmetic = self.arithmetic.expect("begin was called");
+        // Base pointers of the block as the arithmetic wants it, and bytes from page to page.
+        let (keys, key_scales, values): (*const u8, *const f32, *const u8) = match (arithmetic, block) {
+            (Arithmetic::F32, KeyBlock::F32 { keys, values }) => {
+                (keys.as_ptr().cast(), std::ptr::null(), values.as_ptr().cast())
+            }
+            (Arithmetic::F32, block) => {
+                self.expanded_keys.grow(key_elements);
+                self.expanded_values.grow(value_elements);
+                expand(block, key_dim, value_dim, &mut self.expanded_keys, &mut self.expanded_values);
+                (self.expanded_keys.as_ptr().cast(), std::ptr::null(), self.expanded_values.as_ptr().cast())
+            }
+            (Arithmetic::Bf16, KeyBlock::Bf16 { keys, values }) => {
+                (keys.as_ptr().cast(), std::ptr::null(), values.as_ptr().cast())
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Arithmetic::Int8, KeyBlock::Int8 { keys, key_scales, values, value_scales }) => {
+                self.expanded_values_bf16.grow(value_elements);
+                // SAFETY: `begin` checked that the machine has AVX-512 with BF16.
+                unsafe { avx512::expand_values(values, value_scales, value_dim, &mut self.expanded_values_bf16) };
+                (keys.as_ptr(), key_scales.as_ptr(), self.expanded_values_bf16.as_ptr().cast())
+            }
+            _ => panic!("the block is of another type than the tile began with"),
+        };
+        let (query_bytes, query_base): (usize, *const u8) = match arithmetic {
+            Arithmetic::F32 => (4, self.queries_f32.as_ptr().cast()),
+            Arithmetic::Bf16 => (2, self.queries_bf16.as_ptr().cast()),
+            Arithmetic::Int8 => (1, self.queries_int8.as_ptr().cast()),
+        };
+        let value_bytes = if arithmetic == Arithmetic::F32 { 4 } else { 2 };
+        for row in (0..rows).step_by(MICRO_ROWS) {
+            let visible = &self.visible[row..rows.min(row + MICRO_ROWS)];
+            // Only the pages that some row sees; a row that sees nothing here does not widen them.
+            let seeing = visible.iter().filter(|(start, end)| start < end && *start < end_key && *end > first_key);
+            let Some((start, end)) = seeing.fold(None, |bounds: Option<(usize, usize)>, &(start, end)| {
+                Some(bounds.map_or((start, end), |(low, high)| (low.min(start), high.max(end))))
+            }) else {
+                continue;
+            };
+            let first_page = start.saturating_sub(first_key) / PAGE_KEYS;
+            let last_page = end.min(end_key).saturating_sub(first_key).div_ceil(PAGE_KEYS);
+            let start_key = first_key + first_page * PAGE_KEYS;
+            let stop_key = first_key + last_page * PAGE_KEYS;
+            let partial = visible.iter().any(|&(start, end)| start > start_key || end < stop_key);
+            // SAFETY: all offsets stay inside the buffers checked above: `row + ROWS <= rows`, and
+            // `first_page + pages <= pages of the block`.
+            let mut tile = unsafe {
+                MicroTile {
+                    pages: last_page - first_page,
+                    key_dim,
+                    value_dim,
+                    queries: query_base.add(row * key_dim * query_bytes),
+                    query_scales: self.query_scales.as_ptr().add(row),
+                    query_offsets: self.query_offsets.as_ptr().add(row),
+                    keys: keys.add(first_page * PAGE_KEYS * key_dim * query_bytes),
+                    key_scales: if key_scales.is_null() { key_scales } else { key_scales.add(first_page * PAGE_KEYS) },
+                    values: values.add(first_page * PAGE_KEYS * value_dim * value_bytes),
+                    maxima: self.maxima.as_mut_ptr().add(row),
+                    sums: self.sums.as_mut_ptr().add(row * PAGE_KEYS),
+                    output: self.output.as_mut_ptr().add(row * value_dim),
+                    scores: self.scores.as_mut_ptr(),
+                    weights: self.weights.as_mut_ptr(),
+                    block_sums: self.block_sums.as_mut_ptr(),
+                    mask: partial.then_some((start_key, visible)),
+                }
+            };
+            // SAFETY: the pointers hold for `visible.len()` rows, and `begin` checked the instruction set.
+            unsafe {
+                run_micro_tile(self.instruction_set.expect("begin was called"), arithmetic, visible.len(), &mut tile)
+            }
+        }
+    }
+
+    /// Writes the output of row `row` (`output` may be narrower than the padded width) and returns its log-sum-exp in
+    /// nats: −∞, with an output of zeros, for a row that saw no key.
+    pub fn finish_row(&self, row: usize, output: &mut [f32]) -> f32 {
+        let value_dim = self.shape.value_dim;
+        let sum: f32 = self.sums[row * PAGE_KEYS..(row + 1) * PAGE_KEYS].iter().sum();
+        let sums = &self.output[row * value_dim..(row + 1) * value_dim];
+        if sum == 0.0 {
+            output.fill(0.0);
+            return f32::NEG_INFINITY;
+        }
+        let inverse = 1.0 / sum;
+        output.iter_mut().zip(sums).for_each(|(target, value)| *target = value * inverse);
+        (self.maxima[row] + sum.log2()) * std::f32::consts::LN_2
+    }
+}
+
+/// Enters the kernel of the instruction set and the number of rows.
+///
+/// # Safety
+/// The machine has the instruction set, and the pointers of `tile` hold for `rows` rows in this arithmetic.
+unsafe fn run_micro_tile(level: InstructionSet, arithmetic: Arithmetic, rows: usize, tile: &mut MicroTile<'_>) {
+    // SAFETY: forwarded from the caller.
+    unsafe {
+        match (arithmetic, level) {
+            #[cfg(target_arch = "x86_64")]
+            (Arithmetic::Bf16, _) => avx512::micro_tile_bf16(rows, tile),
+            #[cfg(target_arch = "x86_64")]
+            (Arithmetic::Int8, _) => avx512::micro_tile_int8(rows, tile),
+            #[cfg(target_arch = "x86_64")]
+            (_, InstructionSet::Avx512 | InstructionSet::Avx512Vnni | InstructionSet::Avx512Bf16) => {
+                float_avx512(rows, tile);
+            }
+            #[cfg(target_arch = "x86_64")]
+            (_, InstructionSet::Avx2) => float_avx2(rows, tile),
+            _ => float_rows::<PortableLanes>(rows, tile),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn float_rows<L: super::lanes::Lanes>(rows: usize, tile: &mut MicroTile<'_>) {
+    // SAFETY: forwarded from the caller.
+    unsafe {
+        match rows {
+            1 => float::micro_tile::<L, 1>(tile),
+            2 => float::micro_tile::<L, 2>(tile),
+            3 => float::micro_tile::<L, 3>(tile),
+            4 => float::micro_tile::<L, 4>(tile),
+            5 => float::micro_tile::<L, 5>(tile),
+            _ => float::micro_tile::<L, 6>(tile),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn float_avx512(rows: usize, tile: &mut MicroTile<'_>) {
+    // SAFETY: forwarded from the caller.
+    unsafe { float_rows::<Avx512Lanes>(rows, tile) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn float_avx2(rows: usize, tile: &mut MicroTile<'_>) {
+    // SAFETY: forwarded from the caller.
+    unsafe { float_rows::<Avx2Lanes>(rows, tile) }
+}
+
+/// Writes a bf16 or int8 block in the f32 page layout.
+fn expand(block: KeyBlock<'_>, key_dim: usize, value_dim: usize, keys_out: &mut [f32], values_out: &mut [f32]) {
+    let from_bits = |bits: u16| f32::from_bits(u32::from(bits) << 16);
+    match block {
+        KeyBlock::F32 { .. } => unreachable!("f32 blocks are used in place"),
+        KeyBlock::Bf16 { keys, values } => {
+            for (source, target) in keys.chunks_exact(32).zip(keys_out.chunks_exact_mut(32)) {
+                let (even, odd) = target.split_at_mut(PAGE_KEYS);
+                for (key, pair) in source.chunks_exact(2).enumerate() {
+                    even[key] = from_bits(pair[0]);
+                    odd[key] = from_bits(pair[1]);
+                }
+            }
+            for (source, target) in values.chunks_exact(2 * value_dim).zip(values_out.chunks_exact_mut(2 * value_dim)) {
+                let (even, odd) = target.split_at_mut(value_dim);
+                for (channel, pair) in source.chunks_exact(2).enumerate() {
+                    even[channel] = from_bits(pair[0]);
+                    odd[channel] = from_bits(pair[1]);
+                }
+            }
+        }
+        KeyBlock::Int8 { keys, key_scales, values, value_scales } => {
+            let page = PAGE_KEYS * key_dim;
+            for ((source, target), scales) in
+                keys.chunks_exact(page).zip(keys_out.chunks_exact_mut(page)).zip(key_scales.chunks_exact(PAGE_KEYS))
+            {
+                for (source, target) in source.chunks_exact(64).zip(target.chunks_exact_mut(64)) {
+                    for (channel, target) in target.chunks_exact_mut(PAGE_KEYS).enumerate() {
+                        for (key, target) in target.iter_mut().enumerate() {
+                            *target = (f32::from(source[key * 4 + channel]) - 128.0) * scales[key];
+                        }
+                    }
+                }
+            }
+            for ((source, target), scales) in values
+                .chunks_exact(2 * value_dim)
+                .zip(values_out.chunks_exact_mut(2 * value_dim))
+                .zip(value_scales.chunks_exact(2))
+            {
+                let (even, odd) = target.split_at_mut(value_dim);
+                for (channel, pair) in source.chunks_exact(2).enumerate() {
+                    even[channel] = f32::from(pair[0]) * scales[0];
+                    odd[channel] = f32::from(pair[1]) * scales[1];
+                }
+            }
+        }
+    }
+}
