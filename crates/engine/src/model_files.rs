@@ -1,0 +1,269 @@
+//! A model's files, opened and checked.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use crate::chat::{ChatError, ChatTemplate};
+use crate::config::{self, ConfigError, ModelConfig};
+use crate::file_map::FileSource;
+use crate::safetensors_files::{self, SafetensorsError};
+use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::weights::{TensorError, TensorInfo, TensorName, TensorTable, TensorView};
+
+/// Largest JSON or template file that is read whole, in bytes; the largest real `tokenizer.json` has about 40 MB.
+const MAXIMUM_SMALL_FILE: u64 = 256 << 20;
+
+/// A model's files: a Hugging Face folder, a GGUF file, or bytes in memory.
+///
+/// Opening reads only the descriptions; tensors are mapped when they are asked for, and unmapped when their views are
+/// dropped.
+#[derive(Debug)]
+pub struct ModelFiles {
+    name: String,
+    config: ModelConfig,
+    table: TensorTable,
+    side: SideFiles,
+}
+
+/// What describes the tokenizer and the chat.
+#[derive(Debug)]
+enum SideFiles {
+    Folder { path: PathBuf },
+    Memory(MemoryModel),
+}
+
+/// A model in memory, in the layout of a Hugging Face folder: the contents of its files.
+#[derive(Clone, Debug)]
+pub struct MemoryModel {
+    /// `config.json`.
+    pub config: Cow<'static, [u8]>,
+    /// `tokenizer.json`.
+    pub tokenizer: Cow<'static, [u8]>,
+    /// `model.safetensors`.
+    pub weights: Cow<'static, [u8]>,
+    /// `tokenizer_config.json`, if there is one.
+    pub tokenizer_config: Option<Cow<'static, [u8]>>,
+}
+
+/// What a model's files hold, in short.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelSummary {
+    /// `safetensors` or `GGUF v3`.
+    pub format: String,
+    /// Name of the model: what the file states, or the name of the file or folder.
+    pub name: String,
+    /// Number of weights.
+    pub parameters: u64,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// Number of files with tensors.
+    pub files: usize,
+    /// For each element type the number of tensors and their bytes, the largest first.
+    pub types: Vec<(&'static str, usize, u64)>,
+    /// Other statements of the file, for `inspect`: names and shortened values (GGUF metadata).
+    pub metadata: Vec<(String, String)>,
+}
+
+/// Why a model cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is nothing at the path, or it cannot be read.
+    #[error("{path}: {error}")]
+    Read {
+        /// The path.
+        path: String,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// The path is no model.
+    #[error("{path}: not a model; expected a folder with config.json and model.safetensors, or a .gguf file")]
+    NotAModel {
+        /// The path.
+        path: String,
+    },
+    /// The configuration is wrong.
+    #[error("{file}: {error}")]
+    Config {
+        /// File that holds it.
+        file: String,
+        /// What is wrong.
+        error: ConfigError,
+    },
+    /// Safetensors files are wrong.
+    #[error("{0}")]
+    Safetensors(String),
+    /// A tensor is missing, of the wrong shape or of an unknown type.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+}
+
+impl ModelFiles {
+    /// Opens a Hugging Face folder or a `.gguf` file (of a split model, its first file) and checks everything that can
+    /// be checked without reading weights.
+    ///
+    /// # Errors
+    /// When a file is missing, malformed, of an unknown family or type, or when tensors and configuration disagree.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        let shown = path.display().to_string();
+        let metadata = std::fs::metadata(path).map_err(|error| OpenError::Read { path: shown.clone(), error })?;
+        if metadata.is_dir() {
+            return Self::open_folder(path);
+        }
+        Err(OpenError::NotAModel { path: shown })
+    }
+
+    fn open_folder(path: &Path) -> Result<Self, OpenError> {
+        let config_path = path.join("config.json");
+        if !config_path.exists() {
+            return Err(OpenError::NotAModel { path: path.display().to_string() });
+        }
+        let read =
+            |path: &Path| read_small(path).map_err(|error| OpenError::Read { path: path.display().to_string(), error });
+        let in_file = |path: &Path, error| OpenError::Config { file: path.display().to_string(), error };
+        let mut config = config::parse_config(&read(&config_path)?).map_err(|error| in_file(&config_path, error))?;
+        let generation = path.join("generation_config.json");
+        if generation.exists() {
+            config::merge_generation_config(&mut config, &read(&generation)?)
+                .map_err(|error| in_file(&generation, error))?;
+        }
+        let table = safetensors_files::open_folder(path).map_err(|error| match error {
+            SafetensorsError::Header { .. } | SafetensorsError::Read { .. } | SafetensorsError::NotInShard { .. } => {
+                OpenError::Safetensors(error.to_string())
+            }
+            _ => OpenError::Safetensors(format!("{}: {error}", path.display())),
+        })?;
+        table.check(&config)?;
+        let name = std::path::absolute(path).ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into()));
+        let name = name.unwrap_or_else(|| path.display().to_string());
+        Ok(Self { name, config, table, side: SideFiles::Folder { path: path.into() } })
+    }
+
+    /// Opens a model whose files are in memory; `name` is how messages call it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_memory(name: &str, model: MemoryModel) -> Result<Self, OpenError> {
+        let config = config::parse_config(&model.config)
+            .map_err(|error| OpenError::Config { file: format!("{name}/config.json"), error })?;
+        let source = FileSource::memory(&format!("{name}/model.safetensors"), model.weights.clone());
+        let table =
+            safetensors_files::open_single(source).map_err(|error| OpenError::Safetensors(error.to_string()))?;
+        table.check(&config)?;
+        Ok(Self { name: name.into(), config, table, side: SideFiles::Memory(model) })
+    }
+
+    /// The shape of the model.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// A tensor's rows, mapped until the view is dropped. [`TensorName::Output`] gives the token embedding where
+    /// embeddings are tied.
+    ///
+    /// # Errors
+    /// When the model has no such tensor, or the file cannot be mapped.
+    pub fn tensor(&self, name: TensorName) -> Result<TensorView, TensorError> {
+        let name = match name {
+            TensorName::Output if self.config.tied_embeddings => TensorName::TokenEmbedding,
+            name => name,
+        };
+        self.table.view(&self.config, name)
+    }
+
+    /// A norm's weights or a bias, as f32; queries' and keys' biases in Hugging Face's order.
+    ///
+    /// # Errors
+    /// When the model has no such tensor or it is a matrix, or the file cannot be mapped.
+    pub fn vector(&self, name: TensorName) -> Result<Vec<f32>, TensorError> {
+        self.table.vector(&self.config, name)
+    }
+
+    /// All tensors of the files by name, those the engine does not use too.
+    pub fn tensors(&self) -> impl Iterator<Item = TensorInfo> + '_ {
+        self.table.infos()
+    }
+
+    /// What the files hold, in short.
+    pub fn summary(&self) -> ModelSummary {
+        let mut types: BTreeMap<&'static str, (usize, u64)> = BTreeMap::new();
+        let (mut parameters, mut bytes) = (0u64, 0u64);
+        for tensor in self.tensors() {
+            let entry = types.entry(tensor.weight_type).or_default();
+            entry.0 += 1;
+            entry.1 += tensor.bytes;
+            bytes += tensor.bytes;
+            parameters += tensor.shape.iter().product::<u64>();
+        }
+        let mut types: Vec<_> = types.into_iter().map(|(name, (count, bytes))| (name, count, bytes)).collect();
+        types.sort_by_key(|&(name, _, bytes)| (std::cmp::Reverse(bytes), name));
+        ModelSummary {
+            format: "safetensors".into(),
+            name: self.name.clone(),
+            parameters,
+            bytes,
+            files: self.table.sources.len(),
+            types,
+            metadata: Vec::new(),
+        }
+    }
+
+    /// Reads the tokenizer.
+    ///
+    /// # Errors
+    /// When there is none, or it is malformed or of an unknown kind.
+    pub fn tokenizer(&self) -> Result<Tokenizer, TokenizerError> {
+        let (json, file) = self
+            .side_file("tokenizer.json", |model| Some(&model.tokenizer))
+            .map_err(|error| TokenizerError::Read { file: "tokenizer.json".into(), problem: error.to_string() })?;
+        let Some(json) = json else { return Err(TokenizerError::Missing { file }) };
+        Tokenizer::from_hugging_face(&json, &file, &self.config)
+    }
+
+    /// Reads the chat template, `None` where the model has none.
+    ///
+    /// # Errors
+    /// When a file is malformed or the template does not parse.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>, ChatError> {
+        let read = |name, memory: fn(&MemoryModel) -> Option<&Cow<'static, [u8]>>| {
+            self.side_file(name, memory)
+                .map_err(|error| ChatError::Read { file: name.into(), problem: error.to_string() })
+        };
+        let (config, config_file) = read("tokenizer_config.json", |model| model.tokenizer_config.as_ref())?;
+        let (template, _) = read("chat_template.jinja", |_| None)?;
+        ChatTemplate::from_hugging_face(template.as_deref(), config.as_deref(), &config_file)
+    }
+
+    /// Contents of a file beside the weights, `None` where it does not exist, and how messages call it.
+    fn side_file(
+        &self,
+        name: &str,
+        memory: fn(&MemoryModel) -> Option<&Cow<'static, [u8]>>,
+    ) -> std::io::Result<(Option<Vec<u8>>, String)> {
+        match &self.side {
+            SideFiles::Folder { path } => {
+                let path = path.join(name);
+                let bytes = if path.exists() { Some(read_small(&path)?) } else { None };
+                Ok((bytes, path.display().to_string()))
+            }
+            SideFiles::Memory(model) => {
+                Ok((memory(model).map(|bytes| bytes.to_vec()), format!("{}/{name}", self.name)))
+            }
+        }
+    }
+}
+
+/// Reads a file that is small in every real model.
+pub(crate) fn read_small(path: &Path) -> std::io::Result<Vec<u8>> {
+    let file = std::fs::File::open(path)?;
+    let mut bytes = Vec::new();
+    file.take(MAXIMUM_SMALL_FILE + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAXIMUM_SMALL_FILE {
+        return Err(std::io::Error::new(
+            std::io::ErrorKind::FileTooLarge,
+            format!("larger than {} MB", MAXIMUM_SMALL_FILE >> 20),
+        ));
+    }
+    Ok(bytes)
+}

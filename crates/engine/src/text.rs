@@ -1,0 +1,17 @@
+//! Text from model files, made safe to print in a one-line message.
+
+/// `text` in quotes, control characters escaped, shortened to about 60 characters: names in a hostile file may hold
+/// line breaks or be very long.
+pub(crate) fn quoted(text: &str) -> String {
+    const SHOWN: usize = 60;
+    let mut shown = String::from("\"");
+    for (index, character) in text.chars().enumerate() {
+        if index == SHOWN {
+            shown.push('…');
+            break;
+        }
+        shown.extend(character.escape_debug());
+    }
+    shown.push('"');
+    shown
+}

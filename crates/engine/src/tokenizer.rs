@@ -1,0 +1,155 @@
+//! Text to token ids and back.
+
+mod bytes;
+mod hugging_face;
+mod stream;
+
+use std::collections::BTreeSet;
+
+pub use stream::TextStream;
+
+use bytes::TokenText;
+
+/// Turns text into token ids and back.
+#[derive(Debug)]
+pub struct Tokenizer {
+    kind: String,
+    encoder: Encoder,
+    token_text: TokenText,
+    vocabulary: usize,
+    special: BTreeSet<u32>,
+    bos: Option<u32>,
+    end_tokens: Vec<u32>,
+    end_of_turn_tokens: Vec<u32>,
+}
+
+#[derive(Debug)]
+enum Encoder {
+    HuggingFace(Box<tokenizers::Tokenizer>),
+}
+
+/// Tokens that end a turn of a chat in models that the engine runs.
+const END_OF_TURN: [&str; 5] = ["<|eot_id|>", "<|im_end|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>"];
+
+impl Tokenizer {
+    /// Token ids of `text`. Special tokens written out in the text become their ids, as in Hugging Face's tokenizers.
+    /// With `add_special` the tokens that the model wants around a text (usually one at its start) are added.
+    ///
+    /// # Errors
+    /// When the tokenizer's own rules fail on the text, such as an unknown character without a fallback.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        match &self.encoder {
+            Encoder::HuggingFace(tokenizer) => {
+                let encoding = tokenizer
+                    .encode_fast(text, add_special)
+                    .map_err(|error| TokenizerError::Encode(error.to_string()))?;
+                Ok(encoding.get_ids().to_vec())
+            }
+        }
+    }
+
+    /// Text of `tokens`, without special tokens. Bytes that are no UTF-8 become U+FFFD; ids outside the vocabulary
+    /// give nothing.
+    pub fn decode(&self, tokens: &[u32]) -> String {
+        let mut stream = self.text_stream();
+        let mut text: String = tokens.iter().map(|&token| stream.push(token)).collect();
+        text += &stream.finish();
+        text
+    }
+
+    /// Decodes token by token, from the start of a text.
+    pub fn text_stream(&self) -> TextStream<'_> {
+        TextStream::new(self, false)
+    }
+
+    /// Decodes token by token what continues a text: a space at the start is kept where [`decode`](Self::decode) would
+    /// strip it.
+    pub fn text_stream_continuing(&self) -> TextStream<'_> {
+        TextStream::new(self, true)
+    }
+
+    /// A token as the vocabulary writes it, such as `Ġthe` or `▁the`.
+    pub fn token_piece(&self, token: u32) -> Option<String> {
+        match &self.encoder {
+            Encoder::HuggingFace(tokenizer) => tokenizer.id_to_token(token),
+        }
+    }
+
+    /// The id of a token as the vocabulary writes it.
+    pub fn token_id(&self, piece: &str) -> Option<u32> {
+        match &self.encoder {
+            Encoder::HuggingFace(tokenizer) => tokenizer.token_to_id(piece),
+        }
+    }
+
+    /// The bytes a token stands for; none for special tokens.
+    fn token_bytes(&self, token: u32) -> Vec<u8> {
+        if self.special.contains(&token) {
+            return Vec::new();
+        }
+        self.token_piece(token).map_or_else(Vec::new, |piece| self.token_text.bytes(piece))
+    }
+
+    /// Whether the token is a control token, which has no text.
+    pub fn is_special(&self, token: u32) -> bool {
+        self.special.contains(&token)
+    }
+
+    /// Token that starts a text.
+    pub fn bos_token(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// Tokens that end a text: those the model's configuration names.
+    pub fn end_tokens(&self) -> &[u32] {
+        &self.end_tokens
+    }
+
+    /// Tokens that end a turn of a chat: [`end_tokens`](Self::end_tokens) and those of the vocabulary that are known to
+    /// end turns, such as `<|eot_id|>` and `<|im_end|>`.
+    pub fn end_of_turn_tokens(&self) -> &[u32] {
+        &self.end_of_turn_tokens
+    }
+
+    /// Number of token ids, added tokens counted.
+    pub fn vocabulary_size(&self) -> usize {
+        self.vocabulary
+    }
+
+    /// What kind of tokenizer this is, in words.
+    pub fn kind(&self) -> &str {
+        &self.kind
+    }
+}
+
+/// What is wrong with a tokenizer.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    /// The model has none.
+    #[error("{file}: missing; a model folder needs its tokenizer")]
+    Missing {
+        /// The file that should be there.
+        file: String,
+    },
+    /// It cannot be read or is malformed.
+    #[error("{file}: {problem}")]
+    Read {
+        /// The file.
+        file: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// It has more tokens than the model.
+    #[error("{file}: token id {id} is not below the model's vocabulary of {vocabulary}")]
+    IdOutOfRange {
+        /// The file.
+        file: String,
+        /// The id.
+        id: u32,
+        /// Rows of the token embedding.
+        vocabulary: usize,
+    },
+    /// A text cannot be encoded.
+    #[error("the tokenizer failed on the text: {0}")]
+    Encode(String),
+}

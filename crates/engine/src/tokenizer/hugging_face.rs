@@ -1,0 +1,98 @@
+//! `tokenizer.json`, read by the `tokenizers` library.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+use tokenizers::ModelWrapper;
+
+use super::{END_OF_TURN, Encoder, TokenText, Tokenizer, TokenizerError};
+use crate::config::ModelConfig;
+use crate::text::quoted;
+
+impl Tokenizer {
+    /// Reads a `tokenizer.json`; `file` is how messages call it.
+    pub(crate) fn from_hugging_face(json: &[u8], file: &str, config: &ModelConfig) -> Result<Self, TokenizerError> {
+        let problem = |problem: String| TokenizerError::Read { file: file.into(), problem };
+        let tokenizer = tokenizers::Tokenizer::from_bytes(json)
+            .map_err(|error| problem(format!("not a tokenizer: {}", quoted(&error.to_string()))))?;
+        Self::from_library(tokenizer, file, config)
+    }
+
+    pub(super) fn from_library(
+        mut tokenizer: tokenizers::Tokenizer,
+        file: &str,
+        config: &ModelConfig,
+    ) -> Result<Self, TokenizerError> {
+        let problem = |problem: String| TokenizerError::Read { file: file.into(), problem };
+        // A length stated in the file would cut or fill prompts silently.
+        tokenizer.with_truncation(None).map_err(|error| problem(error.to_string()))?;
+        tokenizer.with_padding(None);
+        if let ModelWrapper::BPE(model) = tokenizer.get_model()
+            && model.dropout.is_some_and(|dropout| dropout > 0.0)
+        {
+            return Err(problem("model.dropout is set, which makes token ids random; set it to null".into()));
+        }
+        let ids = tokenizer.get_vocab(true);
+        let largest = ids.values().copied().max();
+        match largest {
+            None => return Err(problem("the vocabulary is empty".into())),
+            Some(id) if id as usize >= config.vocabulary => {
+                return Err(TokenizerError::IdOutOfRange { file: file.into(), id, vocabulary: config.vocabulary });
+            }
+            Some(_) => {}
+        }
+        let special: BTreeSet<u32> = tokenizer
+            .get_added_tokens_decoder()
+            .into_iter()
+            .filter(|(_, token)| token.special)
+            .map(|(id, _)| id)
+            .collect();
+        let mut end_of_turn_tokens = config.eos_tokens.clone();
+        for id in END_OF_TURN.iter().filter_map(|name| ids.get(*name).copied()) {
+            if special.contains(&id) && !end_of_turn_tokens.contains(&id) {
+                end_of_turn_tokens.push(id);
+            }
+        }
+        let kind = match tokenizer.get_model() {
+            ModelWrapper::BPE(_) => "BPE",
+            ModelWrapper::Unigram(_) => "unigram",
+            ModelWrapper::WordPiece(_) => "WordPiece",
+            ModelWrapper::WordLevel(_) => "word level",
+        };
+        let token_text = token_text(&tokenizer);
+        Ok(Self {
+            kind: match token_text {
+                TokenText::ByteLevel => format!("byte-level {kind}"),
+                TokenText::SentencePiece { .. } => format!("{kind}, SentencePiece style"),
+                TokenText::Plain => kind.into(),
+            },
+            token_text,
+            vocabulary: largest.map_or(0, |id| id as usize + 1),
+            special,
+            bos: config.bos_token,
+            end_tokens: config.eos_tokens.clone(),
+            end_of_turn_tokens,
+            encoder: Encoder::HuggingFace(Box::new(tokenizer)),
+        })
+    }
+}
+
+/// How the decoder of the tokenizer writes tokens.
+fn token_text(tokenizer: &tokenizers::Tokenizer) -> TokenText {
+    let Some(Ok(decoder)) = tokenizer.get_decoder().map(serde_json::to_value) else { return TokenText::Plain };
+    let steps = match decoder.get("decoders") {
+        Some(Value::Array(steps)) => steps.clone(),
+        _ => vec![decoder],
+    };
+    let kinds: Vec<&str> = steps.iter().filter_map(|step| step.get("type")?.as_str()).collect();
+    match kinds.as_slice() {
+        ["ByteLevel"] => TokenText::ByteLevel,
+        ["Metaspace"] => TokenText::SentencePiece {
+            strips_first_space: steps[0].get("prepend_scheme").and_then(Value::as_str) != Some("never"),
+        },
+        ["Replace", "ByteFallback", "Fuse", rest @ ..] if rest.iter().all(|&kind| kind == "Strip") => {
+            TokenText::SentencePiece { strips_first_space: !rest.is_empty() }
+        }
+        _ => TokenText::Plain,
+    }
+}
