@@ -7,6 +7,7 @@ pub mod activation;
 pub mod add;
 mod aligned;
 pub mod attention;
+pub mod ceilings;
 mod elementwise;
 mod instruction_set;
 pub mod linear;

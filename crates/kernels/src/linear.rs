@@ -2,9 +2,14 @@
 
 mod activations;
 pub mod blocks;
+#[cfg(target_arch = "x86_64")]
+mod brain_float;
 mod expand;
 mod float;
+#[cfg(target_arch = "x86_64")]
+mod int8;
 mod packed;
+mod plan;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -18,7 +23,7 @@ use crate::aligned::AlignedScratch;
 use crate::{InstructionSet, ThreadTeam};
 use activations::RowTiles;
 use packed::PANEL;
-use tile::{Tile, TileKernels};
+use plan::{Part, Plan};
 
 pub use weight_type::WeightType;
 
@@ -83,8 +88,8 @@ pub struct LinearScratch {
     expanded: Vec<Mutex<AlignedScratch>>,
 }
 
-/// Inputs whose weights are expanded to f32 at a time: 16 KiB for each panel.
-const EXPANDED_INPUTS: usize = 256;
+/// Up to so many rows one thread converts the activations: a job for the team would take longer.
+const PARALLEL_ROWS: usize = 8;
 
 impl LinearWeights {
     /// Packs the rows given by `row_bytes(index)`, each the bytes of one row in the file's format, in parallel.
@@ -179,7 +184,7 @@ impl LinearWeights {
 
     /// Name of the kernel that runs, as reports print it.
     pub fn kernel_name(&self) -> &'static str {
-        float::kernels(self.level).name
+        Plan::new(self, 1).kernels.name
     }
 
     fn packed(&self) -> &[u8] {
@@ -193,8 +198,7 @@ impl LinearWeights {
     pub fn row(&self, index: usize, output: &mut [f32]) {
         assert!(index < self.out_features, "row {index} of {}", self.out_features);
         assert_eq!(output.len(), self.in_features, "length of a row");
-        let panel = &self.packed()[index / PANEL * self.panel_bytes..][..self.panel_bytes];
-        packed::expand_column(self.weight_type, panel, index % PANEL, output);
+        packed::expand_column(self.weight_type, self.panel(index / PANEL), index % PANEL, output);
     }
 
     /// `output[r, o] = Σ_i input[r, i] · weights[o, i]`; `input` is `[rows, in_features]`, `output`
@@ -213,74 +217,42 @@ impl LinearWeights {
         if rows == 0 {
             return;
         }
+        let plan = Plan::new(self, rows);
         let tiles = RowTiles::new(rows);
-        let inputs = packed::padded_inputs(self.weight_type, self.in_features);
-        let words = inputs;
-        let activations: &mut [u32] = bytemuck::cast_slice_mut(scratch.activations.bytes(rows * words * 4));
-        for tile in 0..tiles.count {
-            let (first, end) = (tiles.start(tile), tiles.start(tile + 1));
-            activations::interleave_f32(
-                &input[first * self.in_features..end * self.in_features],
-                self.in_features,
-                &mut activations[first * words..end * words],
-            );
-        }
         scratch.expanded.resize_with(team.threads().max(scratch.expanded.len()), Mutex::default);
-        let kernels = float::kernels(self.level);
+        let tile_words = tiles.tallest() * plan.row_words;
+        let activations: &mut [u32] = bytemuck::cast_slice_mut(scratch.activations.bytes(tiles.count * tile_words * 4));
+        let convert = |tile: usize, words: &mut [u32]| {
+            let rows = tiles.start(tile) * self.in_features..tiles.start(tile + 1) * self.in_features;
+            plan.convert(self, &input[rows], &mut words[..tiles.height(tile) * plan.row_words]);
+        };
+        if rows <= PARALLEL_ROWS {
+            activations.chunks_exact_mut(tile_words).enumerate().for_each(|(tile, words)| convert(tile, words));
+        } else {
+            team.run_chunks(activations, tile_words, |tile, words, _| convert(tile, words));
+        }
         let output = OutputView { start: output.as_mut_ptr(), row_stride: self.out_features };
-        let columns = kernels.panels() * PANEL;
+        let columns = plan.kernels.panels() * PANEL;
         let groups = self.out_features.div_ceil(columns);
         let row_chunks = (4 * team.threads()).div_ceil(groups).min(tiles.count);
         let (activations, expanded) = (&*activations, &scratch.expanded);
         team.run(groups * row_chunks, |task, worker| {
-            let group = task / row_chunks;
-            let chunk = task % row_chunks;
-            let row_tiles = tiles.count * chunk / row_chunks..tiles.count * (chunk + 1) / row_chunks;
+            let (group, chunk) = (task / row_chunks, task % row_chunks);
+            let part = Part {
+                activations,
+                tile_words,
+                tiles,
+                row_tiles: tiles.count * chunk / row_chunks..tiles.count * (chunk + 1) / row_chunks,
+                columns: group * columns..self.out_features.min((group + 1) * columns),
+                output: &output,
+            };
             let mut expanded = expanded[worker].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            let columns = group * columns..self.out_features.min((group + 1) * columns);
-            self.forward_f32(&kernels, activations, tiles, row_tiles, columns, &output, &mut expanded);
+            plan.run(self, &part, &mut expanded);
         });
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn forward_f32(
-        &self,
-        kernels: &TileKernels,
-        activations: &[u32],
-        tiles: RowTiles,
-        row_tiles: std::ops::Range<usize>,
-        columns: std::ops::Range<usize>,
-        output: &OutputView,
-        expanded: &mut AlignedScratch,
-    ) {
-        let inputs = packed::padded_inputs(self.weight_type, self.in_features);
-        let panels = columns.len().div_ceil(PANEL);
-        for first in (0..inputs).step_by(EXPANDED_INPUTS) {
-            let count = EXPANDED_INPUTS.min(inputs - first);
-            let expanded = expanded.bytes(panels * count * PANEL * 4);
-            for (index, expanded) in expanded.chunks_exact_mut(count * PANEL * 4).enumerate() {
-                let panel = &self.packed()[(columns.start / PANEL + index) * self.panel_bytes..][..self.panel_bytes];
-                expand::expand_to_f32(self.level, self.weight_type, panel, first, bytemuck::cast_slice_mut(expanded));
-            }
-            for tile in row_tiles.clone() {
-                let (start, height) = (tiles.start(tile), tiles.height(tile));
-                let activations = &activations[start * inputs + first * height..][..count * height];
-                let tile = Tile {
-                    steps: count,
-                    activations: activations.as_ptr(),
-                    weights: expanded.as_ptr(),
-                    panel_stride: count * PANEL * 4,
-                    // SAFETY: row `start` and column `columns.start` lie inside the output.
-                    output: unsafe { output.start.add(start * output.row_stride + columns.start) },
-                    row_stride: output.row_stride,
-                    columns: columns.len(),
-                    accumulate: first > 0,
-                };
-                // SAFETY: the slices above cover the activations and panels of the tile; this task alone writes rows
-                // `start..start + height` of `columns`; the level was checked when the weights were packed.
-                unsafe { kernels.table[height - 1][panels - 1](&tile) };
-            }
-        }
+    fn panel(&self, panel: usize) -> &[u8] {
+        &self.packed()[panel * self.panel_bytes..][..self.panel_bytes]
     }
 }
 
@@ -288,6 +260,13 @@ impl LinearWeights {
 struct OutputView {
     start: *mut f32,
     row_stride: usize,
+}
+
+impl OutputView {
+    /// Where row `row`, column `column` is written.
+    fn at(&self, row: usize, column: usize) -> *mut f32 {
+        self.start.wrapping_add(row * self.row_stride + column)
+    }
 }
 
 // SAFETY: tasks write disjoint parts of the output (see `forward`).

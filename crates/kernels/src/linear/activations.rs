@@ -19,6 +19,11 @@ impl RowTiles {
         tile * (self.rows / self.count) + tile.min(self.rows % self.count)
     }
 
+    /// Rows of the tallest tile.
+    pub fn tallest(&self) -> usize {
+        self.rows.div_ceil(self.count)
+    }
+
     /// Rows of tile `tile`.
     pub fn height(&self, tile: usize) -> usize {
         self.start(tile + 1) - self.start(tile)

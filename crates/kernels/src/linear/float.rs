@@ -153,3 +153,6 @@ mod x86 {
         }
     }
 }
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::store_avx512;

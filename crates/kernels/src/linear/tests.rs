@@ -58,7 +58,18 @@ impl Case {
 
     /// The activations as the kernel sees them: rounded to bf16, or to 8 bits in blocks of 32.
     fn seen(&self) -> Vec<f64> {
-        self.input.iter().map(|&value| f64::from(value)).collect()
+        let name = self.weights.kernel_name();
+        if name.starts_with("avx512-bf16") {
+            self.input.iter().map(|&value| bf16::from_f32(value).to_f64()).collect()
+        } else if name.starts_with("avx512-vnni") {
+            let block = |values: &[f32]| {
+                let scale = values.iter().fold(0.0_f32, |max, value| max.max(value.abs())) / 127.0;
+                values.iter().map(|value| f64::from((value / scale).round_ties_even() * scale)).collect::<Vec<_>>()
+            };
+            self.input.chunks_exact(32).flat_map(block).collect()
+        } else {
+            self.input.iter().map(|&value| f64::from(value)).collect()
+        }
     }
 
     fn check(&self) {

@@ -34,6 +34,7 @@ pub(super) struct Tile {
 pub(super) type TileKernel = unsafe fn(&Tile);
 
 /// The micro-kernels of one kind for every tile size: `table[rows − 1][panels − 1]`.
+#[derive(Clone, Copy)]
 pub(super) struct TileKernels {
     /// As reports print it: level, type, rows × columns.
     pub name: &'static str,

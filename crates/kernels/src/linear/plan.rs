@@ -1,0 +1,165 @@
+//! Which kernels a product runs on, and the loops around them.
+
+use std::ops::Range;
+
+use super::activations::{RowTiles, interleave_f32};
+use super::expand::expand_to_f32;
+use super::packed::{PANEL, padded_inputs};
+use super::tile::{Tile, TileKernels};
+use super::{LinearWeights, OutputView, WeightType, float};
+#[cfg(target_arch = "x86_64")]
+use super::{brain_float, int8};
+use crate::InstructionSet;
+use crate::aligned::AlignedScratch;
+
+/// Inputs whose weights are expanded to f32 at a time: 16 KiB for each panel.
+const F32_CHUNK: usize = 256;
+/// Inputs whose weights are expanded to bytes at a time: about 80 KiB for each panel, so that two stay in the L2 cache.
+#[cfg(target_arch = "x86_64")]
+const INT8_CHUNK: usize = 4096;
+/// Up to so many rows the int8 kernels unpack weights again for every tile instead of once.
+#[cfg(target_arch = "x86_64")]
+const DIRECT_ROWS: usize = 12;
+
+/// How weights come to the micro-kernel.
+enum Source {
+    /// From the packed panels.
+    Packed,
+    /// Expanded to f32 first.
+    F32,
+    /// Expanded to one byte a code first.
+    #[cfg(target_arch = "x86_64")]
+    Bytes(int8::Int8Kernels),
+}
+
+/// What one call runs.
+pub(super) struct Plan {
+    pub kernels: TileKernels,
+    source: Source,
+    /// Inputs of one step of the kernels.
+    step_inputs: usize,
+    /// 32-bit words a row of activations takes for each step.
+    step_words: usize,
+    /// 32-bit words a row of activations takes.
+    pub row_words: usize,
+}
+
+/// One task: some row tiles of one group of panels.
+pub(super) struct Part<'a> {
+    /// Tiles of activations, `tile_words` apart.
+    pub activations: &'a [u32],
+    pub tile_words: usize,
+    pub tiles: RowTiles,
+    pub row_tiles: Range<usize>,
+    /// Output columns, from the start of a panel.
+    pub columns: Range<usize>,
+    pub output: &'a OutputView,
+}
+
+impl Plan {
+    pub fn new(weights: &LinearWeights, rows: usize) -> Self {
+        let inputs = padded_inputs(weights.weight_type, weights.in_features);
+        let (kernels, source, step_inputs, step_words) = Self::choose(weights.weight_type, weights.level, rows);
+        Self { kernels, source, step_inputs, step_words, row_words: inputs / step_inputs * step_words }
+    }
+
+    fn choose(weight_type: WeightType, level: InstructionSet, rows: usize) -> (TileKernels, Source, usize, usize) {
+        let _ = rows;
+        match weight_type {
+            WeightType::F32 => return (float::kernels(level), Source::Packed, 1, 1),
+            #[cfg(target_arch = "x86_64")]
+            WeightType::F16 | WeightType::Bf16 if level >= InstructionSet::Avx512Bf16 => {
+                return (brain_float::kernels(), Source::Packed, 2, 1);
+            }
+            #[cfg(target_arch = "x86_64")]
+            _ if level >= InstructionSet::Avx512Vnni && weight_type.block_weights() > 1 => {
+                let kernels = int8::kernels(weight_type);
+                return if rows <= DIRECT_ROWS {
+                    (kernels.direct, Source::Packed, 32, int8::BLOCK_WORDS)
+                } else {
+                    (kernels.expanded, Source::Bytes(kernels), 32, int8::BLOCK_WORDS)
+                };
+            }
+            _ => {}
+        }
+        (float::kernels(level), Source::F32, 1, 1)
+    }
+
+    /// Converts the rows of one tile to the layout of the kernels.
+    pub fn convert(&self, weights: &LinearWeights, input: &[f32], words: &mut [u32]) {
+        #[cfg(target_arch = "x86_64")]
+        match self.step_inputs {
+            // SAFETY: only kernels for a level with AVX-512 BF16, checked when the weights were packed, step by 2.
+            2 => return unsafe { brain_float::interleave(input, weights.in_features, words) },
+            // SAFETY: only kernels for a level with AVX-512 VNNI, checked when the weights were packed, step by 32.
+            32 => return unsafe { int8::quantise(weights.weight_type, input, weights.in_features, words) },
+            _ => {}
+        }
+        interleave_f32(input, weights.in_features, words);
+    }
+
+    /// Runs one task; `expanded` is scratch of the worker.
+    pub fn run(&self, weights: &LinearWeights, part: &Part<'_>, expanded: &mut AlignedScratch) {
+        let inputs = padded_inputs(weights.weight_type, weights.in_features);
+        let panels = part.columns.len().div_ceil(PANEL);
+        let first_panel = part.columns.start / PANEL;
+        let panel = |index: usize| weights.panel(first_panel + index);
+        match &self.source {
+            Source::Packed => {
+                let all = &weights.packed()[first_panel * weights.panel_bytes..][..panels * weights.panel_bytes];
+                self.multiply(part, all, 0..inputs);
+            }
+            Source::F32 => {
+                for first in (0..inputs).step_by(F32_CHUNK) {
+                    let count = F32_CHUNK.min(inputs - first);
+                    let expanded = expanded.bytes(panels * count * PANEL * 4);
+                    for (index, output) in expanded.chunks_exact_mut(count * PANEL * 4).enumerate() {
+                        let output = bytemuck::cast_slice_mut(output);
+                        expand_to_f32(weights.level, weights.weight_type, panel(index), first, output);
+                    }
+                    self.multiply(part, expanded, first..first + count);
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Source::Bytes(kernels) => {
+                for first in (0..inputs).step_by(INT8_CHUNK) {
+                    let count = INT8_CHUNK.min(inputs - first);
+                    let panel_bytes = count / self.step_inputs * kernels.expanded_bytes;
+                    let expanded = expanded.bytes(panels * panel_bytes);
+                    for (index, output) in expanded.chunks_exact_mut(panel_bytes).enumerate() {
+                        // SAFETY: these kernels are only chosen for a level with AVX-512 VNNI, checked when the
+                        // weights were packed.
+                        unsafe { kernels.expand(panel(index), first / self.step_inputs, output) };
+                    }
+                    self.multiply(part, expanded, first..first + count);
+                }
+            }
+        }
+    }
+
+    /// Multiplies the row tiles of a task with `weights`, its panels one after another for `inputs`; adds to the
+    /// output from the second range of inputs on.
+    fn multiply(&self, part: &Part<'_>, weights: &[u8], inputs: Range<usize>) {
+        let panels = part.columns.len().div_ceil(PANEL);
+        let steps = inputs.len() / self.step_inputs;
+        for tile in part.row_tiles.clone() {
+            let (start, height) = (part.tiles.start(tile), part.tiles.height(tile));
+            let words = inputs.start / self.step_inputs * self.step_words * height;
+            let activations = &part.activations[tile * part.tile_words + words..][..steps * self.step_words * height];
+            let tile = Tile {
+                steps,
+                activations: activations.as_ptr(),
+                weights: weights.as_ptr(),
+                panel_stride: weights.len() / panels,
+                output: part.output.at(start, part.columns.start),
+                row_stride: part.output.row_stride,
+                columns: part.columns.len(),
+                accumulate: inputs.start > 0,
+            };
+            // SAFETY: the slices cover the activations and panels of the tile in the layouts of the kernels; this
+            // task alone writes rows `start..start + height` of its columns, which lie inside the output; the level
+            // of the kernels was checked when the weights were packed.
+            unsafe { self.kernels.table[height - 1][panels - 1](&tile) };
+        }
+    }
+}
