@@ -173,7 +173,7 @@ fn block_keys(cache: &KeyValueCache) -> usize {
     let bytes = match cache.kind() {
         crate::KeyValueType::F32 => 4 * (shape.padded_key_dim() + shape.padded_value_dim()),
         crate::KeyValueType::Bf16 => 2 * (shape.padded_key_dim() + shape.padded_value_dim()),
-        crate::KeyValueType::Int8 => shape.padded_key_dim() + 2 * shape.padded_value_dim(),
+        crate::KeyValueType::Int8 => shape.padded_key_dim() + shape.padded_value_dim(),
     };
     let fitting = (BLOCK_BYTES / bytes).clamp(64, MAX_BLOCK_KEYS);
     1 << fitting.ilog2()

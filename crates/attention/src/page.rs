@@ -4,6 +4,7 @@
 
 use iceformer_kernels::attention::PAGE_KEYS;
 use iceformer_kernels::half::bf16;
+use iceformer_kernels::nearest_integer;
 
 /// Integers of a segment and the scale of the slot being written.
 pub(crate) struct Int8Slot<'a, T> {
@@ -37,7 +38,7 @@ pub(crate) fn write_key_int8(target: Int8Slot<'_, u8>, slot: usize, key: &[f32],
         // A padded channel keeps the offset alone, so that it counts as zero.
         let mut integers = [128; 4];
         for ((integer, value), mean) in integers.iter_mut().zip(key).zip(mean) {
-            *integer = (((value - mean) * inverse).round_ties_even() as i32 + 128) as u8;
+            *integer = (nearest_integer((value - mean) * inverse) + 128) as u8;
         }
         page[(step * PAGE_KEYS + lane) * 4..][..4].copy_from_slice(&integers);
     }
@@ -61,7 +62,7 @@ pub(crate) fn write_value_int8(target: Int8Slot<'_, i8>, slot: usize, value: &[f
     let inverse = scale(value.iter().copied(), target.scale);
     let pair = &mut target.data[slot / 2 * 2 * value_dim..][..2 * value_dim];
     for (target, value) in pair.iter_mut().skip(slot % 2).step_by(2).zip(value) {
-        *target = (value * inverse).round_ties_even() as i8;
+        *target = nearest_integer(value * inverse) as i8;
     }
 }
 

@@ -14,9 +14,13 @@
 //! block of keys and values stays in the first-level cache while all rows of the tile pass over it, six at a time.
 
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+mod bf16;
 mod float;
+#[cfg(target_arch = "x86_64")]
+mod int8;
 mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod softmax;
 mod tile;
 
 pub use tile::{AttentionTile, KeyBlock, TileShape};

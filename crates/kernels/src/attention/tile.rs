@@ -2,14 +2,14 @@
 
 use half::bf16;
 
-#[cfg(target_arch = "x86_64")]
-use super::avx512;
 use super::float;
 use super::lanes::PortableLanes;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2Lanes, Avx512Lanes};
 use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE};
-use crate::{AlignedBuffer, InstructionSet};
+#[cfg(target_arch = "x86_64")]
+use super::{bf16 as bf16_kernel, int8 as int8_kernel};
+use crate::{AlignedBuffer, InstructionSet, nearest_integer};
 
 /// Whole pages of keys and values, one after another, in the layouts of the [module](super).
 #[derive(Clone, Copy)]
@@ -59,7 +59,7 @@ enum Arithmetic {
     F32,
     /// bf16 queries and weights, f32 sums.
     Bf16,
-    /// int8 queries against int8 keys, bf16 weights against values expanded to bf16.
+    /// int8 queries against int8 keys, int16 weights against int8 values.
     Int8,
 }
 
@@ -90,18 +90,21 @@ pub struct AttentionTile {
     output: AlignedBuffer<f32>,
     /// Scores of a micro-tile. `[MICRO_ROWS][MAX_BLOCK_KEYS]`
     scores: AlignedBuffer<f32>,
-    /// Weights of a micro-tile in bf16. `[MICRO_ROWS][MAX_BLOCK_KEYS]`
+    /// Weights of a micro-tile in bf16 or int16. `[MICRO_ROWS][MAX_BLOCK_KEYS]`
     weights: AlignedBuffer<u16>,
     /// `[MICRO_ROWS][16]`
     block_sums: AlignedBuffer<f32>,
     expanded_keys: AlignedBuffer<f32>,
     expanded_values: AlignedBuffer<f32>,
-    /// `[pages · 8][value_dim][2]`
-    expanded_values_bf16: AlignedBuffer<u16>,
+    /// Int8: scale of each value over the largest of the block, in steps of a weight. `[pages · 16]`
+    value_factors: Vec<f32>,
 }
 
+/// Largest int16 weight.
+const WEIGHT_STEPS: f32 = 32_767.0;
+
 /// Smallest running maximum: finite, so that a row that has seen nothing yet never computes −∞ − −∞.
-const NOTHING_SEEN: f32 = -1e30;
+pub(super) const NOTHING_SEEN: f32 = -1e30;
 
 /// Factors by which the earlier sums of a micro-tile's rows shrink.
 #[repr(align(64))]
@@ -134,6 +137,10 @@ pub(super) struct MicroTile<'a> {
     pub scores: *mut f32,
     pub weights: *mut u16,
     pub block_sums: *mut f32,
+    /// Int8: factor of each key on the weights, `[pages · 16]`.
+    pub value_factors: *const f32,
+    /// Int8: value of one step of weight · value.
+    pub value_step: f32,
     /// First key of the first page, and what each row sees, when some row does not see all of the pages.
     pub mask: Option<(usize, &'a [(usize, usize)])>,
 }
@@ -166,7 +173,7 @@ impl AttentionTile {
         self.instruction_set = Some(instruction_set);
         let arithmetic = match (instruction_set, kind) {
             (InstructionSet::Avx512Bf16, KeyBlock::Bf16 { .. }) => Arithmetic::Bf16,
-            (InstructionSet::Avx512Bf16, KeyBlock::Int8 { .. }) => Arithmetic::Int8,
+            (InstructionSet::Avx512Vnni | InstructionSet::Avx512Bf16, KeyBlock::Int8 { .. }) => Arithmetic::Int8,
             _ => Arithmetic::F32,
         };
         self.arithmetic = Some(arithmetic);
@@ -195,7 +202,7 @@ impl AttentionTile {
     pub fn kernel_name(instruction_set: InstructionSet, kind: KeyBlock<'_>) -> &'static str {
         match (instruction_set, kind) {
             (InstructionSet::Avx512Bf16, KeyBlock::Bf16 { .. }) => "avx512-bf16-6x64",
-            (InstructionSet::Avx512Bf16, KeyBlock::Int8 { .. }) => "avx512-vnni-bf16-6x64",
+            (InstructionSet::Avx512Vnni | InstructionSet::Avx512Bf16, KeyBlock::Int8 { .. }) => "avx512-vnni-6x64",
             (InstructionSet::Portable, _) => "portable-f32-6x16",
             (InstructionSet::Avx2, _) => "avx2-f32-6x16",
             _ => "avx512-f32-6x64",
@@ -225,15 +232,16 @@ impl AttentionTile {
             }
             Arithmetic::Int8 => {
                 let target = &mut self.queries_int8[range];
-                // NaN and ∞ must reach the scale, so that the row's scores are NaN and not quietly wrong.
+                // NaN and ∞ must reach the scale, so that the row's scores are NaN and not quietly wrong; `f32::max`
+                // would drop them.
                 let largest = query.iter().fold(0.0_f32, |largest, value| {
-                    if value.is_nan() { f32::NAN } else { largest.max(value.abs()) + largest * 0.0 }
+                    if value.abs() > largest || value.is_nan() { value.abs() } else { largest }
                 });
                 let step = largest / 127.0;
                 let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
                 let mut sum = 0_i32;
                 for (target, value) in target.iter_mut().zip(query) {
-                    *target = (value * inverse).round_ties_even() as i8;
+                    *target = nearest_integer(value * inverse) as i8;
                     sum += i32::from(*target);
                 }
                 target[query.len()..].fill(0);
@@ -273,7 +281,8 @@ impl AttentionTile {
             return;
         }
         let arithmetic = self.arithmetic.expect("begin was called");
-        // Base pointers of the block as the arithmetic wants it, and bytes from page to page.
+        let mut value_step = 0.0;
+        // Base pointers of the block as the arithmetic wants it.
         let (keys, key_scales, values): (*const u8, *const f32, *const u8) = match (arithmetic, block) {
             (Arithmetic::F32, KeyBlock::F32 { keys, values }) => {
                 (keys.as_ptr().cast(), std::ptr::null(), values.as_ptr().cast())
@@ -287,21 +296,18 @@ impl AttentionTile {
             (Arithmetic::Bf16, KeyBlock::Bf16 { keys, values }) => {
                 (keys.as_ptr().cast(), std::ptr::null(), values.as_ptr().cast())
             }
-            #[cfg(target_arch = "x86_64")]
             (Arithmetic::Int8, KeyBlock::Int8 { keys, key_scales, values, value_scales }) => {
-                self.expanded_values_bf16.grow(value_elements);
-                // SAFETY: `begin` checked that the machine has AVX-512 with BF16.
-                unsafe { avx512::expand_values(values, value_scales, value_dim, &mut self.expanded_values_bf16) };
-                (keys.as_ptr(), key_scales.as_ptr(), self.expanded_values_bf16.as_ptr().cast())
+                value_step = self.scale_values(value_scales);
+                (keys.as_ptr(), key_scales.as_ptr(), values.as_ptr().cast())
             }
             _ => panic!("the block is of another type than the tile began with"),
         };
-        let (query_bytes, query_base): (usize, *const u8) = match arithmetic {
+        let (element_bytes, query_base): (usize, *const u8) = match arithmetic {
             Arithmetic::F32 => (4, self.queries_f32.as_ptr().cast()),
             Arithmetic::Bf16 => (2, self.queries_bf16.as_ptr().cast()),
             Arithmetic::Int8 => (1, self.queries_int8.as_ptr().cast()),
         };
-        let value_bytes = if arithmetic == Arithmetic::F32 { 4 } else { 2 };
+
         for row in (0..rows).step_by(MICRO_ROWS) {
             let visible = &self.visible[row..rows.min(row + MICRO_ROWS)];
             // Only the pages that some row sees; a row that sees nothing here does not widen them.
@@ -323,18 +329,24 @@ impl AttentionTile {
                     pages: last_page - first_page,
                     key_dim,
                     value_dim,
-                    queries: query_base.add(row * key_dim * query_bytes),
+                    queries: query_base.add(row * key_dim * element_bytes),
                     query_scales: self.query_scales.as_ptr().add(row),
                     query_offsets: self.query_offsets.as_ptr().add(row),
-                    keys: keys.add(first_page * PAGE_KEYS * key_dim * query_bytes),
+                    keys: keys.add(first_page * PAGE_KEYS * key_dim * element_bytes),
                     key_scales: if key_scales.is_null() { key_scales } else { key_scales.add(first_page * PAGE_KEYS) },
-                    values: values.add(first_page * PAGE_KEYS * value_dim * value_bytes),
+                    values: values.add(first_page * PAGE_KEYS * value_dim * element_bytes),
                     maxima: self.maxima.as_mut_ptr().add(row),
                     sums: self.sums.as_mut_ptr().add(row * PAGE_KEYS),
                     output: self.output.as_mut_ptr().add(row * value_dim),
                     scores: self.scores.as_mut_ptr(),
                     weights: self.weights.as_mut_ptr(),
                     block_sums: self.block_sums.as_mut_ptr(),
+                    value_factors: if arithmetic == Arithmetic::Int8 {
+                        self.value_factors.as_ptr().add(first_page * PAGE_KEYS)
+                    } else {
+                        std::ptr::null()
+                    },
+                    value_step,
                     mask: partial.then_some((start_key, visible)),
                 }
             };
@@ -343,6 +355,21 @@ impl AttentionTile {
                 run_micro_tile(self.instruction_set.expect("begin was called"), arithmetic, visible.len(), &mut tile)
             }
         }
+    }
+
+    /// Fills `value_factors` and returns what one step of a weighted int8 value is worth.
+    fn scale_values(&mut self, scales: &[f32]) -> f32 {
+        // A NaN or ∞ among the scales must show in every row's output; `f32::max` would drop a NaN.
+        let largest = scales.iter().fold(
+            0.0_f32,
+            |largest, scale| {
+                if *scale > largest || scale.is_nan() { *scale } else { largest }
+            },
+        );
+        let inverse = if largest > 0.0 { WEIGHT_STEPS / largest } else { 0.0 };
+        self.value_factors.clear();
+        self.value_factors.extend(scales.iter().map(|scale| scale * inverse));
+        largest / WEIGHT_STEPS
     }
 
     /// Writes the output of row `row` (`output` may be narrower than the padded width) and returns its log-sum-exp in
@@ -370,9 +397,9 @@ unsafe fn run_micro_tile(level: InstructionSet, arithmetic: Arithmetic, rows: us
     unsafe {
         match (arithmetic, level) {
             #[cfg(target_arch = "x86_64")]
-            (Arithmetic::Bf16, _) => avx512::micro_tile_bf16(rows, tile),
+            (Arithmetic::Bf16, _) => bf16_kernel::micro_tile_rows(rows, tile),
             #[cfg(target_arch = "x86_64")]
-            (Arithmetic::Int8, _) => avx512::micro_tile_int8(rows, tile),
+            (Arithmetic::Int8, _) => int8_kernel::micro_tile_rows(rows, tile),
             #[cfg(target_arch = "x86_64")]
             (_, InstructionSet::Avx512 | InstructionSet::Avx512Vnni | InstructionSet::Avx512Bf16) => {
                 float_avx512(rows, tile);

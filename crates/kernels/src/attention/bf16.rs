@@ -1,0 +1,183 @@
+//! AVX-512 BF16 micro-tiles (6 rows × 64 keys): bf16 queries, keys, weights and values, f32 sums.
+
+use std::arch::x86_64::*;
+
+use super::softmax::{exp2, largest_score};
+use super::tile::{MicroTile, Softmax};
+use super::{MAX_BLOCK_KEYS, PAGE_KEYS};
+
+/// bf16 queries, keys and values for `rows` (1 to 6) rows.
+///
+/// # Safety
+/// The machine has the features; the pointers of `tile` hold for `rows` rows with bf16 queries, keys and values.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) unsafe fn micro_tile_rows(rows: usize, tile: &mut MicroTile<'_>) {
+    // SAFETY: forwarded from the caller.
+    unsafe {
+        match rows {
+            1 => micro_tile::<1>(tile),
+            2 => micro_tile::<2>(tile),
+            3 => micro_tile::<3>(tile),
+            4 => micro_tile::<4>(tile),
+            5 => micro_tile::<5>(tile),
+            _ => micro_tile::<6>(tile),
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn micro_tile<const ROWS: usize>(tile: &mut MicroTile<'_>) {
+    // SAFETY: forwarded from the caller; each call stays within the block's pages and the value width.
+    unsafe {
+        let mut page = 0;
+        while page < tile.pages {
+            let panels = (tile.pages - page).min(4);
+            match panels {
+                4 => scores::<ROWS, 4>(tile, page),
+                3 => scores::<ROWS, 3>(tile, page),
+                2 => scores::<ROWS, 2>(tile, page),
+                _ => scores::<ROWS, 1>(tile, page),
+            }
+            page += panels;
+        }
+        tile.apply_mask::<ROWS>();
+        let decay = softmax::<ROWS>(tile);
+        let mut column = 0;
+        while column < tile.value_dim {
+            let panels = ((tile.value_dim - column) / PAGE_KEYS).min(4);
+            match panels {
+                4 => weighted_values::<ROWS, 4>(tile, &decay, column),
+                3 => weighted_values::<ROWS, 3>(tile, &decay, column),
+                2 => weighted_values::<ROWS, 2>(tile, &decay, column),
+                _ => weighted_values::<ROWS, 1>(tile, &decay, column),
+            }
+            column += panels * PAGE_KEYS;
+        }
+    }
+}
+
+/// The bits of a vector of bf16 pairs as the dot product wants them.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn pairs(bits: __m512i) -> __m512bh {
+    // SAFETY: both types are 64 bytes without invalid bit patterns.
+    unsafe { std::mem::transmute(bits) }
+}
+
+/// Dot products of `ROWS` bf16 queries with the keys of `PANELS` pages from `page` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn scores<const ROWS: usize, const PANELS: usize>(tile: &MicroTile<'_>, page: usize) {
+    // SAFETY: page `page + PANELS − 1` is in the block; a page is `[steps][16]` pairs, a query `steps` pairs.
+    unsafe {
+        let steps = tile.key_dim / 2;
+        let keys = tile.keys.cast::<__m512i>().add(page * steps);
+        let queries = tile.queries.cast::<i32>();
+        let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
+        for step in 0..steps {
+            let mut lanes = [_mm512_setzero_si512(); PANELS];
+            for (panel, lanes) in lanes.iter_mut().enumerate() {
+                *lanes = _mm512_loadu_si512(keys.add(panel * steps + step));
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let query = pairs(_mm512_set1_epi32(queries.add(row * steps + step).read_unaligned()));
+                for (sum, lanes) in sums.iter_mut().zip(lanes) {
+                    *sum = _mm512_dpbf16_ps(*sum, pairs(lanes), query);
+                }
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            for (panel, sum) in sums.iter().enumerate() {
+                _mm512_storeu_ps(tile.scores.add(row * MAX_BLOCK_KEYS + (page + panel) * PAGE_KEYS), *sum);
+            }
+        }
+    }
+}
+
+/// One step of the online softmax (Milakov & Gimelshein 2018): scores become bf16 weights.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Softmax<ROWS> {
+    // SAFETY: a row of scores and weights has `pages` vectors of 16; there are ROWS maxima, query scales and sums.
+    unsafe {
+        let mut result = Softmax::<ROWS>::default();
+        let mut maxima = [0.0_f32; ROWS];
+        for (row, maximum) in maxima.iter_mut().enumerate() {
+            let largest = largest_score(tile, row);
+            let before = *tile.maxima.add(row);
+            *maximum = before.max(largest);
+            *tile.maxima.add(row) = *maximum;
+            result.decay[row] = before - *maximum;
+        }
+        _mm512_store_ps(result.decay.as_mut_ptr(), exp2(_mm512_load_ps(result.decay.as_ptr())));
+        for (row, maximum) in maxima.into_iter().enumerate() {
+            let scores = tile.scores.add(row * MAX_BLOCK_KEYS);
+            let weights = tile.weights.add(row * MAX_BLOCK_KEYS);
+            let maximum = _mm512_set1_ps(maximum);
+            let weight = |page: usize| exp2(_mm512_sub_ps(_mm512_loadu_ps(scores.add(page * PAGE_KEYS)), maximum));
+            let total = tile.sums.add(row * PAGE_KEYS);
+            let mut even = _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(result.decay[row]));
+            let mut odd = _mm512_setzero_ps();
+            let mut page = 0;
+            while page + 1 < tile.pages {
+                let (low, high) = (weight(page), weight(page + 1));
+                even = _mm512_add_ps(even, low);
+                odd = _mm512_add_ps(odd, high);
+                let packed: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+                _mm512_storeu_si512(weights.add(page * PAGE_KEYS).cast(), packed);
+                page += 2;
+            }
+            if page < tile.pages {
+                let last = weight(page);
+                even = _mm512_add_ps(even, last);
+                let packed: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(last));
+                _mm256_storeu_si256(weights.add(page * PAGE_KEYS).cast(), packed);
+            }
+            _mm512_storeu_ps(total, _mm512_add_ps(even, odd));
+        }
+        result
+    }
+}
+
+/// `output = decay · output + weights · values` for `PANELS` · 16 value channels from `column` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn weighted_values<const ROWS: usize, const PANELS: usize>(
+    tile: &MicroTile<'_>,
+    decay: &Softmax<ROWS>,
+    column: usize,
+) {
+    // SAFETY: values are `[pages · 8][value_dim]` pairs, output rows `value_dim` f32, and
+    // `column + PANELS · 16 <= value_dim`; a row of weights has `pages · 8` pairs.
+    unsafe {
+        let values = tile.values.cast::<i32>().add(column);
+        let weights = tile.weights.cast::<i32>();
+        let output = tile.output.add(column);
+        let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let decay = _mm512_set1_ps(decay.decay[row]);
+            for (panel, sum) in sums.iter_mut().enumerate() {
+                let before = _mm512_loadu_ps(output.add(row * tile.value_dim + panel * PAGE_KEYS));
+                *sum = _mm512_mul_ps(before, decay);
+            }
+        }
+        for pair in 0..tile.pages * PAGE_KEYS / 2 {
+            let mut lanes = [_mm512_setzero_si512(); PANELS];
+            for (panel, lanes) in lanes.iter_mut().enumerate() {
+                *lanes = _mm512_loadu_si512(values.add(pair * tile.value_dim + panel * PAGE_KEYS).cast());
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let weight = pairs(_mm512_set1_epi32(*weights.add(row * MAX_BLOCK_KEYS / 2 + pair)));
+                for (sum, lanes) in sums.iter_mut().zip(lanes) {
+                    *sum = _mm512_dpbf16_ps(*sum, pairs(lanes), weight);
+                }
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            for (panel, sum) in sums.iter().enumerate() {
+                _mm512_storeu_ps(output.add(row * tile.value_dim + panel * PAGE_KEYS), *sum);
+            }
+        }
+    }
+}

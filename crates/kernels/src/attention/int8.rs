@@ -1,0 +1,192 @@
+//! AVX-512 VNNI micro-tiles (6 rows × 64 keys): int8 queries and keys, int16 weights, int8 values.
+//!
+//! Weights relative to the largest of their row *and block* are rounded to 15 bits, finer than bf16 would, and the
+//! scales of the values are folded into them first; so values stay the integers they are stored as, and a block's sum
+//! is exact in 32 bits: 256 keys · 32767 · 127 < 2³¹.
+
+use std::arch::x86_64::*;
+
+use super::softmax::{exp2, largest_score};
+use super::tile::{MicroTile, NOTHING_SEEN};
+use super::{MAX_BLOCK_KEYS, PAGE_KEYS};
+
+/// Runs `rows` (1 to 6) rows.
+///
+/// # Safety
+/// The machine has the features; the pointers of `tile` hold for `rows` rows with int8 queries, keys and values.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) unsafe fn micro_tile_rows(rows: usize, tile: &mut MicroTile<'_>) {
+    // SAFETY: forwarded from the caller.
+    unsafe {
+        match rows {
+            1 => micro_tile::<1>(tile),
+            2 => micro_tile::<2>(tile),
+            3 => micro_tile::<3>(tile),
+            4 => micro_tile::<4>(tile),
+            5 => micro_tile::<5>(tile),
+            _ => micro_tile::<6>(tile),
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn micro_tile<const ROWS: usize>(tile: &mut MicroTile<'_>) {
+    // SAFETY: forwarded from the caller; each call stays within the block's pages and the value width.
+    unsafe {
+        let mut page = 0;
+        while page < tile.pages {
+            let panels = (tile.pages - page).min(4);
+            match panels {
+                4 => scores::<ROWS, 4>(tile, page),
+                3 => scores::<ROWS, 3>(tile, page),
+                2 => scores::<ROWS, 2>(tile, page),
+                _ => scores::<ROWS, 1>(tile, page),
+            }
+            page += panels;
+        }
+        tile.apply_mask::<ROWS>();
+        let factors = softmax::<ROWS>(tile);
+        let mut column = 0;
+        while column < tile.value_dim {
+            let panels = ((tile.value_dim - column) / PAGE_KEYS).min(4);
+            match panels {
+                4 => weighted_values::<ROWS, 4>(tile, &factors, column),
+                3 => weighted_values::<ROWS, 3>(tile, &factors, column),
+                2 => weighted_values::<ROWS, 2>(tile, &factors, column),
+                _ => weighted_values::<ROWS, 1>(tile, &factors, column),
+            }
+            column += panels * PAGE_KEYS;
+        }
+    }
+}
+
+/// Dot products of `ROWS` queries with the keys of `PANELS` pages from `page` on, in units of the row's query scale
+/// (the softmax multiplies by it).
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn scores<const ROWS: usize, const PANELS: usize>(tile: &MicroTile<'_>, page: usize) {
+    // SAFETY: page `page + PANELS − 1` is in the block; a page is `[steps][16]` groups of four, a query `steps`
+    // groups; there is one key scale for each key of the block.
+    unsafe {
+        let steps = tile.key_dim / 4;
+        let keys = tile.keys.cast::<__m512i>().add(page * steps);
+        let queries = tile.queries.cast::<i32>();
+        let mut sums = [[_mm512_setzero_si512(); PANELS]; ROWS];
+        for (row, sums) in sums.iter_mut().enumerate() {
+            // Keys are stored with an offset of 128; starting here takes it out again.
+            *sums = [_mm512_set1_epi32(*tile.query_offsets.add(row)); PANELS];
+        }
+        for step in 0..steps {
+            let mut lanes = [_mm512_setzero_si512(); PANELS];
+            for (panel, lanes) in lanes.iter_mut().enumerate() {
+                *lanes = _mm512_loadu_si512(keys.add(panel * steps + step));
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let query = _mm512_set1_epi32(queries.add(row * steps + step).read_unaligned());
+                for (sum, lanes) in sums.iter_mut().zip(lanes) {
+                    *sum = _mm512_dpbusd_epi32(*sum, lanes, query);
+                }
+            }
+        }
+        for panel in 0..PANELS {
+            let scales = _mm512_loadu_ps(tile.key_scales.add((page + panel) * PAGE_KEYS));
+            for (row, sums) in sums.iter().enumerate() {
+                let score = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[panel]), scales);
+                _mm512_storeu_ps(tile.scores.add(row * MAX_BLOCK_KEYS + (page + panel) * PAGE_KEYS), score);
+            }
+        }
+    }
+}
+
+/// How a block's sums join the earlier ones of each row.
+#[repr(align(64))]
+struct Factors {
+    /// Factor on the earlier sums.
+    earlier: [f32; 16],
+    /// Factor on the block's.
+    block: [f32; 16],
+}
+
+/// One step of the online softmax (Milakov & Gimelshein 2018): scores become int16 weights, relative to the largest
+/// of the row in this block, times the values' scales.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Factors {
+    // SAFETY: a row of scores and weights has `pages` vectors of 16; there are ROWS maxima, query scales and sums, and
+    // one value factor for each key of the block.
+    unsafe {
+        let mut factors = Factors { earlier: [0.0; 16], block: [0.0; 16] };
+        let mut maxima = [0.0_f32; ROWS];
+        for (row, maximum) in maxima.iter_mut().enumerate() {
+            *maximum = NOTHING_SEEN.max(largest_score(tile, row) * *tile.query_scales.add(row));
+            let before = *tile.maxima.add(row);
+            let after = before.max(*maximum);
+            *tile.maxima.add(row) = after;
+            factors.earlier[row] = before - after;
+            factors.block[row] = *maximum - after;
+        }
+        _mm512_store_ps(factors.earlier.as_mut_ptr(), exp2(_mm512_load_ps(factors.earlier.as_ptr())));
+        _mm512_store_ps(factors.block.as_mut_ptr(), exp2(_mm512_load_ps(factors.block.as_ptr())));
+        for (row, maximum) in maxima.into_iter().enumerate() {
+            let scores = tile.scores.add(row * MAX_BLOCK_KEYS);
+            let weights = tile.weights.add(row * MAX_BLOCK_KEYS);
+            let maximum = _mm512_set1_ps(maximum);
+            let scale = _mm512_set1_ps(*tile.query_scales.add(row));
+            let mut sum = _mm512_setzero_ps();
+            for page in 0..tile.pages {
+                let score = _mm512_loadu_ps(scores.add(page * PAGE_KEYS));
+                let weight = exp2(_mm512_fmsub_ps(score, scale, maximum));
+                sum = _mm512_add_ps(sum, weight);
+                let scaled = _mm512_mul_ps(weight, _mm512_loadu_ps(tile.value_factors.add(page * PAGE_KEYS)));
+                let integers = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(scaled));
+                _mm256_storeu_si256(weights.add(page * PAGE_KEYS).cast(), integers);
+            }
+            let total = tile.sums.add(row * PAGE_KEYS);
+            let earlier = _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(factors.earlier[row]));
+            _mm512_storeu_ps(total, _mm512_fmadd_ps(sum, _mm512_set1_ps(factors.block[row]), earlier));
+            factors.block[row] *= tile.value_step;
+        }
+        factors
+    }
+}
+
+/// `output = earlier · output + block · (weights · values)` for `PANELS` · 16 value channels from `column` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn weighted_values<const ROWS: usize, const PANELS: usize>(
+    tile: &MicroTile<'_>,
+    factors: &Factors,
+    column: usize,
+) {
+    // SAFETY: values are `[pages · 8][value_dim]` pairs of i8, output rows `value_dim` f32, and
+    // `column + PANELS · 16 <= value_dim`; a row of weights has `pages · 8` pairs.
+    unsafe {
+        let values = tile.values.add(2 * column);
+        let weights = tile.weights.cast::<i32>();
+        let output = tile.output.add(column);
+        let mut sums = [[_mm512_setzero_si512(); PANELS]; ROWS];
+        for pair in 0..tile.pages * PAGE_KEYS / 2 {
+            let mut lanes = [_mm512_setzero_si512(); PANELS];
+            for (panel, lanes) in lanes.iter_mut().enumerate() {
+                let bytes = values.add(2 * (pair * tile.value_dim + panel * PAGE_KEYS));
+                *lanes = _mm512_cvtepi8_epi16(_mm256_loadu_si256(bytes.cast()));
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let weight = _mm512_set1_epi32(*weights.add(row * MAX_BLOCK_KEYS / 2 + pair));
+                for (sum, lanes) in sums.iter_mut().zip(lanes) {
+                    *sum = _mm512_dpwssd_epi32(*sum, lanes, weight);
+                }
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            let earlier = _mm512_set1_ps(factors.earlier[row]);
+            let block = _mm512_set1_ps(factors.block[row]);
+            for (panel, sum) in sums.iter().enumerate() {
+                let target = output.add(row * tile.value_dim + panel * PAGE_KEYS);
+                let before = _mm512_mul_ps(_mm512_loadu_ps(target), earlier);
+                _mm512_storeu_ps(target, _mm512_fmadd_ps(_mm512_cvtepi32_ps(*sum), block, before));
+            }
+        }
+    }
+}
