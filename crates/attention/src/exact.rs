@@ -114,11 +114,13 @@ pub(crate) fn run(
             }
             tile.set_row(row, query, attention.scale, (start, end));
         }
-        let mut first = low.min(high) / block_keys * block_keys;
-        while first < high {
+        let block = |first: usize| {
             let count = block_keys.min(high - first).next_multiple_of(PAGE_KEYS);
-            tile.accumulate(first, cache.block(kv_head, first, count));
-            first += block_keys;
+            cache.block(kv_head, first, count)
+        };
+        for first in (low.min(high) / block_keys * block_keys..high).step_by(block_keys) {
+            let next = first + block_keys;
+            tile.accumulate(first, block(first), (next < high).then(|| block(next)));
         }
         part.output.resize(rows * value_dim, 0.0);
         part.log_sum_exp.resize(rows, 0.0);

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::softmax::{exp2, largest_score};
 use super::tile::{MicroTile, Softmax};
-use super::{MAX_BLOCK_KEYS, PAGE_KEYS};
+use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead};
 
 /// bf16 queries, keys and values for `rows` (1 to 6) rows.
 ///
@@ -14,30 +14,36 @@ use super::{MAX_BLOCK_KEYS, PAGE_KEYS};
 pub(super) unsafe fn micro_tile_rows(rows: usize, tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller.
     unsafe {
-        match rows {
-            1 => micro_tile::<1>(tile),
-            2 => micro_tile::<2>(tile),
-            3 => micro_tile::<3>(tile),
-            4 => micro_tile::<4>(tile),
-            5 => micro_tile::<5>(tile),
-            _ => micro_tile::<6>(tile),
+        match (rows, tile.ahead.is_some()) {
+            (1, true) => micro_tile::<1, true>(tile),
+            (2, true) => micro_tile::<2, true>(tile),
+            (3, true) => micro_tile::<3, true>(tile),
+            (4, true) => micro_tile::<4, true>(tile),
+            (5, true) => micro_tile::<5, true>(tile),
+            (_, true) => micro_tile::<6, true>(tile),
+            (1, false) => micro_tile::<1, false>(tile),
+            (2, false) => micro_tile::<2, false>(tile),
+            (3, false) => micro_tile::<3, false>(tile),
+            (4, false) => micro_tile::<4, false>(tile),
+            (5, false) => micro_tile::<5, false>(tile),
+            (_, false) => micro_tile::<6, false>(tile),
         }
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn micro_tile<const ROWS: usize>(tile: &mut MicroTile<'_>) {
+unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller; each call stays within the block's pages and the value width.
     unsafe {
         let mut page = 0;
         while page < tile.pages {
             let panels = (tile.pages - page).min(4);
             match panels {
-                4 => scores::<ROWS, 4>(tile, page),
-                3 => scores::<ROWS, 3>(tile, page),
-                2 => scores::<ROWS, 2>(tile, page),
-                _ => scores::<ROWS, 1>(tile, page),
+                4 => scores::<ROWS, 4, AHEAD>(tile, page),
+                3 => scores::<ROWS, 3, AHEAD>(tile, page),
+                2 => scores::<ROWS, 2, AHEAD>(tile, page),
+                _ => scores::<ROWS, 1, AHEAD>(tile, page),
             }
             page += panels;
         }
@@ -47,10 +53,10 @@ unsafe fn micro_tile<const ROWS: usize>(tile: &mut MicroTile<'_>) {
         while column < tile.value_dim {
             let panels = ((tile.value_dim - column) / PAGE_KEYS).min(4);
             match panels {
-                4 => weighted_values::<ROWS, 4>(tile, &decay, column),
-                3 => weighted_values::<ROWS, 3>(tile, &decay, column),
-                2 => weighted_values::<ROWS, 2>(tile, &decay, column),
-                _ => weighted_values::<ROWS, 1>(tile, &decay, column),
+                4 => weighted_values::<ROWS, 4, AHEAD>(tile, &decay, column),
+                3 => weighted_values::<ROWS, 3, AHEAD>(tile, &decay, column),
+                2 => weighted_values::<ROWS, 2, AHEAD>(tile, &decay, column),
+                _ => weighted_values::<ROWS, 1, AHEAD>(tile, &decay, column),
             }
             column += panels * PAGE_KEYS;
         }
@@ -68,17 +74,22 @@ fn pairs(bits: __m512i) -> __m512bh {
 /// Dot products of `ROWS` bf16 queries with the keys of `PANELS` pages from `page` on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn scores<const ROWS: usize, const PANELS: usize>(tile: &MicroTile<'_>, page: usize) {
+unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile: &MicroTile<'_>, page: usize) {
     // SAFETY: page `page + PANELS − 1` is in the block; a page is `[steps][16]` pairs, a query `steps` pairs.
     unsafe {
         let steps = tile.key_dim / 2;
         let keys = tile.keys.cast::<__m512i>().add(page * steps);
         let queries = tile.queries.cast::<i32>();
+        let key_ahead = tile.ahead.map_or(0, |(keys, _)| keys);
         let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
         for step in 0..steps {
             let mut lanes = [_mm512_setzero_si512(); PANELS];
             for (panel, lanes) in lanes.iter_mut().enumerate() {
-                *lanes = _mm512_loadu_si512(keys.add(panel * steps + step));
+                let source = keys.add(panel * steps + step);
+                *lanes = _mm512_loadu_si512(source);
+                if AHEAD {
+                    fetch_ahead(source, key_ahead);
+                }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let query = pairs(_mm512_set1_epi32(queries.add(row * steps + step).read_unaligned()));
@@ -143,7 +154,7 @@ unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Softmax<ROWS> 
 /// `output = decay · output + weights · values` for `PANELS` · 16 value channels from `column` on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn weighted_values<const ROWS: usize, const PANELS: usize>(
+unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(
     tile: &MicroTile<'_>,
     decay: &Softmax<ROWS>,
     column: usize,
@@ -153,6 +164,7 @@ unsafe fn weighted_values<const ROWS: usize, const PANELS: usize>(
     unsafe {
         let values = tile.values.cast::<i32>().add(column);
         let weights = tile.weights.cast::<i32>();
+        let value_ahead = tile.ahead.map_or(0, |(_, values)| values);
         let output = tile.output.add(column);
         let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
         for (row, sums) in sums.iter_mut().enumerate() {
@@ -165,7 +177,11 @@ unsafe fn weighted_values<const ROWS: usize, const PANELS: usize>(
         for pair in 0..tile.pages * PAGE_KEYS / 2 {
             let mut lanes = [_mm512_setzero_si512(); PANELS];
             for (panel, lanes) in lanes.iter_mut().enumerate() {
-                *lanes = _mm512_loadu_si512(values.add(pair * tile.value_dim + panel * PAGE_KEYS).cast());
+                let source = values.add(pair * tile.value_dim + panel * PAGE_KEYS);
+                *lanes = _mm512_loadu_si512(source.cast());
+                if AHEAD {
+                    fetch_ahead(source, value_ahead);
+                }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let weight = pairs(_mm512_set1_epi32(*weights.add(row * MAX_BLOCK_KEYS / 2 + pair)));

@@ -2,7 +2,7 @@
 
 use super::lanes::Lanes;
 use super::tile::{MicroTile, Softmax};
-use super::{MAX_BLOCK_KEYS, PAGE_KEYS};
+use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead};
 
 /// Scores, online softmax and weighted sum of values for `ROWS` query rows against one block.
 ///
@@ -10,16 +10,16 @@ use super::{MAX_BLOCK_KEYS, PAGE_KEYS};
 /// The instruction set of `L` is enabled in the caller; the pointers of `tile` are valid as [`MicroTile`] says, with
 /// queries, keys and values in f32.
 #[inline(always)]
-pub(super) unsafe fn micro_tile<L: Lanes, const ROWS: usize>(tile: &mut MicroTile<'_>) {
+pub(super) unsafe fn micro_tile<L: Lanes, const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller.
     unsafe {
         let mut page = 0;
         while page < tile.pages {
             let panels = if tile.pages - page >= L::PANELS { L::PANELS } else { 1 };
             if panels == 4 {
-                scores::<L, ROWS, 4>(tile, page)
+                scores::<L, ROWS, 4, AHEAD>(tile, page)
             } else {
-                scores::<L, ROWS, 1>(tile, page)
+                scores::<L, ROWS, 1, AHEAD>(tile, page)
             }
             page += panels;
         }
@@ -29,9 +29,9 @@ pub(super) unsafe fn micro_tile<L: Lanes, const ROWS: usize>(tile: &mut MicroTil
         while column < tile.value_dim {
             let panels = if (tile.value_dim - column) / PAGE_KEYS >= L::PANELS { L::PANELS } else { 1 };
             if panels == 4 {
-                weighted_values::<L, ROWS, 4>(tile, &decay, column)
+                weighted_values::<L, ROWS, 4, AHEAD>(tile, &decay, column)
             } else {
-                weighted_values::<L, ROWS, 1>(tile, &decay, column)
+                weighted_values::<L, ROWS, 1, AHEAD>(tile, &decay, column)
             }
             column += panels * PAGE_KEYS;
         }
@@ -40,15 +40,22 @@ pub(super) unsafe fn micro_tile<L: Lanes, const ROWS: usize>(tile: &mut MicroTil
 
 /// Dot products of `ROWS` queries with the keys of `PANELS` pages from `page` on.
 #[inline(always)]
-unsafe fn scores<L: Lanes, const ROWS: usize, const PANELS: usize>(tile: &mut MicroTile<'_>, page: usize) {
+unsafe fn scores<L: Lanes, const ROWS: usize, const PANELS: usize, const AHEAD: bool>(
+    tile: &mut MicroTile<'_>,
+    page: usize,
+) {
     // SAFETY: page `page + PANELS − 1` is in the block; a page is `[key_dim][16]` f32; queries have `key_dim` f32.
     unsafe {
         let keys = tile.keys.cast::<f32>().add(page * tile.key_dim * PAGE_KEYS);
         let queries = tile.queries.cast::<f32>();
+        let key_ahead = tile.ahead.map_or(0, |(keys, _)| keys);
         let mut sums = [[L::splat(0.0); PANELS]; ROWS];
         for channel in 0..tile.key_dim {
-            let keys: [L; PANELS] =
-                std::array::from_fn(|panel| L::load(keys.add((panel * tile.key_dim + channel) * PAGE_KEYS)));
+            let source = keys.add(channel * PAGE_KEYS);
+            let keys: [L; PANELS] = std::array::from_fn(|panel| L::load(source.add(panel * tile.key_dim * PAGE_KEYS)));
+            if AHEAD {
+                (0..PANELS).for_each(|panel| fetch_ahead(source.add(panel * tile.key_dim * PAGE_KEYS), key_ahead));
+            }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let query = L::splat(*queries.add(row * tile.key_dim + channel));
                 for (sum, key) in sums.iter_mut().zip(keys) {
@@ -101,7 +108,7 @@ unsafe fn softmax<L: Lanes, const ROWS: usize>(tile: &mut MicroTile<'_>) -> Soft
 
 /// `output = decay · output + weights · values` for `PANELS` · 16 value channels from `column` on.
 #[inline(always)]
-unsafe fn weighted_values<L: Lanes, const ROWS: usize, const PANELS: usize>(
+unsafe fn weighted_values<L: Lanes, const ROWS: usize, const PANELS: usize, const AHEAD: bool>(
     tile: &mut MicroTile<'_>,
     decay: &Softmax<ROWS>,
     column: usize,
@@ -111,14 +118,18 @@ unsafe fn weighted_values<L: Lanes, const ROWS: usize, const PANELS: usize>(
     unsafe {
         let values = tile.values.cast::<f32>().add(column);
         let output = tile.output.add(column);
+        let value_ahead = tile.ahead.map_or(0, |(_, values)| values);
         let mut sums: [[L; PANELS]; ROWS] = std::array::from_fn(|row| {
             std::array::from_fn(|panel| {
                 L::load(output.add(row * tile.value_dim + panel * PAGE_KEYS)).mul(L::splat(decay.decay[row]))
             })
         });
         for key in 0..tile.pages * PAGE_KEYS {
-            let values: [L; PANELS] =
-                std::array::from_fn(|panel| L::load(values.add(key * tile.value_dim + panel * PAGE_KEYS)));
+            let source = values.add(key * tile.value_dim);
+            let values: [L; PANELS] = std::array::from_fn(|panel| L::load(source.add(panel * PAGE_KEYS)));
+            if AHEAD {
+                (0..PANELS).for_each(|panel| fetch_ahead(source.add(panel * PAGE_KEYS), value_ahead));
+            }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let weight = L::splat(*tile.scores.add(row * MAX_BLOCK_KEYS + key));
                 for (sum, value) in sums.iter_mut().zip(values) {

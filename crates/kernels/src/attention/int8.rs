@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use super::softmax::{exp2, largest_score};
 use super::tile::{MicroTile, NOTHING_SEEN};
-use super::{MAX_BLOCK_KEYS, PAGE_KEYS};
+use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead};
 
 /// Runs `rows` (1 to 6) rows.
 ///
@@ -18,30 +18,36 @@ use super::{MAX_BLOCK_KEYS, PAGE_KEYS};
 pub(super) unsafe fn micro_tile_rows(rows: usize, tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller.
     unsafe {
-        match rows {
-            1 => micro_tile::<1>(tile),
-            2 => micro_tile::<2>(tile),
-            3 => micro_tile::<3>(tile),
-            4 => micro_tile::<4>(tile),
-            5 => micro_tile::<5>(tile),
-            _ => micro_tile::<6>(tile),
+        match (rows, tile.ahead.is_some()) {
+            (1, true) => micro_tile::<1, true>(tile),
+            (2, true) => micro_tile::<2, true>(tile),
+            (3, true) => micro_tile::<3, true>(tile),
+            (4, true) => micro_tile::<4, true>(tile),
+            (5, true) => micro_tile::<5, true>(tile),
+            (_, true) => micro_tile::<6, true>(tile),
+            (1, false) => micro_tile::<1, false>(tile),
+            (2, false) => micro_tile::<2, false>(tile),
+            (3, false) => micro_tile::<3, false>(tile),
+            (4, false) => micro_tile::<4, false>(tile),
+            (5, false) => micro_tile::<5, false>(tile),
+            (_, false) => micro_tile::<6, false>(tile),
         }
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn micro_tile<const ROWS: usize>(tile: &mut MicroTile<'_>) {
+unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller; each call stays within the block's pages and the value width.
     unsafe {
         let mut page = 0;
         while page < tile.pages {
             let panels = (tile.pages - page).min(4);
             match panels {
-                4 => scores::<ROWS, 4>(tile, page),
-                3 => scores::<ROWS, 3>(tile, page),
-                2 => scores::<ROWS, 2>(tile, page),
-                _ => scores::<ROWS, 1>(tile, page),
+                4 => scores::<ROWS, 4, AHEAD>(tile, page),
+                3 => scores::<ROWS, 3, AHEAD>(tile, page),
+                2 => scores::<ROWS, 2, AHEAD>(tile, page),
+                _ => scores::<ROWS, 1, AHEAD>(tile, page),
             }
             page += panels;
         }
@@ -51,10 +57,10 @@ unsafe fn micro_tile<const ROWS: usize>(tile: &mut MicroTile<'_>) {
         while column < tile.value_dim {
             let panels = ((tile.value_dim - column) / PAGE_KEYS).min(4);
             match panels {
-                4 => weighted_values::<ROWS, 4>(tile, &factors, column),
-                3 => weighted_values::<ROWS, 3>(tile, &factors, column),
-                2 => weighted_values::<ROWS, 2>(tile, &factors, column),
-                _ => weighted_values::<ROWS, 1>(tile, &factors, column),
+                4 => weighted_values::<ROWS, 4, AHEAD>(tile, &factors, column),
+                3 => weighted_values::<ROWS, 3, AHEAD>(tile, &factors, column),
+                2 => weighted_values::<ROWS, 2, AHEAD>(tile, &factors, column),
+                _ => weighted_values::<ROWS, 1, AHEAD>(tile, &factors, column),
             }
             column += panels * PAGE_KEYS;
         }
@@ -65,13 +71,14 @@ unsafe fn micro_tile<const ROWS: usize>(tile: &mut MicroTile<'_>) {
 /// (the softmax multiplies by it).
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn scores<const ROWS: usize, const PANELS: usize>(tile: &MicroTile<'_>, page: usize) {
+unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile: &MicroTile<'_>, page: usize) {
     // SAFETY: page `page + PANELS − 1` is in the block; a page is `[steps][16]` groups of four, a query `steps`
     // groups; there is one key scale for each key of the block.
     unsafe {
         let steps = tile.key_dim / 4;
         let keys = tile.keys.cast::<__m512i>().add(page * steps);
         let queries = tile.queries.cast::<i32>();
+        let key_ahead = tile.ahead.map_or(0, |(keys, _)| keys);
         let mut sums = [[_mm512_setzero_si512(); PANELS]; ROWS];
         for (row, sums) in sums.iter_mut().enumerate() {
             // Keys are stored with an offset of 128; starting here takes it out again.
@@ -80,7 +87,11 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize>(tile: &MicroTile<'_>, p
         for step in 0..steps {
             let mut lanes = [_mm512_setzero_si512(); PANELS];
             for (panel, lanes) in lanes.iter_mut().enumerate() {
-                *lanes = _mm512_loadu_si512(keys.add(panel * steps + step));
+                let source = keys.add(panel * steps + step);
+                *lanes = _mm512_loadu_si512(source);
+                if AHEAD {
+                    fetch_ahead(source, key_ahead);
+                }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let query = _mm512_set1_epi32(queries.add(row * steps + step).read_unaligned());
@@ -154,7 +165,7 @@ unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Factors {
 /// `output = earlier · output + block · (weights · values)` for `PANELS` · 16 value channels from `column` on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn weighted_values<const ROWS: usize, const PANELS: usize>(
+unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(
     tile: &MicroTile<'_>,
     factors: &Factors,
     column: usize,
@@ -164,6 +175,7 @@ unsafe fn weighted_values<const ROWS: usize, const PANELS: usize>(
     unsafe {
         let values = tile.values.add(2 * column);
         let weights = tile.weights.cast::<i32>();
+        let value_ahead = tile.ahead.map_or(0, |(_, values)| values);
         let output = tile.output.add(column);
         let mut sums = [[_mm512_setzero_si512(); PANELS]; ROWS];
         for pair in 0..tile.pages * PAGE_KEYS / 2 {
@@ -171,6 +183,9 @@ unsafe fn weighted_values<const ROWS: usize, const PANELS: usize>(
             for (panel, lanes) in lanes.iter_mut().enumerate() {
                 let bytes = values.add(2 * (pair * tile.value_dim + panel * PAGE_KEYS));
                 *lanes = _mm512_cvtepi8_epi16(_mm256_loadu_si256(bytes.cast()));
+                if AHEAD && panel % 2 == 0 {
+                    fetch_ahead(bytes, value_ahead);
+                }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let weight = _mm512_set1_epi32(*weights.add(row * MAX_BLOCK_KEYS / 2 + pair));

@@ -35,3 +35,16 @@ pub const VALUE_DIM_MULTIPLE: usize = 16;
 pub const MAX_BLOCK_KEYS: usize = 256;
 /// Query rows of a micro-tile: 6 rows × 4 vectors fill 24 of 32 registers with sums.
 const MICRO_ROWS: usize = 6;
+
+/// Asks for the cache line `offset` bytes from `address`. Only a hint: any address may be given.
+#[inline(always)]
+fn fetch_ahead<T>(address: *const T, offset: isize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch never faults, whatever the address; SSE is part of x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast::<i8>().wrapping_offset(offset)) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (address, offset);
+}

@@ -41,6 +41,17 @@ pub enum KeyBlock<'a> {
     },
 }
 
+impl KeyBlock<'_> {
+    /// Addresses of the keys and of the values.
+    fn addresses(self) -> (usize, usize) {
+        match self {
+            Self::F32 { keys, values } => (keys.as_ptr().addr(), values.as_ptr().addr()),
+            Self::Bf16 { keys, values } => (keys.as_ptr().addr(), values.as_ptr().addr()),
+            Self::Int8 { keys, values, .. } => (keys.as_ptr().addr(), values.as_ptr().addr()),
+        }
+    }
+}
+
 /// Shape of the queries, keys and values of a tile.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TileShape {
@@ -141,6 +152,9 @@ pub(super) struct MicroTile<'a> {
     pub value_factors: *const f32,
     /// Int8: value of one step of weight · value.
     pub value_step: f32,
+    /// Where the next block's keys and values lie, to be fetched into the second-level cache meanwhile: byte offsets
+    /// from this block's. One micro-tile of a block does it.
+    pub ahead: Option<(isize, isize)>,
     /// First key of the first page, and what each row sees, when some row does not see all of the pages.
     pub mask: Option<(usize, &'a [(usize, usize)])>,
 }
@@ -256,12 +270,13 @@ impl AttentionTile {
         }
     }
 
-    /// Adds the keys of `block`, whose first key has index `first_key`, to every row that sees them.
+    /// Adds the keys of `block`, whose first key has index `first_key`, to every row that sees them. `next` is the
+    /// block of the call that follows, if one is known: it is fetched from memory meanwhile.
     ///
     /// # Panics
     /// When the slices of the block are no whole number of pages of this tile's shape, have more than
     /// [`MAX_BLOCK_KEYS`] keys, or the block is of another type than [`begin`](Self::begin) was told.
-    pub fn accumulate(&mut self, first_key: usize, block: KeyBlock<'_>) {
+    pub fn accumulate(&mut self, first_key: usize, block: KeyBlock<'_>, next: Option<KeyBlock<'_>>) {
         let TileShape { rows, key_dim, value_dim } = self.shape;
         let (key_elements, value_elements) = match block {
             KeyBlock::F32 { keys, values } => (keys.len(), values.len()),
@@ -308,6 +323,12 @@ impl AttentionTile {
             Arithmetic::Int8 => (1, self.queries_int8.as_ptr().cast()),
         };
 
+        // Only where the block is used in place: an expanded one is read by `expand`.
+        let mut ahead =
+            next.filter(|_| arithmetic != Arithmetic::F32 || matches!(block, KeyBlock::F32 { .. })).map(|next| {
+                let (next_keys, next_values) = next.addresses();
+                (next_keys.wrapping_sub(keys.addr()) as isize, next_values.wrapping_sub(values.addr()) as isize)
+            });
         for row in (0..rows).step_by(MICRO_ROWS) {
             let visible = &self.visible[row..rows.min(row + MICRO_ROWS)];
             // Only the pages that some row sees; a row that sees nothing here does not widen them.
@@ -347,6 +368,7 @@ impl AttentionTile {
                         std::ptr::null()
                     },
                     value_step,
+                    ahead: ahead.take(),
                     mask: partial.then_some((start_key, visible)),
                 }
             };
@@ -415,13 +437,19 @@ unsafe fn run_micro_tile(level: InstructionSet, arithmetic: Arithmetic, rows: us
 unsafe fn float_rows<L: super::lanes::Lanes>(rows: usize, tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller.
     unsafe {
-        match rows {
-            1 => float::micro_tile::<L, 1>(tile),
-            2 => float::micro_tile::<L, 2>(tile),
-            3 => float::micro_tile::<L, 3>(tile),
-            4 => float::micro_tile::<L, 4>(tile),
-            5 => float::micro_tile::<L, 5>(tile),
-            _ => float::micro_tile::<L, 6>(tile),
+        match (rows, tile.ahead.is_some()) {
+            (1, true) => float::micro_tile::<L, 1, true>(tile),
+            (2, true) => float::micro_tile::<L, 2, true>(tile),
+            (3, true) => float::micro_tile::<L, 3, true>(tile),
+            (4, true) => float::micro_tile::<L, 4, true>(tile),
+            (5, true) => float::micro_tile::<L, 5, true>(tile),
+            (_, true) => float::micro_tile::<L, 6, true>(tile),
+            (1, false) => float::micro_tile::<L, 1, false>(tile),
+            (2, false) => float::micro_tile::<L, 2, false>(tile),
+            (3, false) => float::micro_tile::<L, 3, false>(tile),
+            (4, false) => float::micro_tile::<L, 4, false>(tile),
+            (5, false) => float::micro_tile::<L, 5, false>(tile),
+            (_, false) => float::micro_tile::<L, 6, false>(tile),
         }
     }
 }
