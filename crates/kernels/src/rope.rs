@@ -179,6 +179,16 @@ impl RopeTable {
         2 * self.inverse_frequencies.len()
     }
 
+    /// Radians per position, `[rotary_dim / 2]`.
+    pub fn inverse_frequencies(&self) -> &[f64] {
+        &self.inverse_frequencies
+    }
+
+    /// Factor on queries and keys; 1 but for YaRN.
+    pub fn attention_factor(&self) -> f64 {
+        self.attention_factor
+    }
+
     /// Cosines and sines for the positions `first_position..first_position + tokens`, once for all heads and layers.
     /// Angles are taken in f64, so that they are right at any position an f64 holds.
     pub fn rotations(&self, first_position: usize, tokens: usize, rotations: &mut Rotations, team: &ThreadTeam) {
