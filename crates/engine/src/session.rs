@@ -1,0 +1,264 @@
+//! One sequence of tokens: its caches, its position, and reading in chunks.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use iceformer_attention::{KeyValueCache, KeyValueType, Report};
+use iceformer_kernels::ThreadTeam;
+
+use crate::decoder::{Cancelled, Decoder, DecoderState, LogitsFor, PartTimes};
+
+/// How a session reads and keeps tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SessionSettings {
+    /// Most tokens of the sequence; `None`: what the model is made for.
+    pub context: Option<usize>,
+    /// Tokens of one pass through the layers.
+    pub chunk: usize,
+    /// Element type of the key/value cache.
+    pub key_value_type: KeyValueType,
+}
+
+impl Default for SessionSettings {
+    fn default() -> Self {
+        Self { context: None, chunk: 512, key_value_type: KeyValueType::Int8 }
+    }
+}
+
+/// Why a session cannot go on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SessionError {
+    /// The context asked for is outside the model's.
+    #[error("a context of {asked} tokens was asked for; this model takes 1 to {model}")]
+    Context {
+        /// Tokens asked for.
+        asked: usize,
+        /// Tokens the model is made for.
+        model: usize,
+    },
+    /// The chunk has no tokens.
+    #[error("a chunk of 0 tokens was asked for; expected at least 1")]
+    Chunk,
+    /// The tokens do not fit.
+    #[error("the prompt has {tokens} tokens and {held} are held; the context takes {context}: shorten the text or use a model with a longer context")]
+    TooLong {
+        /// Tokens to read.
+        tokens: usize,
+        /// Tokens held already.
+        held: usize,
+        /// Tokens that fit.
+        context: usize,
+    },
+    /// There is nothing to read.
+    #[error("the prompt has no tokens; give at least one")]
+    Empty,
+    /// A token is not below the vocabulary.
+    #[error("token {token} is not below the model's vocabulary of {vocabulary}")]
+    Token {
+        /// The token.
+        token: u32,
+        /// Size of the vocabulary.
+        vocabulary: usize,
+    },
+    /// Generation was asked for before anything was read.
+    #[error("nothing was read yet; read a prompt before generating")]
+    NothingRead,
+    /// The work was cancelled.
+    #[error(transparent)]
+    Cancelled(#[from] Cancelled),
+}
+
+/// A flag that stops a session from another thread; clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// Asks the session to stop at the next layer.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Lets the session work again.
+    pub fn reset(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether a stop was asked for.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// One sequence: tokens read or generated so far, with their keys and values.
+pub struct Session {
+    decoder: Arc<Decoder>,
+    team: Arc<ThreadTeam>,
+    /// One for each layer.
+    caches: Vec<KeyValueCache>,
+    /// Tokens in the caches.
+    tokens: Vec<u32>,
+    /// Logits after the last token, `[vocabulary]`; empty when unknown.
+    logits: Vec<f32>,
+    state: DecoderState,
+    context: usize,
+    cancel: Cancel,
+}
+
+impl Session {
+    /// An empty session.
+    ///
+    /// # Errors
+    /// When the context is zero or beyond the model's, or the chunk is zero.
+    pub fn new(decoder: Arc<Decoder>, team: Arc<ThreadTeam>, settings: &SessionSettings) -> Result<Self, SessionError> {
+        let model = decoder.config().context_length;
+        let context = settings.context.unwrap_or(model);
+        if !(1..=model).contains(&context) {
+            return Err(SessionError::Context { asked: context, model });
+        }
+        if settings.chunk == 0 {
+            return Err(SessionError::Chunk);
+        }
+        Ok(Self {
+            caches: decoder.caches(settings.key_value_type),
+            tokens: Vec::new(),
+            logits: Vec::new(),
+            state: decoder.state(settings.chunk.min(context)),
+            context,
+            cancel: Cancel::default(),
+            decoder,
+            team,
+        })
+    }
+
+    /// The model.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// Tokens held, in order.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Most tokens the session holds.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Bytes of the key/value caches.
+    pub fn cache_bytes(&self) -> usize {
+        self.caches.iter().map(KeyValueCache::bytes).sum()
+    }
+
+    /// Wall time spent so far, by kind of work.
+    pub fn times(&self) -> PartTimes {
+        self.state.times()
+    }
+
+    /// What attention did so far.
+    pub fn report(&self) -> Report {
+        self.state.report()
+    }
+
+    /// The flag that stops this session.
+    pub fn cancel(&self) -> Cancel {
+        self.cancel.clone()
+    }
+
+    /// Logits after the last token, `[vocabulary]`; empty before the first read and after [`truncate`](Self::truncate).
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Drops all tokens from `length` on; nothing happens when fewer are held.
+    pub fn truncate(&mut self, length: usize) {
+        if length < self.tokens.len() {
+            self.tokens.truncate(length);
+            self.logits.clear();
+        }
+        self.caches.iter_mut().for_each(|cache| cache.truncate(self.tokens.len()));
+    }
+
+    /// Makes the session hold `tokens`: keeps the longest common start and reads the rest, of which at least one token
+    /// is read. Gives the number of tokens kept.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn read_from_start(
+        &mut self,
+        tokens: &[u32],
+        progress: impl FnMut(usize, usize),
+    ) -> Result<usize, SessionError> {
+        self.check(tokens, 0)?;
+        let common = self.tokens.iter().zip(tokens).take_while(|(held, token)| held == token).count();
+        let kept = common.min(tokens.len() - 1);
+        self.truncate(kept);
+        self.read(&tokens[kept..], progress)?;
+        Ok(kept)
+    }
+
+    /// Reads `tokens` behind those held, in chunks; `progress(done, total)` is told after each.
+    ///
+    /// # Errors
+    /// When they do not fit the context or are none (before any work), or the session is cancelled: whole chunks that
+    /// were read then stay.
+    pub fn read(&mut self, tokens: &[u32], mut progress: impl FnMut(usize, usize)) -> Result<(), SessionError> {
+        self.check(tokens, self.tokens.len())?;
+        progress(0, tokens.len());
+        let mut done = 0;
+        for chunk in tokens.chunks(self.state.chunk()) {
+            done += chunk.len();
+            let wanted = if done == tokens.len() { LogitsFor::Last } else { LogitsFor::None };
+            self.pass(chunk, wanted)?;
+            progress(done, tokens.len());
+        }
+        Ok(())
+    }
+
+    /// Reads `tokens` behind those held and hands the logits after each of them, `[tokens of a chunk, vocabulary]`, to
+    /// `logits`, chunk by chunk: for perplexity and comparisons.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn read_with_logits(&mut self, tokens: &[u32], mut logits: impl FnMut(&[f32])) -> Result<(), SessionError> {
+        self.check(tokens, self.tokens.len())?;
+        for chunk in tokens.chunks(self.state.chunk()) {
+            let rows = self.pass(chunk, LogitsFor::All)?;
+            logits(rows);
+        }
+        Ok(())
+    }
+
+    fn check(&self, tokens: &[u32], held: usize) -> Result<(), SessionError> {
+        if tokens.is_empty() {
+            return Err(SessionError::Empty);
+        }
+        if held + tokens.len() > self.context {
+            return Err(SessionError::TooLong { tokens: tokens.len(), held, context: self.context });
+        }
+        let vocabulary = self.decoder.config().vocabulary;
+        match tokens.iter().find(|&&token| token as usize >= vocabulary) {
+            Some(&token) => Err(SessionError::Token { token, vocabulary }),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs one chunk; afterwards the caches hold it, or on an error what they held before.
+    fn pass(&mut self, chunk: &[u32], wanted: LogitsFor) -> Result<&[f32], SessionError> {
+        let forward =
+            self.decoder.forward(chunk, wanted, &mut self.caches, &mut self.state, &self.team, &self.cancel.0);
+        match forward {
+            Ok(logits) => {
+                self.tokens.extend_from_slice(chunk);
+                self.logits.clear();
+                let vocabulary = self.decoder.config().vocabulary;
+                self.logits.extend_from_slice(&logits[logits.len().saturating_sub(vocabulary)..]);
+                Ok(logits)
+            }
+            Err(cancelled) => {
+                self.caches.iter_mut().for_each(|cache| cache.truncate(self.tokens.len()));
+                Err(cancelled.into())
+            }
+        }
+    }
+}
