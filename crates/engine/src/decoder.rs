@@ -290,8 +290,11 @@ impl Layer {
         let with_bias = |tensor, bias, present: bool| (name(tensor), present.then_some(name(bias)));
         let linear = |tensor, bias, present: bool| Linear::load(source, name(tensor), present.then_some(bias), team);
         let has_bias = config.attention_bias;
-        let query_key_value =
-            [with_bias(Query, QueryBias, has_bias), with_bias(Key, KeyBias, has_bias), with_bias(Value, ValueBias, has_bias)];
+        let query_key_value = [
+            with_bias(Query, QueryBias, has_bias),
+            with_bias(Key, KeyBias, has_bias),
+            with_bias(Value, ValueBias, has_bias),
+        ];
         let has_bias = config.feed_forward_bias;
         let gate_up = [with_bias(Gate, GateBias, has_bias), with_bias(Up, UpBias, has_bias)];
         Ok(Self {

@@ -5,17 +5,31 @@
 
 mod chat;
 mod config;
+mod decoder;
 mod file_map;
+mod generation;
+mod joined_linear;
+mod model;
 mod model_files;
 mod safetensors_files;
+mod sampler;
+mod session;
 mod stop;
 mod text;
 mod tokenizer;
+mod weight_source;
 mod weights;
 
 pub use chat::{ChatError, ChatTemplate, Message};
 pub use config::{ConfigError, Family, ModelConfig, RopeConfig, RopeScaling};
+pub use decoder::{Cancelled, Decoder, DecoderState, LogitsFor, PartTimes};
+pub use generation::{Finish, Generation, GenerationError, GenerationSettings, generate};
+pub use joined_linear::DecoderError;
+pub use model::{LoadError, Model};
 pub use model_files::{MemoryModel, ModelFiles, ModelSummary, OpenError};
+pub use sampler::{Sampler, SamplerError, SamplerSettings};
+pub use session::{Cancel, Session, SessionError, SessionSettings};
 pub use stop::{StopStrings, Stopped};
 pub use tokenizer::{TextStream, Tokenizer, TokenizerError};
+pub use weight_source::{WeightRows, WeightSource};
 pub use weights::{LayerTensor, TensorError, TensorInfo, TensorName, TensorView};

@@ -40,7 +40,9 @@ pub enum SessionError {
     #[error("a chunk of 0 tokens was asked for; expected at least 1")]
     Chunk,
     /// The tokens do not fit.
-    #[error("the prompt has {tokens} tokens and {held} are held; the context takes {context}: shorten the text or use a model with a longer context")]
+    #[error(
+        "the prompt has {tokens} tokens and {held} are held; the context takes {context}: shorten the text or use a model with a longer context"
+    )]
     TooLong {
         /// Tokens to read.
         tokens: usize,

@@ -1,0 +1,193 @@
+//! The reference model against transformers (f32), and against itself on other chunks and threads.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+use iceformer_attention::{KeyValueType, ThreadTeam};
+use iceformer_engine::{
+    Finish, Generation, GenerationSettings, Model, Sampler, SamplerSettings, Session, SessionError, SessionSettings,
+    generate,
+};
+use serde_json::Value;
+
+fn repository() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+fn model(threads: usize) -> Model {
+    Model::load(&repository().join("models/reference"), Arc::new(ThreadTeam::new(threads)), |_, _| {}).unwrap()
+}
+
+fn settings(chunk: usize, key_value_type: KeyValueType) -> SessionSettings {
+    SessionSettings { chunk, key_value_type, ..Default::default() }
+}
+
+fn tokens(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|token| token.as_u64().unwrap() as u32).collect()
+}
+
+fn golden() -> Vec<Value> {
+    let text = std::fs::read_to_string(repository().join("testing/golden/reference/greedy.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+/// Continues what `session` holds by up to `most` tokens.
+fn go_on(session: &mut Session, model: &Model, sampler: SamplerSettings, most: usize) -> Generation {
+    let mut sampler = Sampler::new(sampler).unwrap();
+    let settings = GenerationSettings { max_tokens: Some(most), ..Default::default() };
+    generate(session, model.tokenizer(), &mut sampler, &settings, |_| ControlFlow::Continue(())).unwrap()
+}
+
+/// Asserts that logits differ by no more than the rounding of bfloat16 products.
+fn assert_close(found: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(found.len(), expected.len());
+    let largest = expected.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+    for (a, b) in found.iter().zip(expected) {
+        assert!((a - b).abs() <= 0.01 * largest, "{what}: {a} is not {b}");
+    }
+}
+
+#[test]
+fn greedy_text_equals_transformers() {
+    let model = model(2);
+    for (index, case) in golden().iter().enumerate() {
+        let prompt = model.tokenizer().encode(case["prompt"].as_str().unwrap(), false).unwrap();
+        assert_eq!(prompt, tokens(&case["prompt_tokens"]), "token ids of case {index}");
+        for kind in [KeyValueType::F32, KeyValueType::Bf16, KeyValueType::Int8] {
+            let mut session = model.session(&settings(512, kind)).unwrap();
+            session.read(&prompt, |_, _| {}).unwrap();
+            let found = go_on(&mut session, &model, SamplerSettings::default(), 200).tokens;
+            let expected = tokens(&case["tokens"]);
+            let same = found.iter().zip(&expected).take_while(|(a, b)| a == b).count();
+            assert_eq!(same, 200, "case {index} with {kind:?} leaves transformers' text after {same} tokens");
+        }
+    }
+}
+
+#[test]
+fn chunks_agree() {
+    let model = model(2);
+    let prompt = tokens(&golden()[0]["prompt_tokens"]);
+    let logits = |chunk| {
+        let mut session = model.session(&settings(chunk, KeyValueType::F32)).unwrap();
+        session.read(&prompt, |_, _| {}).unwrap();
+        let last = session.logits().to_vec();
+        let mut session = model.session(&settings(chunk, KeyValueType::F32)).unwrap();
+        let mut all = Vec::new();
+        session.read_with_logits(&prompt, |rows| all.extend_from_slice(rows)).unwrap();
+        assert_eq!(all.len(), prompt.len() * last.len());
+        assert_close(&last, &all[all.len() - last.len()..], "last of all");
+        last
+    };
+    let whole = logits(512);
+    for chunk in [1, 7, 64, 100] {
+        assert_close(&logits(chunk), &whole, &format!("chunks of {chunk}"));
+    }
+}
+
+#[test]
+fn threads_change_nothing() {
+    let prompt = tokens(&golden()[1]["prompt_tokens"]);
+    let run = |threads| {
+        let model = model(threads);
+        let mut session = model.session(&settings(128, KeyValueType::Int8)).unwrap();
+        session.read(&prompt, |_, _| {}).unwrap();
+        let first: Vec<u32> = session.logits().iter().map(|logit| logit.to_bits()).collect();
+        let sampled = SamplerSettings { temperature: 1.0, seed: 11, ..Default::default() };
+        (first, go_on(&mut session, &model, sampled, 40))
+    };
+    let one = run(1);
+    assert_eq!(one, run(2));
+    assert_eq!(one, run(4));
+}
+
+#[test]
+fn truncation_and_common_starts() {
+    let model = model(1);
+    let prompt = tokens(&golden()[2]["prompt_tokens"]);
+    let mut session = model.session(&settings(512, KeyValueType::F32)).unwrap();
+    session.read(&prompt, |_, _| {}).unwrap();
+    let mut other = prompt[..200].to_vec();
+    other.extend([5, 6, 7]);
+    assert_eq!(session.read_from_start(&other, |_, _| {}).unwrap(), 200);
+    assert_eq!(session.tokens(), other);
+    assert_eq!(session.read_from_start(&other, |_, _| {}).unwrap(), 202, "one token is read again for its logits");
+    let mut fresh = model.session(&settings(512, KeyValueType::F32)).unwrap();
+    fresh.read(&other, |_, _| {}).unwrap();
+    assert_close(session.logits(), fresh.logits(), "after a common start");
+    session.truncate(10);
+    assert!(session.logits().is_empty());
+    assert_eq!(session.tokens().len(), 10);
+}
+
+#[test]
+fn limits_are_errors_before_any_work() {
+    let model = model(1);
+    let short = SessionSettings { context: Some(50), ..Default::default() };
+    let mut session = model.session(&short).unwrap();
+    let too_long = SessionError::TooLong { tokens: 51, held: 0, context: 50 };
+    assert_eq!(session.read(&[1; 51], |_, _| {}), Err(too_long));
+    assert_eq!(session.read(&[], |_, _| {}), Err(SessionError::Empty));
+    assert_eq!(session.read(&[2048], |_, _| {}), Err(SessionError::Token { token: 2048, vocabulary: 2048 }));
+    assert!(session.tokens().is_empty());
+    let mut sampler = Sampler::new(SamplerSettings::default()).unwrap();
+    let until_full = GenerationSettings { ignore_end: true, ..Default::default() };
+    let mut go = |session: &mut _| {
+        generate(session, model.tokenizer(), &mut sampler, &until_full, |_| ControlFlow::Continue(()))
+    };
+    assert!(go(&mut session).is_err(), "nothing was read");
+    session.read(&[1; 50], |_, _| {}).unwrap();
+    let generation = go(&mut session).unwrap();
+    assert_eq!((generation.finish, generation.tokens.len()), (Finish::Context, 1));
+    let too_long = SessionSettings { context: Some(65_537), ..Default::default() };
+    assert_eq!(model.session(&too_long).err(), Some(SessionError::Context { asked: 65_537, model: 65_536 }));
+}
+
+#[test]
+fn a_cancelled_session_keeps_whole_chunks_and_goes_on() {
+    let model = model(1);
+    let prompt = tokens(&golden()[0]["prompt_tokens"]);
+    let mut session = model.session(&settings(64, KeyValueType::F32)).unwrap();
+    let cancel = session.cancel();
+    let outcome = session.read(&prompt, |done, _| {
+        if done >= 128 {
+            cancel.cancel();
+        }
+    });
+    assert!(matches!(outcome, Err(SessionError::Cancelled(_))));
+    assert_eq!(session.tokens(), &prompt[..128]);
+    cancel.reset();
+    session.read(&prompt[128..], |_, _| {}).unwrap();
+    let mut fresh = model.session(&settings(64, KeyValueType::F32)).unwrap();
+    fresh.read(&prompt, |_, _| {}).unwrap();
+    assert_eq!(session.logits(), fresh.logits());
+}
+
+#[test]
+fn stop_strings_and_receivers_end_a_generation() {
+    let model = model(1);
+    let prompt = tokens(&golden()[0]["prompt_tokens"]);
+    let mut session = model.session(&settings(512, KeyValueType::F32)).unwrap();
+    let mut run = |stop: Vec<String>, most_pieces: usize| {
+        session.read_from_start(&prompt, |_, _| {}).unwrap();
+        let mut sampler = Sampler::new(SamplerSettings::default()).unwrap();
+        let settings = GenerationSettings { max_tokens: Some(60), stop, ..Default::default() };
+        let (mut seen, mut pieces) = (String::new(), 0);
+        let generation = generate(&mut session, model.tokenizer(), &mut sampler, &settings, |piece| {
+            seen += piece;
+            pieces += 1;
+            if pieces == most_pieces { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+        .unwrap();
+        assert_eq!(seen, generation.text);
+        generation
+    };
+    let whole = run(vec![], usize::MAX);
+    assert_eq!(whole.finish, Finish::Length);
+    let middle: String = whole.text.chars().skip(20).take(9).collect();
+    let stopped = run(vec![middle.clone()], usize::MAX);
+    assert_eq!(stopped.finish, Finish::Stop);
+    assert_eq!(stopped.text, whole.text[..whole.text.find(&middle).unwrap()]);
+    assert_eq!(run(vec![], 3).finish, Finish::Cancelled);
+}
