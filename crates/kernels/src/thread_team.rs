@@ -1,37 +1,46 @@
 //! A persistent team of threads for the hot path.
 //!
 //! Fork and join per layer would cost most of the time of a small model, and spinning without parking collapses when
-//! another process takes a core; so workers spin briefly, then park. Tasks are handed out one by one from a shared
-//! counter, so a worker that loses its core delays only the task it holds.
+//! another process takes a core. So waiting threads spin briefly, then park; tasks are handed out one by one from a
+//! shared counter; and the caller waits only for workers that have *entered* the job. A worker that has lost its core
+//! delays nothing but the one task it may hold.
+
+mod gate;
+#[cfg(test)]
+mod tests;
 
 use std::any::Any;
+use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-/// What one `run` hands to the workers: the body, how many tasks, and the counter of the next one.
+use gate::Gate;
+
+type Body<'a> = dyn Fn(usize, usize) + Sync + 'a;
+
+/// What one `run` hands to the workers.
 #[derive(Clone, Copy)]
 struct Job {
-    body: *const (dyn Fn(usize, usize) + Sync),
+    body: *const Body<'static>,
     tasks: usize,
 }
 
-// SAFETY: `body` points at a `Sync` closure that `run` keeps alive until every worker has finished the job.
-unsafe impl Send for Job {}
-
 struct Shared {
-    /// Number of the newest job; workers spin on it.
-    epoch: AtomicUsize,
+    gate: Gate,
+    /// The newest job: written by the caller while the gate is closed and nobody is inside, read by workers inside.
+    job: UnsafeCell<Option<Job>>,
     /// The next task to hand out.
     next: AtomicUsize,
-    /// Workers that have not finished the newest job.
-    running: AtomicUsize,
     stop: AtomicBool,
-    job: Mutex<Option<Job>>,
-    wake: Condvar,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
+
+// SAFETY: the gate orders every access to `job` (see there), and the body that it points at is `Sync`.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; the pointer is only followed inside the gate, on whatever thread.
+unsafe impl Send for Shared {}
 
 /// A fixed set of threads that run the tasks of one job at a time; the calling thread takes part as worker 0.
 pub struct ThreadTeam {
@@ -41,28 +50,27 @@ pub struct ThreadTeam {
     turn: Mutex<()>,
 }
 
-/// Spins before a waiting thread yields its core: about 20 µs, longer than the gap between two layers' jobs.
-const SPINS: usize = 2_000;
+thread_local! {
+    /// Whether this thread runs a task of some team: a job started from within runs on this thread alone.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
 
 impl ThreadTeam {
-    /// A team of `threads` threads, the caller's included. Zero counts as one.
+    /// A team of `threads` threads, the caller's included. Zero counts as one. Where the system refuses to start a
+    /// thread the team is smaller.
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
-            epoch: AtomicUsize::new(0),
+            gate: Gate::default(),
+            job: UnsafeCell::new(None),
             next: AtomicUsize::new(0),
-            running: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
-            job: Mutex::new(None),
-            wake: Condvar::new(),
             panic: Mutex::new(None),
         });
         let workers = (1..threads.max(1))
-            .map(|worker| {
+            .map_while(|worker| {
                 let shared = Arc::clone(&shared);
-                std::thread::Builder::new()
-                    .name(format!("iceformer-{worker}"))
-                    .spawn(move || work(&shared, worker))
-                    .expect("the system starts a thread")
+                let builder = std::thread::Builder::new().name(format!("iceformer-{worker}"));
+                builder.spawn(move || work(&shared, worker)).ok()
             })
             .collect();
         Self { shared, workers, turn: Mutex::new(()) }
@@ -79,36 +87,33 @@ impl ThreadTeam {
     }
 
     /// Calls `body(task, worker)` once for every task below `tasks`, in any order, on all threads; returns when all
-    /// are done. `worker` is below [`ThreadTeam::threads`] and no two threads have the same at one time.
+    /// are done. `worker` is below [`ThreadTeam::threads`], and no two threads have the same one within one call.
+    ///
+    /// Several threads may call at once: they take turns. A call from within a task, of this or another team, runs
+    /// all its tasks on the calling thread.
     ///
     /// # Panics
-    /// Carries the first panic of a task to the caller, after all threads have left the job.
+    /// Carries the first panic of a task to the caller, after all threads have left the job; tasks not yet begun are
+    /// dropped. The team stays usable.
     pub fn run(&self, tasks: usize, body: impl Fn(usize, usize) + Sync) {
-        if tasks <= 1 || self.workers.is_empty() {
+        if tasks <= 1 || self.workers.is_empty() || INSIDE.get() {
             (0..tasks).for_each(|task| body(task, 0));
             return;
         }
-        let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let body: &(dyn Fn(usize, usize) + Sync) = &body;
-        // SAFETY: only the lifetime changes. Every worker leaves the job before this function returns (`running`
-        // reaches zero below, also when a task panics), so none uses `body` after it ends.
-        let body: &'static (dyn Fn(usize, usize) + Sync) = unsafe { std::mem::transmute(body) };
+        let _turn = lock(&self.turn);
         let shared = &*self.shared;
+        let body: &Body<'_> = &body;
+        // SAFETY: only the lifetime changes. Workers use `body` inside the gate only, and `close` below returns when
+        // the last one has left; nothing between can unwind, because `run_tasks` catches panics.
+        let body: &'static Body<'static> = unsafe { std::mem::transmute(body) };
+        // SAFETY: the gate is closed and nobody is inside: the last call's `close` has returned, and `turn` keeps
+        // other callers out.
+        unsafe { *shared.job.get() = Some(Job { body, tasks }) };
         shared.next.store(0, Ordering::Relaxed);
-        shared.running.store(self.workers.len(), Ordering::Relaxed);
-        {
-            let mut job = shared.job.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            *job = Some(Job { body, tasks });
-            shared.epoch.fetch_add(1, Ordering::Release);
-            shared.wake.notify_all();
-        }
+        shared.gate.open();
         run_tasks(shared, body, tasks, 0);
-        let mut spins = 0;
-        while shared.running.load(Ordering::Acquire) != 0 {
-            spins += 1;
-            if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
-        }
-        let panic = shared.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        shared.gate.close();
+        let panic = lock(&shared.panic).take();
         if let Some(panic) = panic {
             resume_unwind(panic);
         }
@@ -116,6 +121,9 @@ impl ThreadTeam {
 
     /// Splits `data` into chunks of `chunk` elements (the last may be shorter) and calls `body(index, chunk, worker)`
     /// on each, in parallel.
+    ///
+    /// # Panics
+    /// When `chunk` is zero; otherwise as [`ThreadTeam::run`].
     pub fn run_chunks<T: Send>(&self, data: &mut [T], chunk: usize, body: impl Fn(usize, &mut [T], usize) + Sync) {
         assert!(chunk > 0, "a chunk has at least one element");
         let length = data.len();
@@ -144,18 +152,23 @@ unsafe impl<T: Send> Sync for SendPointer<T> {}
 impl Drop for ThreadTeam {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
-        {
-            let _job = self.shared.job.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            self.shared.epoch.fetch_add(1, Ordering::Release);
-            self.shared.wake.notify_all();
-        }
+        // SAFETY: no call is running (`&mut self`), so the gate is closed and nobody is inside.
+        unsafe { *self.shared.job.get() = None };
+        self.shared.gate.open();
+        self.shared.gate.close();
         for worker in self.workers.drain(..) {
             let _ = worker.join();
         }
     }
 }
 
-fn run_tasks(shared: &Shared, body: &(dyn Fn(usize, usize) + Sync), tasks: usize, worker: usize) {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// Takes tasks until none is left; keeps the first panic for the caller.
+fn run_tasks(shared: &Shared, body: &Body<'_>, tasks: usize, worker: usize) {
+    INSIDE.set(true);
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         loop {
             let task = shared.next.fetch_add(1, Ordering::Relaxed);
@@ -165,34 +178,23 @@ fn run_tasks(shared: &Shared, body: &(dyn Fn(usize, usize) + Sync), tasks: usize
             body(task, worker);
         }
     }));
+    INSIDE.set(false);
     if let Err(panic) = outcome {
         shared.next.store(tasks, Ordering::Relaxed);
-        shared.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(panic);
+        lock(&shared.panic).get_or_insert(panic);
     }
 }
 
 fn work(shared: &Shared, worker: usize) {
     let mut seen = 0;
-    loop {
-        let mut spins = 0;
-        while shared.epoch.load(Ordering::Acquire) == seen && spins < SPINS {
-            std::hint::spin_loop();
-            spins += 1;
-        }
-        let job = {
-            let mut job = shared.job.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            while shared.epoch.load(Ordering::Acquire) == seen {
-                job = shared.wake.wait(job).unwrap_or_else(|poisoned| poisoned.into_inner());
+    while !shared.stop.load(Ordering::Acquire) {
+        if shared.gate.enter(&mut seen) {
+            // SAFETY: inside the gate nobody writes `job`, and the caller keeps the body alive until all have left.
+            if let Some(Job { body, tasks }) = unsafe { *shared.job.get() } {
+                // SAFETY: as above.
+                run_tasks(shared, unsafe { &*body }, tasks, worker);
             }
-            seen = shared.epoch.load(Ordering::Acquire);
-            *job
-        };
-        if shared.stop.load(Ordering::Acquire) {
-            return;
+            shared.gate.leave();
         }
-        let Some(job) = job else { continue };
-        // SAFETY: `run` waits for `running` to reach zero before the closure ends, and this worker counts as running.
-        run_tasks(shared, unsafe { &*job.body }, job.tasks, worker);
-        shared.running.fetch_sub(1, Ordering::Release);
     }
 }
