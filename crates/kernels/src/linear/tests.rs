@@ -195,3 +195,68 @@ fn empty_shapes_give_empty_or_zero_outputs() {
     let weights = LinearWeights::pack(WeightType::F32, 0, 3, |_| &[], &team).unwrap();
     weights.forward(&[], &mut [], &team, &mut LinearScratch::default());
 }
+
+#[test]
+fn blocks_read_as_the_gguf_package_reads_them() {
+    macro_rules! golden {
+        ($name:literal) => {
+            (
+                include_bytes!(concat!("../../../../testing/golden/blocks/", $name, ".bytes")).as_slice(),
+                include_bytes!(concat!("../../../../testing/golden/blocks/", $name, ".f32")).as_slice(),
+            )
+        };
+    }
+    for (weight_type, (bytes, numbers)) in [
+        (WeightType::Q8_0, golden!("q8_0")),
+        (WeightType::Q4_0, golden!("q4_0")),
+        (WeightType::Q4_K, golden!("q4_k")),
+        (WeightType::Q5_K, golden!("q5_k")),
+        (WeightType::Q6_K, golden!("q6_k")),
+    ] {
+        let expected: Vec<f32> = bytemuck::pod_collect_to_vec(numbers);
+        let mut values = vec![0.0; expected.len()];
+        blocks::dequantise(weight_type, bytes, &mut values);
+        assert_eq!(values, expected, "{}", weight_type.name());
+    }
+}
+
+#[test]
+fn activations_that_are_no_numbers_spoil_their_row_and_no_other() {
+    for level in levels() {
+        for weight_type in WeightType::ALL {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut case = case(level, weight_type, 3, 256, 20);
+                let clean = case.run(1);
+                case.input[256 + 77] = bad;
+                let output = case.run(1);
+                let name = case.weights.kernel_name();
+                assert!(output[20..40].iter().all(|value| !value.is_finite()), "{name} {bad}: {:?}", &output[20..40]);
+                assert_eq!(output[..20], clean[..20], "{name} {bad}");
+                assert_eq!(output[40..], clean[40..], "{name} {bad}");
+            }
+        }
+    }
+}
+
+#[test]
+fn tiny_and_zero_activations_give_tiny_or_zero_outputs() {
+    for level in levels() {
+        for weight_type in WeightType::ALL {
+            for tiny in [0.0, f32::MIN_POSITIVE / 4.0, 1e-37, 1e-30] {
+                let mut case = case(level, weight_type, 2, 256, 20);
+                case.input.fill(tiny);
+                let output = case.run(1);
+                assert!(output.iter().all(|value| value.abs() <= 256.0 * 1.1 * tiny + 1e-32), "{tiny}: {output:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_layer_wider_than_one_chunk_of_inputs_matches_the_reference() {
+    for level in levels() {
+        for weight_type in WeightType::ALL {
+            case(level, weight_type, 14, 4096 + 512, 34).check();
+        }
+    }
+}
