@@ -43,6 +43,11 @@ impl ChatTemplate {
         Ok(None)
     }
 
+    pub(crate) fn from_gguf(metadata: &crate::gguf::Metadata, file: &str) -> Result<Option<Self>, ChatError> {
+        let _ = (metadata, file);
+        Ok(None)
+    }
+
     /// The text of a chat; with `add_generation_prompt` it ends where the assistant's answer begins. Encode it without
     /// adding special tokens: the template writes them.
     ///

@@ -1,9 +1,11 @@
 //! The shape of a model, as its files state it, checked before anything is allocated from it.
 
+mod gguf;
 mod hugging_face;
 
 use crate::text::quoted;
 
+pub(crate) use gguf::config_of_gguf;
 pub(crate) use hugging_face::{merge_generation_config, parse_config};
 
 /// The families of decoder models that the engine runs.

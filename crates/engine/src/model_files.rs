@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use crate::chat::{ChatError, ChatTemplate};
 use crate::config::{self, ConfigError, ModelConfig};
 use crate::file_map::FileSource;
+use crate::gguf::{self, GgufError, Metadata};
 use crate::safetensors_files::{self, SafetensorsError};
+use crate::text::printable;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::weights::{TensorError, TensorInfo, TensorName, TensorTable, TensorView};
 
@@ -32,6 +34,7 @@ pub struct ModelFiles {
 enum SideFiles {
     Folder { path: PathBuf },
     Memory(MemoryModel),
+    Gguf { version: u32, metadata: Metadata },
 }
 
 /// A model in memory, in the layout of a Hugging Face folder: the contents of its files.
@@ -94,6 +97,14 @@ pub enum OpenError {
     /// Safetensors files are wrong.
     #[error("{0}")]
     Safetensors(String),
+    /// A GGUF file is wrong.
+    #[error("{file}: {error}")]
+    Gguf {
+        /// The file.
+        file: String,
+        /// What is wrong.
+        error: GgufError,
+    },
     /// A tensor is missing, of the wrong shape or of an unknown type.
     #[error(transparent)]
     Tensor(#[from] TensorError),
@@ -111,7 +122,32 @@ impl ModelFiles {
         if metadata.is_dir() {
             return Self::open_folder(path);
         }
-        Err(OpenError::NotAModel { path: shown })
+        let source = FileSource::open(path).map_err(|error| OpenError::Read { path: shown.clone(), error })?;
+        let is_gguf = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+        let magic = source.bytes(0..4).map_err(|error| OpenError::Read { path: shown.clone(), error });
+        if !is_gguf && magic.is_ok_and(|magic| *magic != *b"GGUF") {
+            return Err(OpenError::NotAModel { path: shown });
+        }
+        let name = path.file_stem().map_or_else(|| shown.clone(), |stem| stem.to_string_lossy().into());
+        Self::open_gguf(name, source, Some(path))
+    }
+
+    fn open_gguf(name: String, source: FileSource, path: Option<&Path>) -> Result<Self, OpenError> {
+        let file = source.name.clone();
+        let opened = gguf::open(source, path).map_err(|(file, error)| OpenError::Gguf { file, error })?;
+        let config = config::config_of_gguf(&opened.header.metadata, &opened.table)
+            .map_err(|error| OpenError::Config { file, error })?;
+        opened.table.check(&config)?;
+        let side = SideFiles::Gguf { version: opened.header.version, metadata: opened.header.metadata };
+        Ok(Self { name, config, table: opened.table, side })
+    }
+
+    /// Opens a GGUF file that is in memory; `name` is how messages call it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_gguf_memory(name: &str, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self, OpenError> {
+        Self::open_gguf(name.into(), FileSource::memory(name, bytes), None)
     }
 
     fn open_folder(path: &Path) -> Result<Self, OpenError> {
@@ -198,14 +234,22 @@ impl ModelFiles {
         }
         let mut types: Vec<_> = types.into_iter().map(|(name, (count, bytes))| (name, count, bytes)).collect();
         types.sort_by_key(|&(name, _, bytes)| (std::cmp::Reverse(bytes), name));
+        let (format, name, metadata) = match &self.side {
+            SideFiles::Gguf { version, metadata } => {
+                let stated = metadata.string("general.name").ok().flatten();
+                let values = metadata.iter().map(|(key, value)| (printable(key), value.describe())).collect();
+                (format!("GGUF v{version}"), stated.unwrap_or(&self.name), values)
+            }
+            _ => ("safetensors".to_owned(), self.name.as_str(), Vec::new()),
+        };
         ModelSummary {
-            format: "safetensors".into(),
-            name: self.name.clone(),
+            format,
+            name: printable(name),
             parameters,
             bytes,
             files: self.table.sources.len(),
             types,
-            metadata: Vec::new(),
+            metadata,
         }
     }
 
@@ -214,6 +258,9 @@ impl ModelFiles {
     /// # Errors
     /// When there is none, or it is malformed or of an unknown kind.
     pub fn tokenizer(&self) -> Result<Tokenizer, TokenizerError> {
+        if let SideFiles::Gguf { metadata, .. } = &self.side {
+            return Tokenizer::from_gguf(metadata, &self.table.sources[0].name, &self.config);
+        }
         let (json, file) = self
             .side_file("tokenizer.json", |model| Some(&model.tokenizer))
             .map_err(|error| TokenizerError::Read { file: "tokenizer.json".into(), problem: error.to_string() })?;
@@ -226,6 +273,9 @@ impl ModelFiles {
     /// # Errors
     /// When a file is malformed or the template does not parse.
     pub fn chat_template(&self) -> Result<Option<ChatTemplate>, ChatError> {
+        if let SideFiles::Gguf { metadata, .. } = &self.side {
+            return ChatTemplate::from_gguf(metadata, &self.table.sources[0].name);
+        }
         let read = |name, memory: fn(&MemoryModel) -> Option<&Cow<'static, [u8]>>| {
             self.side_file(name, memory)
                 .map_err(|error| ChatError::Read { file: name.into(), problem: error.to_string() })
@@ -250,6 +300,7 @@ impl ModelFiles {
             SideFiles::Memory(model) => {
                 Ok((memory(model).map(|bytes| bytes.to_vec()), format!("{}/{name}", self.name)))
             }
+            SideFiles::Gguf { .. } => Ok((None, format!("{}/{name}", self.name))),
         }
     }
 }

@@ -15,3 +15,14 @@ pub(crate) fn quoted(text: &str) -> String {
     shown.push('"');
     shown
 }
+
+/// `text` with control characters escaped, for names that are shown as they are.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars()
+        .flat_map(|character| {
+            let escaped = character.is_control().then(|| character.escape_debug());
+            let plain = (!character.is_control()).then_some(character);
+            escaped.into_iter().flatten().chain(plain)
+        })
+        .collect()
+}

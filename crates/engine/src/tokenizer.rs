@@ -1,7 +1,10 @@
 //! Text to token ids and back.
 
 mod bytes;
+mod gguf;
 mod hugging_face;
+mod pre_tokenizers;
+mod sentence_piece;
 mod stream;
 
 use std::collections::BTreeSet;
@@ -9,6 +12,7 @@ use std::collections::BTreeSet;
 pub use stream::TextStream;
 
 use bytes::TokenText;
+use sentence_piece::SentencePiece;
 
 /// Turns text into token ids and back.
 #[derive(Debug)]
@@ -19,6 +23,9 @@ pub struct Tokenizer {
     vocabulary: usize,
     special: BTreeSet<u32>,
     bos: Option<u32>,
+    /// Tokens put around a text, where the library's own rules do not.
+    added_before: Option<u32>,
+    added_after: Option<u32>,
     end_tokens: Vec<u32>,
     end_of_turn_tokens: Vec<u32>,
 }
@@ -26,6 +33,7 @@ pub struct Tokenizer {
 #[derive(Debug)]
 enum Encoder {
     HuggingFace(Box<tokenizers::Tokenizer>),
+    SentencePiece(SentencePiece),
 }
 
 /// Tokens that end a turn of a chat in models that the engine runs.
@@ -38,14 +46,19 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer's own rules fail on the text, such as an unknown character without a fallback.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        let mut tokens = Vec::new();
+        tokens.extend(self.added_before.filter(|_| add_special));
         match &self.encoder {
             Encoder::HuggingFace(tokenizer) => {
                 let encoding = tokenizer
                     .encode_fast(text, add_special)
                     .map_err(|error| TokenizerError::Encode(error.to_string()))?;
-                Ok(encoding.get_ids().to_vec())
+                tokens.extend_from_slice(encoding.get_ids());
             }
+            Encoder::SentencePiece(model) => tokens.extend(model.encode(text)),
         }
+        tokens.extend(self.added_after.filter(|_| add_special));
+        Ok(tokens)
     }
 
     /// Text of `tokens`, without special tokens. Bytes that are no UTF-8 become U+FFFD; ids outside the vocabulary
@@ -72,6 +85,7 @@ impl Tokenizer {
     pub fn token_piece(&self, token: u32) -> Option<String> {
         match &self.encoder {
             Encoder::HuggingFace(tokenizer) => tokenizer.id_to_token(token),
+            Encoder::SentencePiece(model) => model.piece(token).map(str::to_owned),
         }
     }
 
@@ -79,6 +93,7 @@ impl Tokenizer {
     pub fn token_id(&self, piece: &str) -> Option<u32> {
         match &self.encoder {
             Encoder::HuggingFace(tokenizer) => tokenizer.token_to_id(piece),
+            Encoder::SentencePiece(model) => model.id(piece),
         }
     }
 

@@ -8,7 +8,7 @@ use crate::config::{Family, ModelConfig};
 use crate::file_map::FileBytes;
 use crate::text::quoted;
 
-pub(crate) use table::{Layout, StoredTensor, TensorTable};
+pub(crate) use table::{Layout, StoredTensor, TensorTable, floats};
 
 /// A tensor of a decoder model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -70,6 +70,8 @@ impl Tokenizer {
             vocabulary: largest.map_or(0, |id| id as usize + 1),
             special,
             bos: config.bos_token,
+            added_before: None,
+            added_after: None,
             end_tokens: config.eos_tokens.clone(),
             end_of_turn_tokens,
             encoder: Encoder::HuggingFace(Box::new(tokenizer)),

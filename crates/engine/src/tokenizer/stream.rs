@@ -41,7 +41,7 @@ impl<'a> TextStream<'a> {
         if self.tokenizer.is_special(token) {
             return String::new();
         }
-        let Encoder::HuggingFace(tokenizer) = &self.tokenizer.encoder;
+        let Encoder::HuggingFace(tokenizer) = &self.tokenizer.encoder else { return String::new() };
         let decode = |tokens: &[u32]| tokenizer.decode(tokens, true).unwrap_or_default();
         let before = decode(&self.window);
         self.window.push(token);

@@ -7,6 +7,7 @@ use iceformer_kernels::linear::WeightType;
 use super::{TensorError, TensorInfo, TensorName, TensorView, interleaved_position};
 use crate::config::ModelConfig;
 use crate::file_map::FileSource;
+use crate::text::printable;
 
 /// How a kind of file names and orders tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +53,7 @@ impl TensorTable {
 
     pub(crate) fn infos(&self) -> impl Iterator<Item = TensorInfo> + '_ {
         self.tensors.iter().map(|(name, tensor)| TensorInfo {
-            name: name.clone(),
+            name: printable(name),
             weight_type: tensor.type_name,
             shape: tensor.shape.clone(),
             bytes: tensor.bytes,

@@ -1,0 +1,138 @@
+//! Token ids against those of the Hugging Face library, SentencePiece and llama.cpp.
+#![allow(missing_docs)]
+
+mod common;
+
+use common::{golden, tiny_model};
+use iceformer_engine::{ModelFiles, Tokenizer};
+use serde_json::Value;
+
+fn texts() -> Vec<String> {
+    let json = std::fs::read_to_string(golden().join("tokenizers/texts.json")).unwrap();
+    serde_json::from_str(&json).unwrap()
+}
+
+fn expected(name: &str) -> Value {
+    let json = std::fs::read_to_string(golden().join(format!("tokenizers/{name}.json"))).unwrap();
+    serde_json::from_str(&json).unwrap()
+}
+
+fn of_gguf(name: &str) -> Tokenizer {
+    ModelFiles::open(&golden().join(format!("tokenizers/{name}.gguf"))).unwrap().tokenizer().unwrap()
+}
+
+fn of_json(name: &str) -> Tokenizer {
+    let json = std::fs::read(golden().join(format!("tokenizers/{name}.tokenizer.json"))).unwrap();
+    ModelFiles::from_memory("tiny", tiny_model(1024, json)).unwrap().tokenizer().unwrap()
+}
+
+fn check(tokenizer: &Tokenizer, expected: &Value, kind: &str, add_special: bool, skip: &[usize]) {
+    let lines = expected[kind].as_array().unwrap();
+    let texts = texts();
+    assert_eq!(lines.len(), texts.len());
+    for (index, (text, ids)) in texts.iter().zip(lines).enumerate().filter(|(index, _)| !skip.contains(index)) {
+        let ids: Vec<u32> = serde_json::from_value(ids.clone()).unwrap();
+        assert_eq!(tokenizer.encode(text, add_special).unwrap(), ids, "{kind}, text {index}: {text:?}");
+    }
+}
+
+/// Decoded text equals the library's, at once and token by token.
+fn check_decoded(tokenizer: &Tokenizer, expected: &Value) {
+    for (ids, text) in expected["hugging_face"].as_array().unwrap().iter().zip(expected["decoded"].as_array().unwrap())
+    {
+        let ids: Vec<u32> = serde_json::from_value(ids.clone()).unwrap();
+        assert_eq!(tokenizer.decode(&ids), text.as_str().unwrap());
+        let mut stream = tokenizer.text_stream();
+        let mut streamed = String::new();
+        for &id in &ids {
+            let piece = stream.push(id);
+            assert!(!piece.contains('\u{FFFD}'), "half a character was shown: {text}");
+            streamed += &piece;
+        }
+        streamed += &stream.finish();
+        assert_eq!(streamed, text.as_str().unwrap());
+    }
+}
+
+#[test]
+fn byte_level_gguf_gives_the_ids_of_hugging_face() {
+    for name in ["llama-bpe", "qwen2", "gpt-2", "smollm", "tekken", "gpt-4o", "falcon", "deepseek-v3", "deepseek-coder"]
+    {
+        let (tokenizer, expected) = (of_gguf(name), expected(name));
+        check(&tokenizer, &expected, "hugging_face", false, &[]);
+        check_decoded(&tokenizer, &expected);
+    }
+}
+
+#[test]
+fn byte_level_gguf_gives_the_ids_of_llama_cpp() {
+    for name in
+        ["llama-bpe", "qwen2", "gpt-2", "smollm", "falcon", "deepseek-v3", "deepseek-coder", "deepseek-llm", "default"]
+    {
+        check(&of_gguf(name), &expected(name), "llama_cpp", false, &[]);
+    }
+    // llama.cpp's regular expressions have no letter cases, so it simplifies these two; where it differs from the
+    // models' own tokenizers we follow those.
+    for name in ["tekken", "gpt-4o"] {
+        let expected = expected(name);
+        let differing: Vec<usize> = serde_json::from_value(expected["differing"].clone()).unwrap();
+        assert_eq!(differing.len(), 1);
+        check(&of_gguf(name), &expected, "llama_cpp", false, &differing);
+    }
+}
+
+#[test]
+fn sentence_piece_gguf_gives_the_ids_of_llama_cpp() {
+    let (tokenizer, expected) = (of_gguf("sentencepiece"), expected("sentencepiece"));
+    check(&tokenizer, &expected, "llama_cpp", true, &[]);
+    check_decoded(&tokenizer, &expected);
+}
+
+/// SentencePiece itself takes no control symbols from text, so only texts without them can agree.
+#[test]
+fn sentence_piece_gguf_gives_the_ids_of_sentence_piece() {
+    let (tokenizer, expected) = (of_gguf("sentencepiece"), expected("sentencepiece"));
+    let written: Vec<usize> = texts()
+        .iter()
+        .enumerate()
+        .filter(|(_, text)| ["<|", "<s>", "[tool]"].iter().any(|token| text.contains(token)))
+        .map(|(index, _)| index)
+        .collect();
+    assert_eq!(written.len(), 4);
+    check(&tokenizer, &expected, "sentencepiece", true, &written);
+}
+
+#[test]
+fn tokenizer_json_gives_the_ids_of_hugging_face() {
+    let expected_ids = expected("smollm");
+    let tokenizer = of_json("byte-level");
+    check(&tokenizer, &expected_ids, "hugging_face", false, &[]);
+    check_decoded(&tokenizer, &expected_ids);
+
+    let expected_ids = expected("sentencepiece");
+    let tokenizer = of_json("sentencepiece");
+    check(&tokenizer, &expected_ids, "hugging_face", true, &[]);
+    check_decoded(&tokenizer, &expected_ids);
+}
+
+#[test]
+fn special_tokens_of_a_gguf() {
+    let tokenizer = of_gguf("llama-bpe");
+    let end = tokenizer.token_id("<|end|>").unwrap();
+    assert_eq!(tokenizer.end_tokens(), [end]);
+    assert!(tokenizer.is_special(end));
+    assert!(!tokenizer.is_special(tokenizer.token_id("[tool]").unwrap()));
+    assert_eq!(tokenizer.token_piece(end).as_deref(), Some("<|end|>"));
+    assert_eq!(tokenizer.token_piece(u32::MAX), None);
+    assert_eq!(tokenizer.decode(&[end, u32::MAX]), "");
+}
+
+#[test]
+fn a_continued_text_keeps_its_space() {
+    let tokenizer = of_gguf("sentencepiece");
+    let ids = tokenizer.encode("the ships", false).unwrap();
+    assert_eq!(tokenizer.decode(&ids), "the ships");
+    let mut stream = tokenizer.text_stream_continuing();
+    let text: String = ids.iter().map(|&id| stream.push(id)).collect();
+    assert_eq!(text, " the ships");
+}
