@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::softmax::{exp2, largest_score};
-use super::tile::{MicroTile, Softmax};
+use super::tile::MicroTile;
 use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead};
 
 /// bf16 queries, keys and values for `rows` (1 to 6) rows.
@@ -106,29 +106,33 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile
     }
 }
 
+/// Factors by which the earlier sums of the rows shrink.
+#[repr(align(64))]
+struct Decay([f32; 16]);
+
 /// One step of the online softmax (Milakov & Gimelshein 2018): scores become bf16 weights.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Softmax<ROWS> {
+unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Decay {
     // SAFETY: a row of scores and weights has `pages` vectors of 16; there are ROWS maxima, query scales and sums.
     unsafe {
-        let mut result = Softmax::<ROWS>::default();
+        let mut result = Decay([0.0; 16]);
         let mut maxima = [0.0_f32; ROWS];
         for (row, maximum) in maxima.iter_mut().enumerate() {
             let largest = largest_score(tile, row);
             let before = *tile.maxima.add(row);
             *maximum = before.max(largest);
             *tile.maxima.add(row) = *maximum;
-            result.decay[row] = before - *maximum;
+            result.0[row] = before - *maximum;
         }
-        _mm512_store_ps(result.decay.as_mut_ptr(), exp2(_mm512_load_ps(result.decay.as_ptr())));
+        _mm512_store_ps(result.0.as_mut_ptr(), exp2(_mm512_load_ps(result.0.as_ptr())));
         for (row, maximum) in maxima.into_iter().enumerate() {
             let scores = tile.scores.add(row * MAX_BLOCK_KEYS);
             let weights = tile.weights.add(row * MAX_BLOCK_KEYS);
             let maximum = _mm512_set1_ps(maximum);
             let weight = |page: usize| exp2(_mm512_sub_ps(_mm512_loadu_ps(scores.add(page * PAGE_KEYS)), maximum));
             let total = tile.sums.add(row * PAGE_KEYS);
-            let mut even = _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(result.decay[row]));
+            let mut even = _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(result.0[row]));
             let mut odd = _mm512_setzero_ps();
             let mut page = 0;
             while page + 1 < tile.pages {
@@ -156,7 +160,7 @@ unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Softmax<ROWS> 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(
     tile: &MicroTile<'_>,
-    decay: &Softmax<ROWS>,
+    decay: &Decay,
     column: usize,
 ) {
     // SAFETY: values are `[pages · 8][value_dim]` pairs, output rows `value_dim` f32, and
@@ -168,7 +172,7 @@ unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: b
         let output = tile.output.add(column);
         let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
         for (row, sums) in sums.iter_mut().enumerate() {
-            let decay = _mm512_set1_ps(decay.decay[row]);
+            let decay = _mm512_set1_ps(decay.0[row]);
             for (panel, sum) in sums.iter_mut().enumerate() {
                 let before = _mm512_loadu_ps(output.add(row * tile.value_dim + panel * PAGE_KEYS));
                 *sum = _mm512_mul_ps(before, decay);

@@ -1,71 +1,135 @@
-//! f32 micro-tiles: the kernel of f32 caches, and of every cache type on machines without BF16 dot products.
+//! f32 micro-tiles (6 rows × 4 vectors with AVX-512, 2 with AVX2): the kernel of f32 caches, and of every cache type
+//! on machines without BF16 or VNNI dot products.
 
-use super::lanes::Lanes;
-use super::tile::{MicroTile, Softmax};
+use super::tile::MicroTile;
 use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead};
+use crate::simd::exponential::exp;
+use crate::simd::{Operation, Simd};
 
-/// Scores, online softmax and weighted sum of values for `ROWS` query rows against one block.
+/// Runs the rows of a micro-tile against its block.
 ///
-/// # Safety
-/// The instruction set of `L` is enabled in the caller; the pointers of `tile` are valid as [`MicroTile`] says, with
-/// queries, keys and values in f32.
-#[inline(always)]
-pub(super) unsafe fn micro_tile<L: Lanes, const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<'_>) {
-    // SAFETY: forwarded from the caller.
-    unsafe {
-        let mut page = 0;
-        while page < tile.pages {
-            let panels = if tile.pages - page >= L::PANELS { L::PANELS } else { 1 };
-            if panels == 4 {
-                scores::<L, ROWS, 4, AHEAD>(tile, page)
-            } else {
-                scores::<L, ROWS, 1, AHEAD>(tile, page)
+/// The caller that builds one promises what [`MicroTile`] says of its pointers, for `rows` (1 to 6) rows with queries,
+/// keys and values in f32.
+pub(super) struct FloatMicroTile<'tile, 'mask> {
+    pub tile: &'tile mut MicroTile<'mask>,
+    pub rows: usize,
+}
+
+impl Operation for FloatMicroTile<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        // SAFETY: promised by whoever built `self`.
+        unsafe {
+            match (self.rows, self.tile.ahead.is_some()) {
+                (1, true) => micro_tile::<S, 1, true>(simd, self.tile),
+                (2, true) => micro_tile::<S, 2, true>(simd, self.tile),
+                (3, true) => micro_tile::<S, 3, true>(simd, self.tile),
+                (4, true) => micro_tile::<S, 4, true>(simd, self.tile),
+                (5, true) => micro_tile::<S, 5, true>(simd, self.tile),
+                (_, true) => micro_tile::<S, 6, true>(simd, self.tile),
+                (1, false) => micro_tile::<S, 1, false>(simd, self.tile),
+                (2, false) => micro_tile::<S, 2, false>(simd, self.tile),
+                (3, false) => micro_tile::<S, 3, false>(simd, self.tile),
+                (4, false) => micro_tile::<S, 4, false>(simd, self.tile),
+                (5, false) => micro_tile::<S, 5, false>(simd, self.tile),
+                (_, false) => micro_tile::<S, 6, false>(simd, self.tile),
             }
-            page += panels;
-        }
-        tile.apply_mask::<ROWS>();
-        let decay = softmax::<L, ROWS>(tile);
-        let mut column = 0;
-        while column < tile.value_dim {
-            let panels = if (tile.value_dim - column) / PAGE_KEYS >= L::PANELS { L::PANELS } else { 1 };
-            if panels == 4 {
-                weighted_values::<L, ROWS, 4, AHEAD>(tile, &decay, column)
-            } else {
-                weighted_values::<L, ROWS, 1, AHEAD>(tile, &decay, column)
-            }
-            column += panels * PAGE_KEYS;
         }
     }
 }
 
-/// Dot products of `ROWS` queries with the keys of `PANELS` pages from `page` on.
+/// The vector at `source`.
 #[inline(always)]
-unsafe fn scores<L: Lanes, const ROWS: usize, const PANELS: usize, const AHEAD: bool>(
-    tile: &mut MicroTile<'_>,
-    page: usize,
-) {
-    // SAFETY: page `page + PANELS − 1` is in the block; a page is `[key_dim][16]` f32; queries have `key_dim` f32.
+unsafe fn load<S: Simd>(simd: S, source: *const f32) -> S::Vector {
+    // SAFETY: the caller promises `LANES` readable f32.
+    simd.load(unsafe { std::slice::from_raw_parts(source, S::LANES) })
+}
+
+/// Writes `vector` at `target`.
+#[inline(always)]
+unsafe fn store<S: Simd>(simd: S, vector: S::Vector, target: *mut f32) {
+    // SAFETY: the caller promises `LANES` writable f32.
+    simd.store(vector, unsafe { std::slice::from_raw_parts_mut(target, S::LANES) });
+}
+
+/// Vectors of sums for each row: they and the row's operand fill the registers.
+const fn wide<S: Simd>() -> usize {
+    if S::LANES == 16 { 4 } else { PAGE_KEYS / S::LANES }
+}
+
+/// Scores, online softmax and weighted sum of values for `ROWS` query rows against one block.
+#[inline(always)]
+unsafe fn micro_tile<S: Simd, const ROWS: usize, const AHEAD: bool>(simd: S, tile: &mut MicroTile<'_>) {
+    // SAFETY: forwarded from the caller; each call stays within the block's pages and the value width, which are whole
+    // numbers of 16 and so of `LANES`.
     unsafe {
-        let keys = tile.keys.cast::<f32>().add(page * tile.key_dim * PAGE_KEYS);
+        let keys = tile.pages * PAGE_KEYS;
+        let mut key = 0;
+        while key < keys {
+            let vectors = wide::<S>().min((keys - key) / S::LANES);
+            match vectors {
+                4 => scores::<S, ROWS, 4, AHEAD>(simd, tile, key),
+                2 | 3 => scores::<S, ROWS, 2, AHEAD>(simd, tile, key),
+                _ => scores::<S, ROWS, 1, AHEAD>(simd, tile, key),
+            }
+            key += if vectors == 3 { 2 } else { vectors } * S::LANES;
+        }
+        tile.apply_mask::<ROWS>();
+        let decay = softmax::<S, ROWS>(simd, tile);
+        let mut column = 0;
+        while column < tile.value_dim {
+            let vectors = wide::<S>().min((tile.value_dim - column) / S::LANES);
+            match vectors {
+                4 => weighted_values::<S, ROWS, 4, AHEAD>(simd, tile, &decay, column),
+                2 | 3 => weighted_values::<S, ROWS, 2, AHEAD>(simd, tile, &decay, column),
+                _ => weighted_values::<S, ROWS, 1, AHEAD>(simd, tile, &decay, column),
+            }
+            column += if vectors == 3 { 2 } else { vectors } * S::LANES;
+        }
+    }
+}
+
+/// Dot products of `ROWS` queries with `VECTORS · LANES` keys from `key` on.
+#[inline(always)]
+unsafe fn scores<S: Simd, const ROWS: usize, const VECTORS: usize, const AHEAD: bool>(
+    simd: S,
+    tile: &mut MicroTile<'_>,
+    key: usize,
+) {
+    // SAFETY: the keys are in the block; a page is `[key_dim][16]` f32; queries have `key_dim` f32.
+    unsafe {
+        // Start of each vector of keys in its page.
+        let sources: [*const f32; VECTORS] = std::array::from_fn(
+            #[inline(always)]
+            |vector| {
+                let key = key + vector * S::LANES;
+                tile.keys.cast::<f32>().add(key / PAGE_KEYS * PAGE_KEYS * tile.key_dim + key % PAGE_KEYS)
+            },
+        );
         let queries = tile.queries.cast::<f32>();
         let key_ahead = tile.ahead.map_or(0, |(keys, _)| keys);
-        let mut sums = [[L::splat(0.0); PANELS]; ROWS];
+        let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
         for channel in 0..tile.key_dim {
-            let source = keys.add(channel * PAGE_KEYS);
-            let keys: [L; PANELS] = std::array::from_fn(|panel| L::load(source.add(panel * tile.key_dim * PAGE_KEYS)));
-            if AHEAD {
-                (0..PANELS).for_each(|panel| fetch_ahead(source.add(panel * tile.key_dim * PAGE_KEYS), key_ahead));
+            let mut keys = [simd.splat(0.0); VECTORS];
+            for (keys, source) in keys.iter_mut().zip(sources) {
+                let source = source.add(channel * PAGE_KEYS);
+                *keys = load(simd, source);
+                if AHEAD {
+                    fetch_ahead(source, key_ahead);
+                }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
-                let query = L::splat(*queries.add(row * tile.key_dim + channel));
+                let query = simd.splat(*queries.add(row * tile.key_dim + channel));
                 for (sum, key) in sums.iter_mut().zip(keys) {
-                    *sum = query.mul_add(key, *sum);
+                    *sum = simd.mul_add(query, key, *sum);
                 }
             }
         }
         for (row, sums) in sums.iter().enumerate() {
-            for (panel, sum) in sums.iter().enumerate() {
-                sum.store(tile.scores.add(row * MAX_BLOCK_KEYS + (page + panel) * PAGE_KEYS));
+            for (vector, sum) in sums.iter().enumerate() {
+                store(simd, *sum, tile.scores.add(row * MAX_BLOCK_KEYS + key + vector * S::LANES));
             }
         }
     }
@@ -74,72 +138,75 @@ unsafe fn scores<L: Lanes, const ROWS: usize, const PANELS: usize, const AHEAD: 
 /// One step of the online softmax (Milakov & Gimelshein 2018): scores become weights in place.
 /// Returns the factor by which each row's earlier sums shrink.
 #[inline(always)]
-unsafe fn softmax<L: Lanes, const ROWS: usize>(tile: &mut MicroTile<'_>) -> Softmax<ROWS> {
-    // SAFETY: a row of scores has `pages` vectors; `maxima` has ROWS and `sums` ROWS · 16 elements.
+unsafe fn softmax<S: Simd, const ROWS: usize>(simd: S, tile: &mut MicroTile<'_>) -> [f32; ROWS] {
+    // SAFETY: a row of scores has `pages · 16` elements; `maxima` has ROWS and `sums` ROWS · 16.
     unsafe {
-        let mut decay = Softmax::default();
-        for row in 0..ROWS {
+        let keys = tile.pages * PAGE_KEYS;
+        let mut decays = [0.0; ROWS];
+        for (row, decay) in decays.iter_mut().enumerate() {
             let scores = tile.scores.add(row * MAX_BLOCK_KEYS);
-            let mut largest = L::load(scores);
-            for page in 1..tile.pages {
-                largest = L::load(scores.add(page * PAGE_KEYS)).max(largest);
+            let mut largest = load(simd, scores);
+            for key in (0..keys).step_by(S::LANES) {
+                largest = simd.max(load(simd, scores.add(key)), largest);
             }
             let before = *tile.maxima.add(row);
-            let maximum = before.max(largest.reduce_max());
+            let maximum = before.max(simd.reduce_max(largest));
             *tile.maxima.add(row) = maximum;
-            decay.decay[row] = before - maximum;
-            let mut sum = L::splat(0.0);
-            for page in 0..tile.pages {
-                let weight = L::load(scores.add(page * PAGE_KEYS)).sub(L::splat(maximum)).exp2();
-                weight.store(scores.add(page * PAGE_KEYS));
-                sum = sum.add(weight);
+            *decay = (before - maximum).exp();
+            let maximum = simd.splat(maximum);
+            let mut sum = simd.splat(0.0);
+            for key in (0..keys).step_by(S::LANES) {
+                let weight = exp(simd, simd.sub(load(simd, scores.add(key)), maximum));
+                store(simd, weight, scores.add(key));
+                sum = simd.add(sum, weight);
             }
-            sum.store(tile.block_sums.add(row * PAGE_KEYS));
-        }
-        L::load(decay.decay.as_ptr()).exp2().store(decay.decay.as_mut_ptr());
-        for row in 0..ROWS {
             let total = tile.sums.add(row * PAGE_KEYS);
-            let block = L::load(tile.block_sums.add(row * PAGE_KEYS));
-            L::load(total).mul_add(L::splat(decay.decay[row]), block).store(total);
+            store(simd, simd.mul_add(load(simd, total), simd.splat(*decay), sum), total);
         }
-        decay
+        decays
     }
 }
 
-/// `output = decay · output + weights · values` for `PANELS` · 16 value channels from `column` on.
+/// `output = decay · output + weights · values` for `VECTORS · LANES` value channels from `column` on.
 #[inline(always)]
-unsafe fn weighted_values<L: Lanes, const ROWS: usize, const PANELS: usize, const AHEAD: bool>(
+unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: usize, const AHEAD: bool>(
+    simd: S,
     tile: &mut MicroTile<'_>,
-    decay: &Softmax<ROWS>,
+    decay: &[f32; ROWS],
     column: usize,
 ) {
     // SAFETY: values are `[pages · 16][value_dim]` f32, output rows `value_dim` f32, and
-    // `column + PANELS · 16 <= value_dim`.
+    // `column + VECTORS · LANES <= value_dim`.
     unsafe {
         let values = tile.values.cast::<f32>().add(column);
         let output = tile.output.add(column);
         let value_ahead = tile.ahead.map_or(0, |(_, values)| values);
-        let mut sums: [[L; PANELS]; ROWS] = std::array::from_fn(|row| {
-            std::array::from_fn(|panel| {
-                L::load(output.add(row * tile.value_dim + panel * PAGE_KEYS)).mul(L::splat(decay.decay[row]))
-            })
-        });
+        let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
+        for ((row, sums), decay) in sums.iter_mut().enumerate().zip(decay) {
+            for (vector, sum) in sums.iter_mut().enumerate() {
+                let before = load(simd, output.add(row * tile.value_dim + vector * S::LANES));
+                *sum = simd.mul(before, simd.splat(*decay));
+            }
+        }
         for key in 0..tile.pages * PAGE_KEYS {
             let source = values.add(key * tile.value_dim);
-            let values: [L; PANELS] = std::array::from_fn(|panel| L::load(source.add(panel * PAGE_KEYS)));
-            if AHEAD {
-                (0..PANELS).for_each(|panel| fetch_ahead(source.add(panel * PAGE_KEYS), value_ahead));
+            let mut values = [simd.splat(0.0); VECTORS];
+            for (vector, values) in values.iter_mut().enumerate() {
+                *values = load(simd, source.add(vector * S::LANES));
+                if AHEAD {
+                    fetch_ahead(source.add(vector * S::LANES), value_ahead);
+                }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
-                let weight = L::splat(*tile.scores.add(row * MAX_BLOCK_KEYS + key));
+                let weight = simd.splat(*tile.scores.add(row * MAX_BLOCK_KEYS + key));
                 for (sum, value) in sums.iter_mut().zip(values) {
-                    *sum = weight.mul_add(value, *sum);
+                    *sum = simd.mul_add(weight, value, *sum);
                 }
             }
         }
         for (row, sums) in sums.iter().enumerate() {
-            for (panel, sum) in sums.iter().enumerate() {
-                sum.store(output.add(row * tile.value_dim + panel * PAGE_KEYS));
+            for (vector, sum) in sums.iter().enumerate() {
+                store(simd, *sum, output.add(row * tile.value_dim + vector * S::LANES));
             }
         }
     }

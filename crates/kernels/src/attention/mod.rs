@@ -18,7 +18,6 @@ mod bf16;
 mod float;
 #[cfg(target_arch = "x86_64")]
 mod int8;
-mod lanes;
 #[cfg(target_arch = "x86_64")]
 mod softmax;
 mod tile;

@@ -2,14 +2,11 @@
 
 use half::bf16;
 
-use super::float;
-use super::lanes::PortableLanes;
-#[cfg(target_arch = "x86_64")]
-use super::lanes::{Avx2Lanes, Avx512Lanes};
+use super::float::FloatMicroTile;
 use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE};
 #[cfg(target_arch = "x86_64")]
 use super::{bf16 as bf16_kernel, int8 as int8_kernel};
-use crate::{AlignedBuffer, InstructionSet, nearest_integer};
+use crate::{AlignedBuffer, InstructionSet, nearest_integer, simd};
 
 /// Whole pages of keys and values, one after another, in the layouts of the [module](super).
 #[derive(Clone, Copy)]
@@ -74,6 +71,16 @@ enum Arithmetic {
     Int8,
 }
 
+impl Arithmetic {
+    /// Nats in one unit of the scores.
+    fn nats(self) -> f32 {
+        match self {
+            Self::F32 => 1.0,
+            Self::Bf16 | Self::Int8 => std::f32::consts::LN_2,
+        }
+    }
+}
+
 /// Query rows of one key/value head with their running softmax and output.
 ///
 /// Use: [`begin`](Self::begin), [`set_row`](Self::set_row) for every row, [`accumulate`](Self::accumulate) for every
@@ -83,7 +90,8 @@ pub struct AttentionTile {
     instruction_set: Option<InstructionSet>,
     arithmetic: Option<Arithmetic>,
     shape: TileShape,
-    /// `[rows][key_dim]`, one of the three by `arithmetic`; multiplied by scale · log2 e.
+    /// `[rows][key_dim]`, one of the three by `arithmetic`; multiplied by the factor on the logits, and for bf16 and
+    /// int8 by log2 e too, as their kernels compute powers of two.
     queries_f32: AlignedBuffer<f32>,
     queries_bf16: AlignedBuffer<u16>,
     queries_int8: AlignedBuffer<i8>,
@@ -93,7 +101,7 @@ pub struct AttentionTile {
     query_offsets: Vec<i32>,
     /// First and one-past-last key each row sees. `[rows]`
     visible: Vec<(usize, usize)>,
-    /// Largest score so far, in log2 units. `[rows]`
+    /// Largest score so far. `[rows]`
     maxima: Vec<f32>,
     /// Sum of weights so far, by lane. `[rows][16]`
     sums: AlignedBuffer<f32>,
@@ -103,8 +111,6 @@ pub struct AttentionTile {
     scores: AlignedBuffer<f32>,
     /// Weights of a micro-tile in bf16 or int16. `[MICRO_ROWS][MAX_BLOCK_KEYS]`
     weights: AlignedBuffer<u16>,
-    /// `[MICRO_ROWS][16]`
-    block_sums: AlignedBuffer<f32>,
     expanded_keys: AlignedBuffer<f32>,
     expanded_values: AlignedBuffer<f32>,
     /// Int8: scale of each value over the largest of the block, in steps of a weight. `[pages · 16]`
@@ -116,18 +122,6 @@ const WEIGHT_STEPS: f32 = 32_767.0;
 
 /// Smallest running maximum: finite, so that a row that has seen nothing yet never computes −∞ − −∞.
 pub(super) const NOTHING_SEEN: f32 = -1e30;
-
-/// Factors by which the earlier sums of a micro-tile's rows shrink.
-#[repr(align(64))]
-pub(super) struct Softmax<const ROWS: usize> {
-    pub decay: [f32; 16],
-}
-
-impl<const ROWS: usize> Default for Softmax<ROWS> {
-    fn default() -> Self {
-        Self { decay: [0.0; 16] }
-    }
-}
 
 /// Pointers of one micro-tile: `ROWS` rows of a tile against one block (or the visible pages of it).
 /// Row `r` of queries starts `r · key_dim` elements on, of scores and weights `r · MAX_BLOCK_KEYS`, of sums
@@ -147,7 +141,6 @@ pub(super) struct MicroTile<'a> {
     pub output: *mut f32,
     pub scores: *mut f32,
     pub weights: *mut u16,
-    pub block_sums: *mut f32,
     /// Int8: factor of each key on the weights, `[pages · 16]`.
     pub value_factors: *const f32,
     /// Int8: value of one step of weight · value.
@@ -209,7 +202,6 @@ impl AttentionTile {
         self.output.fill(0.0);
         self.scores.grow(MICRO_ROWS * MAX_BLOCK_KEYS);
         self.weights.grow(MICRO_ROWS * MAX_BLOCK_KEYS);
-        self.block_sums.grow(MICRO_ROWS * PAGE_KEYS);
     }
 
     /// Name of the kernel that [`accumulate`](Self::accumulate) runs, as reports print it.
@@ -228,10 +220,11 @@ impl AttentionTile {
     pub fn set_row(&mut self, row: usize, query: &[f32], scale: f32, (start, end): (usize, usize)) {
         let key_dim = self.shape.key_dim;
         assert!(query.len() <= key_dim, "a query of width {} for keys of width {key_dim}", query.len());
-        let factor = scale * std::f32::consts::LOG2_E;
         let range = row * key_dim..(row + 1) * key_dim;
         self.visible[row] = (start, end.max(start));
-        match self.arithmetic.expect("begin was called") {
+        let arithmetic = self.arithmetic.expect("begin was called");
+        let factor = scale / arithmetic.nats();
+        match arithmetic {
             Arithmetic::F32 => {
                 let target = &mut self.queries_f32[range];
                 target.iter_mut().zip(query).for_each(|(target, value)| *target = value * factor);
@@ -361,7 +354,6 @@ impl AttentionTile {
                     output: self.output.as_mut_ptr().add(row * value_dim),
                     scores: self.scores.as_mut_ptr(),
                     weights: self.weights.as_mut_ptr(),
-                    block_sums: self.block_sums.as_mut_ptr(),
                     value_factors: if arithmetic == Arithmetic::Int8 {
                         self.value_factors.as_ptr().add(first_page * PAGE_KEYS)
                     } else {
@@ -406,7 +398,8 @@ impl AttentionTile {
         }
         let inverse = 1.0 / sum;
         output.iter_mut().zip(sums).for_each(|(target, value)| *target = value * inverse);
-        (self.maxima[row] + sum.log2()) * std::f32::consts::LN_2
+        let unit = self.arithmetic.expect("begin was called").nats();
+        self.maxima[row] * unit + sum.ln()
     }
 }
 
@@ -422,50 +415,9 @@ unsafe fn run_micro_tile(level: InstructionSet, arithmetic: Arithmetic, rows: us
             (Arithmetic::Bf16, _) => bf16_kernel::micro_tile_rows(rows, tile),
             #[cfg(target_arch = "x86_64")]
             (Arithmetic::Int8, _) => int8_kernel::micro_tile_rows(rows, tile),
-            #[cfg(target_arch = "x86_64")]
-            (_, InstructionSet::Avx512 | InstructionSet::Avx512Vnni | InstructionSet::Avx512Bf16) => {
-                float_avx512(rows, tile);
-            }
-            #[cfg(target_arch = "x86_64")]
-            (_, InstructionSet::Avx2) => float_avx2(rows, tile),
-            _ => float_rows::<PortableLanes>(rows, tile),
+            _ => simd::run(level, FloatMicroTile { tile, rows }),
         }
     }
-}
-
-#[inline(always)]
-unsafe fn float_rows<L: super::lanes::Lanes>(rows: usize, tile: &mut MicroTile<'_>) {
-    // SAFETY: forwarded from the caller.
-    unsafe {
-        match (rows, tile.ahead.is_some()) {
-            (1, true) => float::micro_tile::<L, 1, true>(tile),
-            (2, true) => float::micro_tile::<L, 2, true>(tile),
-            (3, true) => float::micro_tile::<L, 3, true>(tile),
-            (4, true) => float::micro_tile::<L, 4, true>(tile),
-            (5, true) => float::micro_tile::<L, 5, true>(tile),
-            (_, true) => float::micro_tile::<L, 6, true>(tile),
-            (1, false) => float::micro_tile::<L, 1, false>(tile),
-            (2, false) => float::micro_tile::<L, 2, false>(tile),
-            (3, false) => float::micro_tile::<L, 3, false>(tile),
-            (4, false) => float::micro_tile::<L, 4, false>(tile),
-            (5, false) => float::micro_tile::<L, 5, false>(tile),
-            (_, false) => float::micro_tile::<L, 6, false>(tile),
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn float_avx512(rows: usize, tile: &mut MicroTile<'_>) {
-    // SAFETY: forwarded from the caller.
-    unsafe { float_rows::<Avx512Lanes>(rows, tile) }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn float_avx2(rows: usize, tile: &mut MicroTile<'_>) {
-    // SAFETY: forwarded from the caller.
-    unsafe { float_rows::<Avx2Lanes>(rows, tile) }
 }
 
 /// Writes a bf16 or int8 block in the f32 page layout.
