@@ -1,6 +1,27 @@
-//! Chat templates.
+//! Chat templates (Jinja), rendered as transformers renders them.
+//!
+//! A template comes with the model and is not trusted: it sees only the messages, its steps are counted and its output is
+//! bounded. Strings that it builds on the way are not (docs/security.md).
 
+mod environment;
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+
+use minijinja::Value as JinjaValue;
 use serde::Serialize;
+use serde_json::Value;
+
+use crate::gguf::Metadata;
+use crate::text::{printable, quoted};
+
+/// Steps a template may take, and for each message; real templates take a few dozen for each.
+const FUEL: u64 = 200_000;
+const FUEL_FOR_MESSAGE: u64 = 5_000;
+/// Longest template that is read, in bytes; the longest real ones have about 20 kB.
+const MAXIMUM_SOURCE: usize = 1 << 20;
+/// What a template may write beyond the messages' own text, in bytes.
+const MAXIMUM_OUTPUT: usize = 16 << 20;
 
 /// A message of a chat.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -11,10 +32,19 @@ pub struct Message {
     pub content: String,
 }
 
+impl Message {
+    /// A message of `role` that says `content`.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into() }
+    }
+}
+
 /// A model's chat template (Jinja), which turns messages into the text that the model was trained on.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ChatTemplate {
     source: String,
+    /// `bos_token`, `eos_token` and the like, by name.
+    special_tokens: BTreeMap<String, String>,
 }
 
 /// What is wrong with a chat template.
@@ -28,24 +58,77 @@ pub enum ChatError {
         /// What is wrong.
         problem: String,
     },
-    /// The template refused the messages, or failed.
-    #[error("chat template: {0}")]
+    /// The template refused the messages, with its own words.
+    #[error("the model's chat template refuses these messages: {0}")]
+    Refused(String),
+    /// The template failed.
+    #[error("the model's chat template fails: {0}")]
     Render(String),
 }
 
 impl ChatTemplate {
+    /// Reads `chat_template.jinja`, or the template in `tokenizer_config.json`.
     pub(crate) fn from_hugging_face(
         template: Option<&[u8]>,
         config: Option<&[u8]>,
         file: &str,
     ) -> Result<Option<Self>, ChatError> {
-        let _ = (template, config, file);
-        Ok(None)
+        let problem = |problem: String| ChatError::Read { file: file.into(), problem };
+        let config: Value = match config {
+            None => Value::Null,
+            Some(json) => serde_json::from_slice(json).map_err(|error| problem(format!("not valid JSON: {error}")))?,
+        };
+        let source = match template {
+            Some(bytes) => {
+                let file = || "chat_template.jinja".into();
+                let text = std::str::from_utf8(bytes);
+                Some(text.map_err(|_| ChatError::Read { file: file(), problem: "not UTF-8".into() })?.to_owned())
+            }
+            None => template_of_config(&config).map_err(problem)?,
+        };
+        let Some(source) = source else { return Ok(None) };
+        let mut special_tokens = BTreeMap::new();
+        for (name, value) in config.as_object().into_iter().flatten().filter(|(name, _)| name.ends_with("_token")) {
+            // A string, or the description of an added token.
+            if let Some(text) = value.as_str().or_else(|| value.get("content")?.as_str()) {
+                special_tokens.insert(name.clone(), text.to_owned());
+            }
+        }
+        Self::new(source, special_tokens).map(Some).map_err(problem)
     }
 
-    pub(crate) fn from_gguf(metadata: &crate::gguf::Metadata, file: &str) -> Result<Option<Self>, ChatError> {
-        let _ = (metadata, file);
-        Ok(None)
+    /// Reads the template in the metadata of a GGUF file.
+    pub(crate) fn from_gguf(metadata: &Metadata, file: &str) -> Result<Option<Self>, ChatError> {
+        let problem = |problem: String| ChatError::Read { file: file.into(), problem };
+        let read = || -> Result<_, crate::gguf::GgufError> {
+            let Some(source) = metadata.string("tokenizer.chat_template")? else { return Ok(None) };
+            let tokens = metadata.strings("tokenizer.ggml.tokens")?.unwrap_or_default();
+            let mut special_tokens = BTreeMap::new();
+            for (name, key) in
+                [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")]
+            {
+                let id = metadata.u32(&format!("tokenizer.ggml.{key}_token_id"))?;
+                if let Some(token) = id.and_then(|id| tokens.get(id as usize)) {
+                    special_tokens.insert(name.to_owned(), token.clone());
+                }
+            }
+            Ok(Some((source.to_owned(), special_tokens)))
+        };
+        match read().map_err(|error| problem(error.to_string()))? {
+            None => Ok(None),
+            Some((source, special_tokens)) => Self::new(source, special_tokens).map(Some).map_err(problem),
+        }
+    }
+
+    fn new(source: String, special_tokens: BTreeMap<String, String>) -> Result<Self, String> {
+        if source.len() > MAXIMUM_SOURCE {
+            return Err(format!("chat template of {} bytes; expected at most {MAXIMUM_SOURCE}", source.len()));
+        }
+        let source = environment::without_generation_tags(&source);
+        environment::new()
+            .template_from_str(&source)
+            .map_err(|error| format!("chat template: {}", printable(&error.to_string())))?;
+        Ok(Self { source, special_tokens })
     }
 
     /// The text of a chat; with `add_generation_prompt` it ends where the assistant's answer begins. Encode it without
@@ -54,12 +137,70 @@ impl ChatTemplate {
     /// # Errors
     /// When the template refuses the messages (its own words are in the error), fails, or runs too long.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ChatError> {
-        let _ = (messages, add_generation_prompt);
-        Err(ChatError::Render("not there yet".into()))
+        let mut environment = environment::new();
+        environment.set_fuel(Some(FUEL + FUEL_FOR_MESSAGE * messages.len() as u64));
+        let mut context: BTreeMap<&str, JinjaValue> =
+            self.special_tokens.iter().map(|(name, token)| (name.as_str(), JinjaValue::from(token))).collect();
+        context.insert("messages", JinjaValue::from_serialize(messages));
+        context.insert("add_generation_prompt", JinjaValue::from(add_generation_prompt));
+        // transformers passes these, and templates test them.
+        context.insert("tools", JinjaValue::from(()));
+        context.insert("documents", JinjaValue::from(()));
+
+        let said: usize = messages.iter().map(|message| message.content.len() + message.role.len()).sum();
+        let mut output = Bounded { bytes: Vec::new(), limit: MAXIMUM_OUTPUT.saturating_add(said.saturating_mul(4)) };
+        let rendered = environment
+            .template_from_str(&self.source)
+            .and_then(|template| template.render_captured_to(context, &mut output).map(|_| ()));
+        if let Err(error) = rendered {
+            if let Some(words) = environment::refusal(&error) {
+                return Err(ChatError::Refused(printable(&words)));
+            }
+            return Err(ChatError::Render(printable(&error.to_string())));
+        }
+        String::from_utf8(output.bytes).map_err(|_| ChatError::Render("its output is not UTF-8".into()))
     }
 
     /// The template's own text.
     pub fn source(&self) -> &str {
         &self.source
+    }
+}
+
+/// `chat_template` of a `tokenizer_config.json`: a string, or a list of named ones of which `default` is taken.
+fn template_of_config(config: &Value) -> Result<Option<String>, String> {
+    match config.get("chat_template") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.clone())),
+        Some(Value::Array(list)) => {
+            let named = list.iter().find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"));
+            match named.and_then(|entry| entry.get("template")?.as_str()) {
+                Some(text) => Ok(Some(text.to_owned())),
+                None => Err("chat_template lists no template of the name default".into()),
+            }
+        }
+        Some(other) => {
+            Err(format!("chat_template is {}; expected a string or a list of templates", quoted(&other.to_string())))
+        }
+    }
+}
+
+/// Output that ends with an error when it grows too long.
+struct Bounded {
+    bytes: Vec<u8>,
+    limit: usize,
+}
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > self.limit - self.bytes.len() {
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "the text grows too long"));
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }

@@ -1,0 +1,97 @@
+//! Chat templates against what transformers makes of them.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::borrow::Cow;
+
+use common::{golden, tiny_model};
+use iceformer_engine::{ChatError, ChatTemplate, Message, ModelFiles};
+use serde_json::{Value, json};
+
+fn template(config: Value) -> Result<Option<ChatTemplate>, ChatError> {
+    let mut model = tiny_model(64, Vec::new());
+    model.tokenizer_config = Some(Cow::Owned(config.to_string().into_bytes()));
+    ModelFiles::from_memory("tiny", model).unwrap().chat_template()
+}
+
+fn render(source: &str) -> Result<String, ChatError> {
+    let messages = [Message::new("user", "hello")];
+    template(json!({ "chat_template": source })).unwrap().unwrap().render(&messages, true)
+}
+
+#[test]
+fn text_equals_transformers() {
+    let document: Value = serde_json::from_str(&std::fs::read_to_string(golden().join("chat.json")).unwrap()).unwrap();
+    let cases = document["cases"].as_array().unwrap();
+    assert!(cases.len() >= 50);
+    for case in cases {
+        let mut config = document["tokens"].clone();
+        config["chat_template"] = document["templates"][case["template"].as_str().unwrap()].clone();
+        let template = template(config).unwrap().unwrap();
+        let messages: Vec<Message> = document["chats"][case["chat"].as_str().unwrap()]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|message| Message::new(message["role"].as_str().unwrap(), message["content"].as_str().unwrap()))
+            .collect();
+        let rendered = template.render(&messages, case["add_generation_prompt"].as_bool().unwrap());
+        match (rendered, case.get("text"), case.get("refused")) {
+            (Ok(text), Some(expected), None) => assert_eq!(text, expected.as_str().unwrap(), "{case}"),
+            (Err(ChatError::Refused(words)), None, Some(expected)) => assert_eq!(words, expected.as_str().unwrap()),
+            (result, ..) => panic!("{result:?} for {case}"),
+        }
+    }
+}
+
+#[test]
+fn the_default_of_several_templates_is_taken() {
+    let list = json!([{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]);
+    let chat = template(json!({ "chat_template": list })).unwrap().unwrap();
+    assert_eq!(chat.render(&[], false).unwrap(), "plain");
+    assert_eq!(chat.source(), "plain");
+    assert!(template(json!({})).unwrap().is_none());
+    assert!(template(json!({ "chat_template": null })).unwrap().is_none());
+}
+
+#[test]
+fn added_tokens_may_be_described() {
+    let config =
+        json!({ "bos_token": {"content": "<s>", "lstrip": false}, "chat_template": "{{ bos_token }}{{ eos_token }}" });
+    assert_eq!(template(config).unwrap().unwrap().render(&[], false).unwrap(), "<s>");
+}
+
+#[test]
+fn malformed_templates_are_one_line_errors() {
+    for (config, expected) in [
+        (json!({ "chat_template": "{% if %}" }), "chat template: syntax error"),
+        (json!({ "chat_template": "{% for x in y %}" }), "chat template: syntax error"),
+        (json!({ "chat_template": "{{ 'a\n".repeat(1000) }), "chat template: syntax error"),
+        (json!({ "chat_template": "{% if x %}".repeat(1000) }), "chat template: syntax error"),
+        (json!({ "chat_template": 7 }), "chat_template is \"7\""),
+        (json!({ "chat_template": [{"name": "rag", "template": "x"}] }), "no template of the name default"),
+        (json!({ "chat_template": "x".repeat(2 << 20) }), "expected at most 1048576"),
+    ] {
+        let message = template(config).unwrap_err().to_string();
+        assert!(message.contains("tokenizer_config.json: ") && message.contains(expected), "{message}");
+        assert!(!message.contains('\n') && message.len() < 300, "{message}");
+    }
+}
+
+#[test]
+fn a_template_cannot_run_or_write_without_end() {
+    for source in [
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        "{% for a in range(1000) %}{{ 'x' * 90000000 }}{% endfor %}",
+        "{{ undefined_function() }}",
+        "{{ messages[0].content.no_such_method() }}",
+        "{% include 'other' %}",
+    ] {
+        let message = render(source).unwrap_err().to_string();
+        assert!(message.starts_with("the model's chat template fails: "), "{message}");
+        assert!(!message.contains('\n'), "{message}");
+    }
+    let refused = render("{{ raise_exception('no\nthanks') }}").unwrap_err();
+    assert_eq!(refused.to_string(), "the model's chat template refuses these messages: no\\nthanks");
+}
