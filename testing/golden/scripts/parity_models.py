@@ -156,8 +156,12 @@ MODELS = {
 OLD_ROPE_FIELDS = {"llama-rope-llama3-tied", "llama-rope-yarn-tied", "qwen3-rope-linear"}
 
 
-def randomise(model: torch.nn.Module, seed: int, logit_deviation: float = 1.5) -> None:
-    """Weights that make every part matter: attention is uneven and logits have about the deviation given."""
+# Of the logits. The divergence that a rounding causes grows with its square.
+LOGIT_DEVIATION = 1.0
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Weights that make every part matter: attention is uneven, and logits differ."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: torch.Tensor, mean: float, deviation: float) -> None:
@@ -167,9 +171,9 @@ def randomise(model: torch.nn.Module, seed: int, logit_deviation: float = 1.5) -
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if name.endswith("embed_tokens.weight"):
-                normal(tensor, 0.0, logit_deviation / tensor.shape[1] ** 0.5 if tied else 0.5)
+                normal(tensor, 0.0, LOGIT_DEVIATION / tensor.shape[1] ** 0.5 if tied else 0.5)
             elif name.endswith("lm_head.weight"):
-                normal(tensor, 0.0, logit_deviation / tensor.shape[1] ** 0.5)
+                normal(tensor, 0.0, LOGIT_DEVIATION / tensor.shape[1] ** 0.5)
             elif name.endswith("norm.weight"):
                 normal(tensor, 1.0, 0.2)
             elif name.endswith("bias"):
@@ -210,13 +214,14 @@ def main() -> None:
     for index, (name, (model_class, config, stored, shard)) in enumerate(MODELS.items()):
         folder = output / name
         shutil.rmtree(folder, ignore_errors=True)
-        config._attn_implementation = "eager"
         for seed in range(1000 * index, 1000 * index + 100):
             model = model_class(config).eval()
             randomise(model, seed)
             model.to(stored)
             model.save_pretrained(folder, max_shard_size=shard)
-            logits, continuation, margin = expect(model.to(torch.float32), tokens)
+            # Read back, not converted: conversion would leave the rotary frequencies rounded.
+            model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+            logits, continuation, margin = expect(model, tokens)
             if margin > MARGIN:
                 break
         else:
