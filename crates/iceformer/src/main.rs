@@ -1,2 +1,11 @@
 //! The `iceformer` command line.
-fn main() {}
+
+#![forbid(unsafe_code)]
+
+mod command_line;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    command_line::main()
+}

@@ -1,0 +1,302 @@
+//! The arguments as typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use iceformer_attention::{KeyValueType, Method};
+use iceformer_kernels::linear::WeightType;
+
+/// Runs pretrained Transformers on long inputs on ordinary CPUs.
+///
+/// Without a command it shows itself at work: a small built-in model reads a novel of 16,000 tokens and answers a
+/// question about it.
+#[derive(Debug, Parser)]
+#[command(name = "iceformer", version)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Reads a prompt and continues or answers it.
+    Run(Box<RunArguments>),
+    /// Shows what is in a model's files.
+    Inspect(InspectArguments),
+    /// Measures this machine, kernels, or whole prompts.
+    Bench(BenchArguments),
+}
+
+#[derive(Debug, Args)]
+pub struct RunArguments {
+    /// Hugging Face folder or GGUF file [default: the built-in reference model].
+    #[arg(long, short)]
+    pub model: Option<PathBuf>,
+    /// File to read before the prompt; may be given several times; `-` reads standard input.
+    #[arg(long, short)]
+    pub file: Vec<PathBuf>,
+    /// Text to read after the files. With neither files nor prompt, standard input is read, or a chat starts where it is
+    /// a terminal.
+    #[arg(long, short)]
+    pub prompt: Option<String>,
+    /// Runs the built-in example: a novel with a question at its end.
+    #[arg(long, conflicts_with_all = ["model", "file", "prompt", "chat", "system"])]
+    pub example: bool,
+    /// System message of the chat.
+    #[arg(long, conflicts_with = "no_chat")]
+    pub system: Option<String>,
+    /// Uses the model's chat template [default: when the model has one].
+    #[arg(long, conflicts_with = "no_chat")]
+    pub chat: bool,
+    /// Continues the text as it is.
+    #[arg(long)]
+    pub no_chat: bool,
+    /// Most tokens to generate.
+    #[arg(long, short = 'n', default_value = "1024", value_name = "TOKENS")]
+    pub max_tokens: usize,
+    /// Ends at this text, which is not shown; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Goes on at the model's end tokens.
+    #[arg(long)]
+    pub ignore_end: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArguments,
+    #[command(flatten)]
+    pub machine: MachineArguments,
+    /// Writes one JSON object with the text and all figures to standard output when done, and no text before.
+    #[arg(long)]
+    pub json: bool,
+    /// Writes neither progress nor figures to standard error.
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+impl RunArguments {
+    /// What `iceformer` without arguments does.
+    pub fn example() -> Self {
+        let Ok(Arguments { command: Some(Command::Run(run)) }) =
+            Arguments::try_parse_from(["iceformer", "run", "--example"])
+        else {
+            unreachable!("the arguments of the example parse")
+        };
+        *run
+    }
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArguments {
+    /// Divisor of the logits; 0 always takes the most probable token.
+    #[arg(long, default_value = "0", value_name = "T")]
+    pub temperature: f32,
+    /// Keeps the K most probable tokens; 0 keeps all.
+    #[arg(long, default_value = "40", value_name = "K")]
+    pub top_k: usize,
+    /// Keeps the most probable tokens that reach this probability together.
+    #[arg(long, default_value = "0.95", value_name = "P")]
+    pub top_p: f32,
+    /// Keeps tokens with at least this share of the best one's probability.
+    #[arg(long, default_value = "0.05", value_name = "P")]
+    pub min_p: f32,
+    /// Makes tokens of the last `--repetition-window` less probable; 1 is off.
+    #[arg(long, default_value = "1", value_name = "FACTOR")]
+    pub repetition_penalty: f32,
+    /// Tokens that the repetition penalty looks at.
+    #[arg(long, default_value = "64", value_name = "TOKENS")]
+    pub repetition_window: usize,
+    /// Seed of the sampler: the same seed gives the same text.
+    #[arg(long, default_value = "0")]
+    pub seed: u64,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Machine")]
+pub struct MachineArguments {
+    /// Threads [default: the cores this process may use].
+    #[arg(long, short, value_name = "N", value_parser = threads)]
+    pub threads: Option<usize>,
+    /// Element type of the key/value cache.
+    #[arg(long, default_value = "int8", value_name = "TYPE", value_parser = kv_type)]
+    pub kv_type: KeyValueType,
+    /// Most tokens of prompt and answer together [default: what the model is made for].
+    #[arg(long, value_name = "TOKENS")]
+    pub context: Option<usize>,
+    /// Tokens of the prompt that go through the layers together.
+    #[arg(long, default_value = "512", value_name = "TOKENS")]
+    pub chunk: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArguments {
+    /// Hugging Face folder or GGUF file.
+    pub model: PathBuf,
+    /// Lists every tensor.
+    #[arg(long)]
+    pub tensors: bool,
+    /// Writes one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArguments {
+    #[command(subcommand)]
+    pub what: Bench,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// This machine's f32, bf16 and int8 rates per core, and its memory bandwidth.
+    Ceilings(CeilingsArguments),
+    /// One linear layer beside the ceilings.
+    Linear(LinearArguments),
+    /// One attention call beside the ceilings.
+    Attention(AttentionArguments),
+    /// A whole prompt and its continuation.
+    Prompt(PromptArguments),
+}
+
+#[derive(Debug, Args)]
+pub struct CeilingsArguments {
+    #[command(flatten)]
+    pub common: BenchCommon,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchCommon {
+    /// Threads [default: the cores this process may use].
+    #[arg(long, short, value_name = "N", value_parser = threads)]
+    pub threads: Option<usize>,
+    /// Measurements, of which the median is given.
+    #[arg(long, default_value = "5", value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
+    pub repeat: u32,
+    /// Writes one line of JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct LinearArguments {
+    /// Type of the weights.
+    #[arg(long, default_value = "bf16", value_name = "TYPE", value_parser = weight_type)]
+    pub weights: WeightType,
+    /// Rows of the input: tokens.
+    #[arg(long, default_value = "512", value_parser = size)]
+    pub rows: usize,
+    /// Input features.
+    #[arg(long = "in", default_value = "2048", value_name = "FEATURES", value_parser = size)]
+    pub inputs: usize,
+    /// Output features.
+    #[arg(long = "out", default_value = "2048", value_name = "FEATURES", value_parser = size)]
+    pub outputs: usize,
+    #[command(flatten)]
+    pub common: BenchCommon,
+}
+
+#[derive(Debug, Args)]
+pub struct AttentionArguments {
+    /// How keys are chosen.
+    #[arg(long, default_value = "exact", value_parser = method)]
+    pub method: Method,
+    /// Keys in the cache.
+    #[arg(long, default_value = "8192", value_parser = size)]
+    pub tokens: usize,
+    /// Query heads.
+    #[arg(long, default_value = "32", value_parser = size)]
+    pub heads: usize,
+    /// Key/value heads.
+    #[arg(long, default_value = "8", value_parser = size)]
+    pub kv_heads: usize,
+    /// Width of a head.
+    #[arg(long, default_value = "64", value_parser = size)]
+    pub head_dim: usize,
+    /// Element type of the cache.
+    #[arg(long, default_value = "bf16", value_name = "TYPE", value_parser = kv_type)]
+    pub kv_type: KeyValueType,
+    /// Queries, at the last positions [default: as many as tokens].
+    #[arg(long, value_parser = size)]
+    pub queries: Option<usize>,
+    #[command(flatten)]
+    pub common: BenchCommon,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Shape {
+    /// 8 layers, width 1024, 16 heads, 4 key/value heads of 64.
+    Small,
+    /// Llama 3.2 1B with a vocabulary of 32,000.
+    #[value(name = "llama-1b")]
+    Llama1B,
+    /// Llama 3.1 8B.
+    #[value(name = "llama-8b")]
+    Llama8B,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["model", "shape"]))]
+pub struct PromptArguments {
+    /// Hugging Face folder or GGUF file.
+    #[arg(long, short)]
+    pub model: Option<PathBuf>,
+    /// Random weights of this shape.
+    #[arg(long)]
+    pub shape: Option<Shape>,
+    /// Type of the random weights.
+    #[arg(long, value_name = "TYPE", value_parser = weight_type, conflicts_with = "model", default_value = "bf16")]
+    pub weights: WeightType,
+    /// Tokens of the prompt.
+    #[arg(long, default_value = "4096", value_parser = size)]
+    pub tokens: usize,
+    /// Tokens to generate after it.
+    #[arg(long, default_value = "32", value_name = "TOKENS")]
+    pub generate: usize,
+    /// Element type of the key/value cache.
+    #[arg(long, default_value = "int8", value_name = "TYPE", value_parser = kv_type)]
+    pub kv_type: KeyValueType,
+    /// Tokens that go through the layers together.
+    #[arg(long, default_value = "512", value_name = "TOKENS", value_parser = size)]
+    pub chunk: usize,
+    /// Threads [default: the cores this process may use].
+    #[arg(long, short, value_name = "N", value_parser = threads)]
+    pub threads: Option<usize>,
+    /// Measurements, of which the median is given.
+    #[arg(long, default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
+    pub repeat: u32,
+    /// Writes one line of JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    number(text, 1, 1024)
+}
+
+/// Sizes of measurements: bounded so that products of them do not overflow.
+fn size(text: &str) -> Result<usize, String> {
+    number(text, 1, 1 << 20)
+}
+
+fn number(text: &str, least: usize, most: usize) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|number| (least..=most).contains(number));
+    number.ok_or_else(|| format!("expected a whole number from {least} to {most}"))
+}
+
+fn kv_type(text: &str) -> Result<KeyValueType, String> {
+    choice(text, &KeyValueType::ALL, KeyValueType::name)
+}
+
+fn weight_type(text: &str) -> Result<WeightType, String> {
+    choice(text, &WeightType::ALL, WeightType::name)
+}
+
+fn method(text: &str) -> Result<Method, String> {
+    choice(text, &Method::ALL, Method::name)
+}
+
+fn choice<T: Copy>(text: &str, all: &[T], name: impl Fn(T) -> &'static str) -> Result<T, String> {
+    all.iter().copied().find(|&value| name(value) == text).ok_or_else(|| {
+        let names: Vec<_> = all.iter().map(|&value| name(value)).collect();
+        format!("expected one of {}", names.join(", "))
+    })
+}

@@ -1,0 +1,162 @@
+//! `bench prompt`: a whole prompt through a whole model, and tokens after it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use iceformer_attention::ThreadTeam;
+use iceformer_engine::{
+    Decoder, Family, ModelConfig, ModelFiles, PartTimes, RandomWeights, RopeConfig, RopeScaling, Session,
+    SessionSettings,
+};
+use iceformer_kernels::InstructionSet;
+use iceformer_kernels::ceilings::process_cpu_seconds;
+use serde_json::json;
+
+use super::measure::median;
+use crate::command_line::arguments::{PromptArguments, Shape};
+use crate::command_line::memory::peak_resident_bytes;
+use crate::command_line::report::{kernels, per_second, shares};
+use crate::command_line::{Outcome, interrupt, print_json};
+
+/// Figures of one repeat.
+struct Measured {
+    prompt_cpu: f64,
+    prompt_wall: f64,
+    prompt_times: PartTimes,
+    decode_cpu: f64,
+    decode_wall: f64,
+    cache_bytes: usize,
+}
+
+/// Runs the measurement.
+pub fn run(arguments: &PromptArguments) -> anyhow::Result<Outcome> {
+    let &PromptArguments { tokens, generate, kv_type, chunk, .. } = arguments;
+    let team = Arc::new(ThreadTeam::new(arguments.threads.unwrap_or_else(ThreadTeam::available)));
+    let start = Instant::now();
+    let (name, weights, decoder) = match (&arguments.model, arguments.shape) {
+        (Some(path), _) => {
+            let files = ModelFiles::open(path)?;
+            let most = files.summary().types.first().map_or("", |&(name, ..)| name);
+            (path.display().to_string(), most, Decoder::load(&files, &team, |_, _| {})?)
+        }
+        (None, shape) => {
+            let (name, config) = shape.unwrap_or(Shape::Small).config(tokens + generate);
+            let source = RandomWeights::new(config, arguments.weights, 1).map_err(anyhow::Error::msg)?;
+            (name.to_owned(), arguments.weights.name(), Decoder::load(&source, &team, |_, _| {})?)
+        }
+    };
+    let load_seconds = start.elapsed().as_secs_f64();
+    let decoder = Arc::new(decoder);
+    let settings = SessionSettings { context: None, chunk, key_value_type: kv_type };
+
+    let mut measured = Vec::new();
+    for _ in 0..arguments.repeat {
+        let mut session = Session::new(Arc::clone(&decoder), Arc::clone(&team), &settings)?;
+        let _guard = interrupt::guard(session.cancel());
+        let Some(figures) = measure(&mut session, tokens, generate)? else { return Ok(Outcome::Interrupted) };
+        measured.push(figures);
+    }
+
+    let of = |field: fn(&Measured) -> f64| median(measured.iter().map(field));
+    let (prompt_cpu, prompt_wall) = (of(|m| m.prompt_cpu), of(|m| m.prompt_wall));
+    let (decode_cpu, decode_wall) = (of(|m| m.decode_cpu), of(|m| m.decode_wall));
+    let line = json!({
+        "bench": "prompt",
+        "model": name,
+        "weights": weights,
+        "kv_type": kv_type.name(),
+        "tokens": tokens,
+        "generate": generate,
+        "threads": team.threads(),
+        "chunk": chunk,
+        "repeat": arguments.repeat,
+        "instruction_set": InstructionSet::current().name(),
+        "kernel": kernels(&decoder, kv_type).join(", "),
+        "load_seconds": load_seconds,
+        "prompt_cpu_seconds": prompt_cpu,
+        "prompt_wall_seconds": prompt_wall,
+        "prompt_tokens_per_second": per_second(tokens, prompt_wall),
+        "decode_cpu_seconds": decode_cpu,
+        "decode_wall_seconds": decode_wall,
+        "decode_tokens_per_second": per_second(generate, decode_wall),
+        "attention_share": of(|m| shares(&m.prompt_times)[0]),
+        "linear_share": of(|m| shares(&m.prompt_times)[1]),
+        "rest_share": of(|m| shares(&m.prompt_times)[2]),
+        "cpu_seconds": prompt_cpu + decode_cpu,
+        "wall_seconds": prompt_wall + decode_wall,
+        "weight_bytes": decoder.weight_bytes(),
+        "cache_bytes": measured[0].cache_bytes,
+        "peak_resident_bytes": peak_resident_bytes(),
+    });
+    if arguments.json { print_json(&line)? } else { super::print_table(&line)? }
+    Ok(Outcome::Done)
+}
+
+/// Reads `tokens` tokens, then `generate` one by one; `None` when Ctrl-C stopped it.
+fn measure(session: &mut Session, tokens: usize, generate: usize) -> anyhow::Result<Option<Measured>> {
+    let vocabulary = session.decoder().config().vocabulary;
+    let token = |index: usize| (index * 7919 % vocabulary) as u32;
+    let prompt: Vec<u32> = (0..tokens).map(token).collect();
+    let cancel = session.cancel();
+
+    let (wall, cpu) = (Instant::now(), process_cpu_seconds());
+    let outcome = session.read(&prompt, |_, _| {});
+    if cancel.is_cancelled() {
+        return Ok(None);
+    }
+    outcome?;
+    let (prompt_cpu, prompt_wall) = (process_cpu_seconds() - cpu, wall.elapsed().as_secs_f64());
+    let prompt_times = session.times();
+
+    let (wall, cpu) = (Instant::now(), process_cpu_seconds());
+    for index in 0..generate {
+        let outcome = session.read(&[token(tokens + index)], |_, _| {});
+        if cancel.is_cancelled() {
+            return Ok(None);
+        }
+        outcome?;
+    }
+    Ok(Some(Measured {
+        prompt_cpu,
+        prompt_wall,
+        prompt_times,
+        decode_cpu: process_cpu_seconds() - cpu,
+        decode_wall: wall.elapsed().as_secs_f64(),
+        cache_bytes: session.cache_bytes(),
+    }))
+}
+
+impl Shape {
+    /// Name and configuration, for at least `context` tokens.
+    fn config(self, context: usize) -> (&'static str, ModelConfig) {
+        let llama = |hidden_size, intermediate_size, layers, query_heads, kv_heads, head_dim, vocabulary| ModelConfig {
+            family: Family::Llama,
+            hidden_size,
+            intermediate_size,
+            layers,
+            query_heads,
+            kv_heads,
+            head_dim,
+            vocabulary,
+            norm_epsilon: 1e-5,
+            rope: RopeConfig { theta: 500_000.0, scaling: RopeScaling::None },
+            sliding_window: None,
+            sliding_layers: vec![false; layers],
+            context_length: context.max(131_072),
+            tied_embeddings: true,
+            attention_bias: false,
+            output_bias: false,
+            feed_forward_bias: false,
+            query_key_norm: false,
+            bos_token: None,
+            eos_tokens: Vec::new(),
+        };
+        match self {
+            Self::Small => ("small", llama(1024, 2816, 8, 16, 4, 64, 32_000)),
+            Self::Llama1B => ("llama-1b", llama(2048, 8192, 16, 32, 8, 64, 32_000)),
+            Self::Llama8B => {
+                ("llama-8b", ModelConfig { tied_embeddings: false, ..llama(4096, 14_336, 32, 32, 8, 128, 128_256) })
+            }
+        }
+    }
+}

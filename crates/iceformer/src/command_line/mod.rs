@@ -1,0 +1,94 @@
+//! The commands, one file each, and what they share.
+
+mod arguments;
+mod bench;
+mod chat;
+mod embedded;
+mod inspect;
+mod interrupt;
+mod memory;
+mod progress;
+mod report;
+mod run;
+mod text;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use iceformer_kernels::InstructionSet;
+
+use arguments::{Arguments, Command, RunArguments};
+
+/// How a command ended, when it did not fail.
+enum Outcome {
+    Done,
+    /// The user pressed Ctrl-C.
+    Interrupted,
+}
+
+/// Parses the arguments, runs the command and turns its end into an exit code: 0 fine, 1 error, 2 wrong usage, 130
+/// Ctrl-C. A reader that closes standard output early is no error.
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return usage(&error),
+    };
+    match execute(arguments) {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Interrupted) => ExitCode::from(130),
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One line, whatever a file put into the message.
+            let message = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
+            let _ = writeln!(std::io::stderr(), "error: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(arguments: Arguments) -> anyhow::Result<Outcome> {
+    InstructionSet::from_environment().map_err(anyhow::Error::msg)?;
+    interrupt::install()?;
+    match arguments.command {
+        None => run::run(RunArguments::example()),
+        Some(Command::Run(run)) => run::run(*run),
+        Some(Command::Inspect(inspect)) => inspect::run(&inspect),
+        Some(Command::Bench(bench)) => bench::run(bench.what),
+    }
+}
+
+/// Prints help, version, or what is wrong with the arguments in one line.
+fn usage(error: &clap::Error) -> ExitCode {
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let rendered = error.render().to_string();
+    let told = rendered
+        .split("\n\n")
+        .filter(|part| !part.starts_with("Usage:") && !part.starts_with("For more information"))
+        .flat_map(str::split_whitespace)
+        .collect::<Vec<_>>()
+        .join(" ");
+    let told = if told.starts_with("error: ") { told } else { "error: a command is missing".to_owned() };
+    let _ = writeln!(std::io::stderr(), "{told} (see --help)");
+    ExitCode::from(2)
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+            || cause.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind)
+                == Some(std::io::ErrorKind::BrokenPipe)
+    })
+}
+
+/// Writes one line of JSON to standard output.
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    let mut output = std::io::stdout().lock();
+    serde_json::to_writer(&mut output, value)?;
+    writeln!(output)?;
+    Ok(())
+}

@@ -1,0 +1,124 @@
+//! What is shown while a model is loaded and a prompt is read: a bar on a terminal, plain lines elsewhere.
+
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::text::{grouped, rate, seconds};
+
+/// Time between two plain lines.
+const LINE_EVERY: Duration = Duration::from_secs(3);
+
+/// Progress of one piece of work.
+pub struct Progress {
+    what: &'static str,
+    unit: &'static str,
+    start: Instant,
+    display: Display,
+    /// `(done, seconds)` of each step.
+    steps: Vec<(f64, f64)>,
+}
+
+enum Display {
+    Bar(ProgressBar),
+    Lines(Instant),
+    Quiet,
+}
+
+impl Progress {
+    /// Shows `what` ("reading") counted in `unit` ("tokens"), unless `quiet`.
+    pub fn new(what: &'static str, unit: &'static str, quiet: bool) -> Self {
+        let start = Instant::now();
+        let display = match (quiet, std::io::stderr().is_terminal()) {
+            (true, _) => Display::Quiet,
+            (false, true) => {
+                let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+                let style = ProgressStyle::with_template("{prefix} {bar:30} {percent:>3} % {msg}");
+                bar.set_style(style.expect("the template is well formed"));
+                bar.set_prefix(what);
+                Display::Bar(bar)
+            }
+            (false, false) => Display::Lines(start),
+        };
+        Self { what, unit, start, display, steps: Vec::new() }
+    }
+
+    /// Shows that `done` of `total` is done.
+    pub fn update(&mut self, done: usize, total: usize) {
+        let elapsed = self.start.elapsed().as_secs_f64();
+        if done > 0 {
+            self.steps.push((done as f64, elapsed));
+        }
+        let mut told = format!("{} of {} {}", grouped(done as u64), grouped(total as u64), self.unit);
+        if self.unit == "tokens" && done > 0 && elapsed > 0.0 {
+            told += &format!(", {} tokens/s", rate(done as f64 / elapsed));
+        }
+        if done > 0 && done < total {
+            told += &format!(", {} left", seconds(self.time_at(total as f64) - elapsed));
+        }
+        match &mut self.display {
+            Display::Quiet => {}
+            Display::Bar(bar) => {
+                bar.set_length(total as u64);
+                bar.set_message(told);
+                bar.set_position(done as u64);
+            }
+            Display::Lines(last) if last.elapsed() >= LINE_EVERY => {
+                *last = Instant::now();
+                let _ = writeln!(std::io::stderr(), "{}: {told}", self.what);
+            }
+            Display::Lines(_) => {}
+        }
+    }
+
+    /// Ends the display: the bar goes, and plain lines end with one that tells the whole.
+    pub fn finish(self) {
+        let elapsed = self.start.elapsed().as_secs_f64();
+        match &self.display {
+            Display::Bar(bar) => bar.finish_and_clear(),
+            Display::Lines(_) => {
+                if let Some(&(done, _)) = self.steps.last() {
+                    let done = grouped(done as u64);
+                    let _ = writeln!(std::io::stderr(), "{}: {done} {} in {}", self.what, self.unit, seconds(elapsed));
+                }
+            }
+            Display::Quiet => {}
+        }
+    }
+
+    /// Estimated seconds from the start to `total`: each token costs a constant for the linear layers and a share that
+    /// grows with its position for attention, so the time is `a·n + b·n²`, fitted by least squares.
+    fn time_at(&self, total: f64) -> f64 {
+        let &(done, elapsed) = self.steps.last().expect("a step was recorded");
+        let proportional = elapsed * total / done;
+        if self.unit != "tokens" || self.steps.len() < 4 {
+            return proportional;
+        }
+        let sum = |term: fn(f64, f64) -> f64| self.steps.iter().map(|&(n, t)| term(n, t)).sum::<f64>();
+        let (n2, n3, n4) = (sum(|n, _| n * n), sum(|n, _| n * n * n), sum(|n, _| n * n * n * n));
+        let (tn, tn2) = (sum(|n, t| t * n), sum(|n, t| t * n * n));
+        let determinant = n2 * n4 - n3 * n3;
+        let (a, b) = ((tn * n4 - tn2 * n3) / determinant, (tn2 * n2 - tn * n3) / determinant);
+        if a.is_finite() && b.is_finite() && a >= 0.0 && b >= 0.0 {
+            elapsed + a * (total - done) + b * (total * total - done * done)
+        } else {
+            proportional
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_estimate_knows_that_attention_grows() {
+        let mut progress = Progress::new("reading", "tokens", true);
+        let time = |n: f64| 0.01 * n + 1e-6 * n * n;
+        progress.steps = (1..=8).map(|chunk| f64::from(chunk) * 512.0).map(|n| (n, time(n))).collect();
+        assert!((progress.time_at(32_768.0) / time(32_768.0) - 1.0).abs() < 1e-6);
+        progress.steps.truncate(2);
+        assert!(progress.time_at(32_768.0) < time(32_768.0));
+    }
+}

@@ -1,0 +1,245 @@
+//! `iceformer run`: reads a prompt, continues it, tells the figures.
+
+use std::io::{IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context;
+use iceformer_attention::ThreadTeam;
+use iceformer_engine::{
+    Finish, Generation, GenerationSettings, Message, Model, ModelFiles, Sampler, SamplerSettings, Session,
+    SessionError, SessionSettings, generate,
+};
+
+use super::arguments::{MachineArguments, RunArguments, SamplingArguments};
+use super::embedded::{self, Example};
+use super::progress::Progress;
+use super::report::{Figures, per_second};
+use super::text::read_text;
+use super::{Outcome, chat, interrupt, print_json};
+
+/// The arguments as meant: checked, and the text read.
+pub struct Plan {
+    /// `None`: the built-in reference model.
+    pub model: Option<PathBuf>,
+    /// `None`: a chat on the terminal.
+    text: Option<String>,
+    example: Option<Example>,
+    pub system: Option<String>,
+    /// Whether the chat template was asked for (`true`) or refused (`false`).
+    template: Option<bool>,
+    pub sampler: SamplerSettings,
+    pub generation: GenerationSettings,
+    pub session: SessionSettings,
+    pub threads: usize,
+    json: bool,
+    pub quiet: bool,
+}
+
+impl Plan {
+    fn new(arguments: RunArguments) -> anyhow::Result<Self> {
+        let RunArguments { model, file, prompt, example, system, chat, no_chat, .. } = arguments;
+        let sampler = sampler_settings(&arguments.sampling);
+        Sampler::new(sampler.clone())?;
+        let example = if example { Some(Example::new()?) } else { None };
+        let text = match &example {
+            Some(example) => Some(example.prompt.clone()),
+            None => input(&file, prompt)?,
+        };
+        let stop = arguments.stop.into_iter().chain(example.as_ref().map(|_| embedded::STOP.to_owned())).collect();
+        Ok(Self {
+            model,
+            text,
+            system,
+            template: match (chat, no_chat) {
+                (true, _) => Some(true),
+                (_, true) => Some(false),
+                _ => None,
+            },
+            sampler,
+            generation: GenerationSettings {
+                max_tokens: Some(arguments.max_tokens),
+                stop,
+                chat: false,
+                ignore_end: arguments.ignore_end,
+            },
+            session: session_settings(&arguments.machine),
+            threads: arguments.machine.threads.unwrap_or_else(ThreadTeam::available),
+            json: arguments.json,
+            quiet: arguments.quiet,
+            example,
+        })
+    }
+}
+
+fn sampler_settings(arguments: &SamplingArguments) -> SamplerSettings {
+    SamplerSettings {
+        temperature: arguments.temperature,
+        top_k: arguments.top_k,
+        top_p: arguments.top_p,
+        min_p: arguments.min_p,
+        repetition_penalty: arguments.repetition_penalty,
+        repetition_window: arguments.repetition_window,
+        seed: arguments.seed,
+    }
+}
+
+fn session_settings(arguments: &MachineArguments) -> SessionSettings {
+    SessionSettings { context: arguments.context, chunk: arguments.chunk, key_value_type: arguments.kv_type }
+}
+
+/// Files, prompt or standard input as one text; `None` where a person sits at the terminal.
+fn input(files: &[PathBuf], prompt: Option<String>) -> anyhow::Result<Option<String>> {
+    let mut parts = files.iter().map(|path| read_text(path)).collect::<anyhow::Result<Vec<_>>>()?;
+    parts.extend(prompt);
+    if parts.is_empty() {
+        if std::io::stdin().is_terminal() {
+            return Ok(None);
+        }
+        parts.push(read_text(Path::new("-"))?);
+    }
+    let text = parts.join("\n\n");
+    anyhow::ensure!(!text.is_empty(), "the prompt is empty; give text with --prompt, --file or standard input");
+    Ok(Some(text))
+}
+
+/// Runs the command.
+pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
+    let plan = Plan::new(arguments)?;
+    if let Some(example) = plan.example.as_ref().filter(|_| !plan.quiet) {
+        example.introduce();
+    }
+    let start = Instant::now();
+    let model = load(&plan)?;
+    let load_seconds = start.elapsed().as_secs_f64();
+    match &plan.text {
+        Some(text) => answer(&plan, &model, text, load_seconds),
+        None => chat::run(&plan, &model),
+    }
+}
+
+fn load(plan: &Plan) -> anyhow::Result<Model> {
+    let files = match &plan.model {
+        Some(path) => ModelFiles::open(path)?,
+        None => embedded::model()?,
+    };
+    let mut progress = Progress::new("loading", "layers", plan.quiet || plan.model.is_none());
+    let team = Arc::new(ThreadTeam::new(plan.threads));
+    let model = Model::from_files(&files, team, |done, total| progress.update(done, total))?;
+    progress.finish();
+    Ok(model)
+}
+
+/// The tokens of a text, through the chat template where the plan or the model wants it.
+fn encode(plan: &Plan, model: &Model, text: &str) -> anyhow::Result<(Vec<u32>, bool)> {
+    let template = match plan.template {
+        Some(true) => Some(chat::template(model)?),
+        Some(false) => None,
+        None if plan.system.is_some() => Some(chat::template(model)?),
+        None => model.chat_template(),
+    };
+    match template {
+        Some(template) => {
+            let mut messages = chat::system(plan);
+            messages.push(Message { role: "user".into(), content: text.into() });
+            Ok((model.tokenizer().encode(&template.render(&messages, true)?, false)?, true))
+        }
+        None => Ok((model.tokenizer().encode(text, true)?, false)),
+    }
+}
+
+fn answer(plan: &Plan, model: &Model, text: &str, load_seconds: f64) -> anyhow::Result<Outcome> {
+    let (tokens, chat) = encode(plan, model, text)?;
+    let mut session = model.session(&plan.session)?;
+    let mut sampler = Sampler::new(plan.sampler.clone())?;
+    let generation_settings = GenerationSettings { chat, ..plan.generation.clone() };
+
+    let _guard = interrupt::guard(session.cancel());
+    let start = Instant::now();
+    if !read(&mut session, &tokens, plan.quiet)? {
+        return Ok(Outcome::Interrupted);
+    }
+    let prompt_seconds = start.elapsed().as_secs_f64();
+
+    let start = Instant::now();
+    let generation = stream(&mut session, model, &mut sampler, &generation_settings, !plan.json)?;
+    let decode_seconds = start.elapsed().as_secs_f64();
+
+    let passes = session.tokens().len() - tokens.len();
+    let mut figures = Figures {
+        model: plan.model.as_deref().map_or(embedded::NAME.into(), |path| path.display().to_string()),
+        finish: generation.finish.name(),
+        load_seconds,
+        prompt_tokens: tokens.len(),
+        prompt_seconds,
+        prompt_tokens_per_second: per_second(tokens.len(), prompt_seconds),
+        generated_tokens: generation.tokens.len(),
+        decode_seconds,
+        decode_tokens_per_second: per_second(passes, decode_seconds),
+        attention_share: 0.0,
+        linear_share: 0.0,
+        rest_share: 0.0,
+        peak_resident_bytes: None,
+        weight_bytes: 0,
+        cache_bytes: session.cache_bytes(),
+        kv_type: "",
+        threads: plan.threads,
+        instruction_set: "",
+        kernels: Vec::new(),
+        seed: plan.sampler.seed,
+        expected: plan.example.as_ref().map(|_| embedded::PLANTED),
+        text: generation.text,
+    };
+    figures.observe(model.decoder(), plan.session.key_value_type, &session.times());
+    if plan.json {
+        print_json(&figures)?;
+    }
+    if !plan.quiet {
+        if let Some(example) = &plan.example {
+            example.judge(&figures.text);
+        }
+        figures.print_table();
+    }
+    Ok(if generation.finish == Finish::Cancelled { Outcome::Interrupted } else { Outcome::Done })
+}
+
+/// Reads `tokens` as the whole content of the session, with progress; `false` when Ctrl-C stopped it.
+pub fn read(session: &mut Session, tokens: &[u32], quiet: bool) -> anyhow::Result<bool> {
+    let mut progress = Progress::new("reading", "tokens", quiet);
+    let outcome = session.read_from_start(tokens, |done, total| progress.update(done, total));
+    progress.finish();
+    match outcome {
+        Ok(_) => Ok(true),
+        Err(SessionError::Cancelled(_)) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Generates, writing text to standard output as it comes where `show` says so.
+pub fn stream(
+    session: &mut Session,
+    model: &Model,
+    sampler: &mut Sampler,
+    settings: &GenerationSettings,
+    show: bool,
+) -> anyhow::Result<Generation> {
+    let mut output = std::io::stdout().lock();
+    let mut failure = None;
+    let mut write = |text: &str| output.write_all(text.as_bytes()).and_then(|()| output.flush());
+    let generation = generate(session, model.tokenizer(), sampler, settings, |text| {
+        if show && let Err(error) = write(text) {
+            failure = Some(error);
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
+    })?;
+    if show && failure.is_none() {
+        failure = write("\n").err();
+    }
+    match failure {
+        Some(error) => Err(error).context("standard output"),
+        None => Ok(generation),
+    }
+}
