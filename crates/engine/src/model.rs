@@ -55,8 +55,22 @@ impl Model {
         team: Arc<ThreadTeam>,
         progress: impl FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
-        let tokenizer = files.tokenizer()?;
-        let chat_template = files.chat_template()?;
+        let (tokenizer, chat_template) = (files.tokenizer()?, files.chat_template()?);
+        Self::with_tokenizer(files, tokenizer, chat_template, team, progress)
+    }
+
+    /// [`from_files`](Self::from_files) with a tokenizer and chat template that were read before, so that a caller can
+    /// look at a prompt before the weights are loaded.
+    ///
+    /// # Errors
+    /// When the weights are malformed or unreadable.
+    pub fn with_tokenizer(
+        files: &ModelFiles,
+        tokenizer: Tokenizer,
+        chat_template: Option<ChatTemplate>,
+        team: Arc<ThreadTeam>,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<Self, LoadError> {
         let decoder = Arc::new(Decoder::load(files, &team, progress)?);
         Ok(Self { decoder, tokenizer, chat_template, team })
     }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use iceformer_attention::{KeyValueCache, KeyValueType, Report};
 use iceformer_kernels::ThreadTeam;
 
+use crate::config::ModelConfig;
 use crate::decoder::{Cancelled, Decoder, DecoderState, LogitsFor, PartTimes};
 
 /// How a session reads and keeps tokens.
@@ -22,6 +23,24 @@ pub struct SessionSettings {
 impl Default for SessionSettings {
     fn default() -> Self {
         Self { context: None, chunk: 512, key_value_type: KeyValueType::Int8 }
+    }
+}
+
+impl SessionSettings {
+    /// Tokens that a session of a model will hold at most: lets a caller check a prompt before the weights are loaded.
+    ///
+    /// # Errors
+    /// When the context is zero or beyond the model's, or the chunk is zero.
+    pub fn check(&self, config: &ModelConfig) -> Result<usize, SessionError> {
+        let model = config.context_length;
+        let context = self.context.unwrap_or(model);
+        if !(1..=model).contains(&context) {
+            return Err(SessionError::Context { asked: context, model });
+        }
+        if self.chunk == 0 {
+            return Err(SessionError::Chunk);
+        }
+        Ok(context)
     }
 }
 
@@ -110,16 +129,9 @@ impl Session {
     /// An empty session.
     ///
     /// # Errors
-    /// When the context is zero or beyond the model's, or the chunk is zero.
+    /// As [`SessionSettings::check`].
     pub fn new(decoder: Arc<Decoder>, team: Arc<ThreadTeam>, settings: &SessionSettings) -> Result<Self, SessionError> {
-        let model = decoder.config().context_length;
-        let context = settings.context.unwrap_or(model);
-        if !(1..=model).contains(&context) {
-            return Err(SessionError::Context { asked: context, model });
-        }
-        if settings.chunk == 0 {
-            return Err(SessionError::Chunk);
-        }
+        let context = settings.check(decoder.config())?;
         Ok(Self {
             caches: decoder.caches(settings.key_value_type),
             tokens: Vec::new(),

@@ -3,31 +3,20 @@
 use std::io::{BufRead, Write};
 use std::time::Instant;
 
-use iceformer_engine::{ChatTemplate, Finish, GenerationSettings, Message, Model, Sampler};
+use anyhow::Context;
+use iceformer_engine::{Finish, GenerationSettings, Message, Model, Sampler};
 
 use super::run::{Plan, read, stream};
 use super::text::{rate, seconds};
 use super::{Outcome, interrupt};
 
-/// The model's chat template.
-pub fn template(model: &Model) -> anyhow::Result<&ChatTemplate> {
-    model.chat_template().ok_or_else(|| {
-        anyhow::anyhow!("this model has no chat template; give a text with --prompt or --file and --no-chat")
-    })
-}
-
-/// The messages that a chat starts with.
-pub fn system(plan: &Plan) -> Vec<Message> {
-    plan.system.iter().map(|system| Message { role: "system".into(), content: system.clone() }).collect()
-}
-
 /// Runs the chat until the input ends or the user leaves.
 pub fn run(plan: &Plan, model: &Model) -> anyhow::Result<Outcome> {
-    let template = template(model)?;
+    let template = model.chat_template().context("a chat needs a chat template")?;
     let mut session = model.session(&plan.session)?;
     let mut sampler = Sampler::new(plan.sampler.clone())?;
     let settings = GenerationSettings { chat: true, ..plan.generation.clone() };
-    let mut messages = system(plan);
+    let mut messages = plan.messages();
     let mut input = std::io::stdin().lock();
     say("Ctrl-C stops an answer, Ctrl-D ends the chat.\n");
     loop {

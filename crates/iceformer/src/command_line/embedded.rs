@@ -8,7 +8,7 @@ use iceformer_engine::{MemoryModel, ModelFiles};
 /// How messages call the built-in model.
 pub const NAME: &str = "models/reference";
 /// The number planted in the novel.
-pub const PLANTED: &str = "95463";
+pub const PLANTED: &str = "9312021";
 /// The answer ends here.
 pub const STOP: &str = ".";
 
@@ -17,7 +17,7 @@ const NOVEL: &str = include_str!("../../../../examples/texts/milly_and_olly.txt"
 const LENGTH: usize = 50_500;
 /// Where the sentence is planted, as a share of the text.
 const DEPTH: f64 = 0.4;
-const KEY: &str = "lantern";
+const KEY: &str = "winter-kettle";
 
 /// The built-in reference model.
 pub fn model() -> anyhow::Result<ModelFiles> {

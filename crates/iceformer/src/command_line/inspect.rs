@@ -63,11 +63,7 @@ pub fn run(arguments: &InspectArguments) -> anyhow::Result<Outcome> {
         bytes: summary.bytes,
         context_length: config.context_length,
         config: describe(config),
-        types: summary
-            .types
-            .into_iter()
-            .map(|(name, tensors, bytes)| TypeCount { name, tensors, bytes })
-            .collect(),
+        types: summary.types.into_iter().map(|(name, tensors, bytes)| TypeCount { name, tensors, bytes }).collect(),
         tokenizer,
         chat_template: files.chat_template()?.map(|template| template.source().to_owned()),
         metadata: summary.metadata,
@@ -132,10 +128,7 @@ impl Inspection {
         row("context", format!("{} tokens", grouped(self.context_length as u64)));
         row("layers", config.layers.to_string());
         row("width", format!("{}, feed-forward {}", config.hidden_size, config.intermediate_size));
-        row(
-            "heads",
-            format!("{} query, {} key/value, width {}", config.query_heads, config.kv_heads, config.head_dim),
-        );
+        row("heads", format!("{} query, {} key/value, width {}", config.query_heads, config.kv_heads, config.head_dim));
         let tied = if config.tied_embeddings { "tied to the embedding" } else { "own weights" };
         row("vocabulary", format!("{}, output layer {tied}", grouped(config.vocabulary as u64)));
         row("rope", format!("theta {}, scaling {}", config.rope.theta, rope_scaling(&config.rope.scaling)));

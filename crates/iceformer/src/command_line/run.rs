@@ -9,8 +9,8 @@ use std::time::Instant;
 use anyhow::Context;
 use iceformer_attention::ThreadTeam;
 use iceformer_engine::{
-    Finish, Generation, GenerationSettings, Message, Model, ModelFiles, Sampler, SamplerSettings, Session,
-    SessionError, SessionSettings, generate,
+    ChatTemplate, Finish, Generation, GenerationSettings, Message, Model, ModelFiles, Sampler, SamplerSettings,
+    Session, SessionError, SessionSettings, Tokenizer, generate,
 };
 
 use super::arguments::{MachineArguments, RunArguments, SamplingArguments};
@@ -29,7 +29,7 @@ pub struct Plan {
     example: Option<Example>,
     pub system: Option<String>,
     /// Whether the chat template was asked for (`true`) or refused (`false`).
-    template: Option<bool>,
+    wants_template: Option<bool>,
     pub sampler: SamplerSettings,
     pub generation: GenerationSettings,
     pub session: SessionSettings,
@@ -53,7 +53,7 @@ impl Plan {
             model,
             text,
             system,
-            template: match (chat, no_chat) {
+            wants_template: match (chat, no_chat) {
                 (true, _) => Some(true),
                 (_, true) => Some(false),
                 _ => None,
@@ -71,6 +71,25 @@ impl Plan {
             quiet: arguments.quiet,
             example,
         })
+    }
+
+    /// The chat template to use, of a model that has `template`.
+    fn template(&self, template: Option<ChatTemplate>) -> anyhow::Result<Option<ChatTemplate>> {
+        let needed = self.wants_template == Some(true) || self.system.is_some() || self.text.is_none();
+        anyhow::ensure!(
+            template.is_some() || !needed,
+            "this model has no chat template; give a text with --prompt or --file, and neither --chat nor --system"
+        );
+        anyhow::ensure!(
+            self.text.is_some() || self.wants_template != Some(false),
+            "--no-chat needs a text; give one with --prompt, --file or standard input"
+        );
+        Ok(template.filter(|_| self.wants_template != Some(false)))
+    }
+
+    /// The messages that a chat starts with.
+    pub fn messages(&self) -> Vec<Message> {
+        self.system.iter().map(|system| Message { role: "system".into(), content: system.clone() }).collect()
     }
 }
 
@@ -112,53 +131,50 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
         example.introduce();
     }
     let start = Instant::now();
-    let model = load(&plan)?;
-    let load_seconds = start.elapsed().as_secs_f64();
-    match &plan.text {
-        Some(text) => answer(&plan, &model, text, load_seconds),
-        None => chat::run(&plan, &model),
-    }
-}
-
-fn load(plan: &Plan) -> anyhow::Result<Model> {
     let files = match &plan.model {
         Some(path) => ModelFiles::open(path)?,
         None => embedded::model()?,
     };
+    let (tokenizer, template) = (files.tokenizer()?, files.chat_template()?);
+    // What is wrong with the prompt is told before the weights are loaded.
+    let context = plan.session.check(files.config())?;
+    let template = plan.template(template)?;
+    let prompt = match &plan.text {
+        Some(text) => Some(encode(&plan, &tokenizer, template.as_ref(), text)?),
+        None => None,
+    };
+    if let Some(tokens) = prompt.as_ref().map(Vec::len).filter(|&tokens| tokens > context) {
+        return Err(SessionError::TooLong { tokens, held: 0, context }.into());
+    }
+
+    let chat = template.is_some();
     let mut progress = Progress::new("loading", "layers", plan.quiet || plan.model.is_none());
     let team = Arc::new(ThreadTeam::new(plan.threads));
-    let model = Model::from_files(&files, team, |done, total| progress.update(done, total))?;
+    let model = Model::with_tokenizer(&files, tokenizer, template, team, |done, total| progress.update(done, total))?;
     progress.finish();
-    Ok(model)
-}
-
-/// The tokens of a text, through the chat template where the plan or the model wants it.
-fn encode(plan: &Plan, model: &Model, text: &str) -> anyhow::Result<(Vec<u32>, bool)> {
-    let template = match plan.template {
-        Some(true) => Some(chat::template(model)?),
-        Some(false) => None,
-        None if plan.system.is_some() => Some(chat::template(model)?),
-        None => model.chat_template(),
-    };
-    match template {
-        Some(template) => {
-            let mut messages = chat::system(plan);
-            messages.push(Message { role: "user".into(), content: text.into() });
-            Ok((model.tokenizer().encode(&template.render(&messages, true)?, false)?, true))
-        }
-        None => Ok((model.tokenizer().encode(text, true)?, false)),
+    let load_seconds = start.elapsed().as_secs_f64();
+    match prompt {
+        Some(tokens) => answer(&plan, &model, &tokens, chat, load_seconds),
+        None => chat::run(&plan, &model),
     }
 }
 
-fn answer(plan: &Plan, model: &Model, text: &str, load_seconds: f64) -> anyhow::Result<Outcome> {
-    let (tokens, chat) = encode(plan, model, text)?;
+/// The tokens of a text, through the chat template where there is one.
+fn encode(plan: &Plan, tokenizer: &Tokenizer, template: Option<&ChatTemplate>, text: &str) -> anyhow::Result<Vec<u32>> {
+    let Some(template) = template else { return Ok(tokenizer.encode(text, true)?) };
+    let mut messages = plan.messages();
+    messages.push(Message { role: "user".into(), content: text.into() });
+    Ok(tokenizer.encode(&template.render(&messages, true)?, false)?)
+}
+
+fn answer(plan: &Plan, model: &Model, tokens: &[u32], chat: bool, load_seconds: f64) -> anyhow::Result<Outcome> {
     let mut session = model.session(&plan.session)?;
     let mut sampler = Sampler::new(plan.sampler.clone())?;
     let generation_settings = GenerationSettings { chat, ..plan.generation.clone() };
 
     let _guard = interrupt::guard(session.cancel());
     let start = Instant::now();
-    if !read(&mut session, &tokens, plan.quiet)? {
+    if !read(&mut session, tokens, plan.quiet)? {
         return Ok(Outcome::Interrupted);
     }
     let prompt_seconds = start.elapsed().as_secs_f64();

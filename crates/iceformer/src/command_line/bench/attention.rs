@@ -68,6 +68,10 @@ pub fn run(arguments: &AttentionArguments) -> anyhow::Result<Outcome> {
     if queries == 1 {
         super::add_bandwidth(&mut line, cache.bytes() as f64 / times.wall_seconds * 1e-9, &ceilings);
     }
-    if common.json { print_json(&line)? } else { super::print_table(&line)? }
+    if common.json {
+        print_json(&line)?
+    } else {
+        super::print_table(&line)?
+    }
     Ok(Outcome::Done)
 }

@@ -20,7 +20,10 @@ pub fn run(arguments: &LinearArguments) -> anyhow::Result<Outcome> {
         format!("--in {inputs} is no whole number of {} blocks of {}", weight_type.name(), weight_type.block_weights())
     })?;
     let largest = inputs.saturating_mul(outputs).max(rows.saturating_mul(inputs.max(outputs)));
-    anyhow::ensure!(largest <= 1 << 33, "{rows} × {inputs} × {outputs} is too large; keep each matrix below 2³³ numbers");
+    anyhow::ensure!(
+        largest <= 1 << 33,
+        "{rows} × {inputs} × {outputs} is too large; keep each matrix below 2³³ numbers"
+    );
     let team = ThreadTeam::new(common.threads.unwrap_or_else(ThreadTeam::available));
 
     let pool = blocks::quantise(weight_type, &super::random(ROWS * inputs, 1));
@@ -61,6 +64,10 @@ pub fn run(arguments: &LinearArguments) -> anyhow::Result<Outcome> {
     if rows == 1 {
         super::add_bandwidth(&mut line, read, &ceilings);
     }
-    if common.json { print_json(&line)? } else { super::print_table(&line)? }
+    if common.json {
+        print_json(&line)?
+    } else {
+        super::print_table(&line)?
+    }
     Ok(Outcome::Done)
 }

@@ -26,11 +26,7 @@ pub fn time(calls: u32, mut work: impl FnMut()) -> Times {
 }
 
 /// Measures `work` and the ceilings in turn, `repeat` times; gives the medians.
-pub fn beside_ceilings(
-    team: &ThreadTeam,
-    repeat: u32,
-    mut work: impl FnMut(),
-) -> anyhow::Result<(Times, Ceilings)> {
+pub fn beside_ceilings(team: &ThreadTeam, repeat: u32, mut work: impl FnMut()) -> anyhow::Result<(Times, Ceilings)> {
     // The first call warms caches and buffers, the second tells how many make a measurement.
     work();
     let once = time(1, &mut work);

@@ -88,7 +88,11 @@ pub fn run(arguments: &PromptArguments) -> anyhow::Result<Outcome> {
         "cache_bytes": measured[0].cache_bytes,
         "peak_resident_bytes": peak_resident_bytes(),
     });
-    if arguments.json { print_json(&line)? } else { super::print_table(&line)? }
+    if arguments.json {
+        print_json(&line)?
+    } else {
+        super::print_table(&line)?
+    }
     Ok(Outcome::Done)
 }
 

@@ -1,0 +1,276 @@
+//! The program from outside: output, errors and exit codes.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+
+use serde_json::Value;
+
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/reference")
+}
+
+fn iceformer(arguments: &[&str]) -> Output {
+    with_input(arguments, "")
+}
+
+fn with_input(arguments: &[&str], input: &str) -> Output {
+    assert_cmd::Command::cargo_bin("iceformer").unwrap().args(arguments).write_stdin(input).output().unwrap()
+}
+
+fn on_reference(arguments: &[&str]) -> Output {
+    let model = model();
+    iceformer(&[&["run", "--model", model.to_str().unwrap()], arguments].concat())
+}
+
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
+}
+
+fn json(output: &Output) -> Value {
+    assert!(output.status.success(), "{}", stderr(output));
+    serde_json::from_str(stdout(output)).unwrap()
+}
+
+/// Asserts one `error: ` line that holds `parts`, and the exit code.
+#[track_caller]
+fn assert_error(output: &Output, code: i32, parts: &[&str]) {
+    let told = stderr(output);
+    assert_eq!(output.status.code(), Some(code), "{told}");
+    assert!(told.starts_with("error: ") && told.lines().count() == 1, "{told}");
+    assert!(stdout(output).is_empty());
+    for part in parts {
+        assert!(told.contains(part), "{part:?} is not in {told}");
+    }
+}
+
+#[test]
+fn text_goes_to_stdout_and_figures_to_stderr() {
+    let output = on_reference(&["--prompt", "The little girl looked at the", "-n", "12"]);
+    assert!(output.status.success());
+    assert!(stdout(&output).len() > 12 && stdout(&output).ends_with('\n'));
+    let told = stderr(&output);
+    for part in ["loading: 4 layers in", "reading: ", "prompt", "decode", "tokens/s", "attention", "int8", "--max-tokens"] {
+        assert!(told.contains(part), "{part:?} is not in {told}");
+    }
+    assert!(!told.contains('\r') && !told.contains('\u{1b}'), "plain lines where no terminal is");
+    let quiet = on_reference(&["--prompt", "The little girl looked at the", "-n", "12", "--quiet"]);
+    assert_eq!((stdout(&quiet), stderr(&quiet)), (stdout(&output), ""));
+}
+
+#[test]
+fn json_holds_text_and_figures() {
+    let plain = on_reference(&["--prompt", "Once upon a time", "-n", "10", "-q"]);
+    let value = json(&on_reference(&["--prompt", "Once upon a time", "-n", "10", "--json", "-q", "--threads", "1"]));
+    assert_eq!(format!("{}\n", value["text"].as_str().unwrap()), stdout(&plain));
+    assert_eq!((value["finish"].as_str(), value["generated_tokens"].as_u64()), (Some("length"), Some(10)));
+    assert_eq!((value["threads"].as_u64(), value["kv_type"].as_str()), (Some(1), Some("int8")));
+    let shares: f64 = ["attention_share", "linear_share", "rest_share"].map(|n| value[n].as_f64().unwrap()).iter().sum();
+    assert!((shares - 1.0).abs() < 1e-6);
+    assert!(value["decode_tokens_per_second"].as_f64().unwrap() > 0.0);
+    assert!(value["cache_bytes"].as_u64().unwrap() > 0 && !value["kernels"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn files_prompt_and_standard_input_are_one_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("text.txt");
+    std::fs::write(&file, "\u{feff}One two three.").unwrap();
+    let count = |output: &Output| json(output)["prompt_tokens"].as_u64().unwrap();
+    let run = ["run", "-n", "1", "--json", "-q"];
+    let file = file.to_str().unwrap();
+    let whole = count(&iceformer(&[&run[..], &["--prompt", "One two three.\n\nFour five."]].concat()));
+    assert_eq!(count(&iceformer(&[&run[..], &["--file", file, "--prompt", "Four five."]].concat())), whole);
+    assert_eq!(count(&with_input(&[&run[..], &["--file", file, "--file", "-"]].concat(), "Four five.")), whole);
+    assert_eq!(count(&with_input(&run, "One two three.\n\nFour five.")), whole);
+}
+
+#[test]
+fn the_same_seed_gives_the_same_text() {
+    let run = |seed: &str, threads: &str| {
+        let sampling = ["--temperature", "1.2", "--top-k", "0", "--seed", seed, "--threads", threads];
+        let output = on_reference(&[&["--prompt", "The house by the", "-n", "30", "-q"], &sampling[..]].concat());
+        stdout(&output).to_owned()
+    };
+    assert_eq!(run("3", "1"), run("3", "2"));
+    assert_ne!(run("3", "1"), run("4", "1"));
+}
+
+#[test]
+fn stop_strings_end_the_text() {
+    let whole = on_reference(&["--prompt", "It was a", "-n", "40", "-q"]);
+    let stop: String = stdout(&whole).chars().skip(15).take(6).collect();
+    let value = json(&on_reference(&["--prompt", "It was a", "-n", "40", "-q", "--json", "--stop", &stop]));
+    assert_eq!(value["finish"], "stop");
+    let text = value["text"].as_str().unwrap();
+    assert!(stdout(&whole).starts_with(text) && !text.contains(&stop));
+}
+
+#[test]
+fn errors_are_one_line_and_exit_with_1() {
+    assert_error(&iceformer(&["run", "--model", "no/such/model", "-p", "x"]), 1, &["no/such/model", "No such file"]);
+    assert_error(&on_reference(&["-p", "x", "--file", "no/such/file"]), 1, &["no/such/file"]);
+    assert_error(&on_reference(&["-p", ""]), 1, &["prompt is empty"]);
+    assert_error(&on_reference(&["-p", "x", "--temperature", "-1"]), 1, &["temperature is -1", "0 to 100"]);
+    assert_error(&on_reference(&["-p", "x", "--top-p", "0"]), 1, &["top-p is 0"]);
+    assert_error(&on_reference(&["-p", "x", "--context", "70000"]), 1, &["70000", "65536"]);
+    assert_error(&on_reference(&["-p", "one two three four", "--context", "3"]), 1, &["context takes 3", "prompt has"]);
+    assert_error(&on_reference(&["-p", "x", "--chunk", "0"]), 1, &["chunk of 0"]);
+    assert_error(&on_reference(&["-p", "x", "--chat"]), 1, &["no chat template"]);
+    assert_error(&iceformer(&["inspect", "no/such/model"]), 1, &["no/such/model"]);
+    assert_error(&iceformer(&["bench", "linear", "--weights", "q4_k", "--in", "100"]), 1, &["--in 100", "256"]);
+    assert_error(&iceformer(&["bench", "attention", "--heads", "3", "--kv-heads", "2"]), 1, &["--heads 3"]);
+}
+
+#[test]
+fn damaged_models_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(model().join(name), folder.path().join(name)).unwrap();
+    }
+    let path = folder.path().to_str().unwrap();
+    let run = || iceformer(&["run", "--model", path, "-p", "x", "-n", "1", "-q"]);
+    assert!(run().status.success());
+
+    let tokenizer = folder.path().join("tokenizer.json");
+    let kept = std::fs::read(&tokenizer).unwrap();
+    std::fs::remove_file(&tokenizer).unwrap();
+    assert_error(&run(), 1, &["tokenizer.json", "missing"]);
+    std::fs::write(&tokenizer, kept).unwrap();
+
+    let weights = folder.path().join("model.safetensors");
+    let kept = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &kept[..kept.len() / 2]).unwrap();
+    assert_error(&run(), 1, &["model.safetensors"]);
+    std::fs::write(&weights, kept).unwrap();
+
+    let config = folder.path().join("config.json");
+    let kept = std::fs::read_to_string(&config).unwrap();
+    let other = kept.replace("\"model_type\": \"llama\"", "\"model_type\": \"parrot\"");
+    assert_ne!(other, kept);
+    std::fs::write(&config, other.replace("LlamaForCausalLM", "ParrotForCausalLM")).unwrap();
+    assert_error(&run(), 1, &["config.json", "parrot", "llama"]);
+}
+
+#[test]
+fn wrong_usage_is_one_line_and_exits_with_2() {
+    assert_error(&iceformer(&["run", "--threads", "0"]), 2, &["--threads", "1 to 1024"]);
+    assert_error(&iceformer(&["run", "--kv-type", "int3"]), 2, &["--kv-type", "f32, bf16, int8"]);
+    assert_error(&iceformer(&["run", "--chat", "--no-chat"]), 2, &["--no-chat"]);
+    assert_error(&iceformer(&["walk"]), 2, &["walk"]);
+    assert_error(&iceformer(&["bench"]), 2, &["command"]);
+    assert_error(&iceformer(&["bench", "prompt"]), 2, &["--shape", "--model"]);
+    assert_error(&iceformer(&["bench", "linear", "--weights", "q3"]), 2, &["--weights", "q4_k"]);
+    let mut wrong_set = assert_cmd::Command::cargo_bin("iceformer").unwrap();
+    let output = wrong_set.args(["run", "-p", "x"]).env("ICEFORMER_ISA", "mmx").output().unwrap();
+    assert_error(&output, 1, &["ICEFORMER_ISA", "mmx", "portable"]);
+}
+
+#[test]
+fn help_and_version_exit_with_0() {
+    let help = iceformer(&["--help"]);
+    assert!(help.status.success() && stdout(&help).contains("inspect") && stderr(&help).is_empty());
+    assert!(stdout(&iceformer(&["--version"])).contains(env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn inspect_tells_what_is_in_the_files() {
+    let path = model();
+    let table = iceformer(&["inspect", path.to_str().unwrap(), "--tensors"]);
+    for part in ["llama", "3,475,712", "65,536 tokens", "38 of bf16", "model.layers.3.mlp.down_proj.weight"] {
+        assert!(stdout(&table).contains(part), "{part:?} is not in {}", stdout(&table));
+    }
+    let value = json(&iceformer(&["inspect", path.to_str().unwrap(), "--json", "--tensors"]));
+    assert_eq!((value["family"].as_str(), value["parameters"].as_u64()), (Some("llama"), Some(3_475_712)));
+    assert_eq!(value["tensors"].as_array().unwrap().len(), 38);
+    assert_eq!(value["config"]["kv_heads"], 2);
+    assert_eq!(value["tokenizer"]["vocabulary"], 2048);
+}
+
+#[test]
+fn bench_lines_carry_their_fields() {
+    let numbers = |value: &Value, names: &[&str]| {
+        for name in names {
+            assert!(value[name].as_f64().is_some_and(|number| number > 0.0), "{name} in {value}");
+        }
+    };
+    let timed = ["cpu_seconds", "wall_seconds"];
+    let rated = ["cpu_seconds", "wall_seconds", "rate_per_core", "ceiling_fraction"];
+    let ceilings = json(&iceformer(&["bench", "ceilings", "--repeat", "1", "--threads", "1", "--json"]));
+    numbers(&ceilings, &timed);
+    numbers(&ceilings, &["f32_rate_per_core", "bf16_rate_per_core", "int8_rate_per_core", "memory_gigabytes_per_second"]);
+
+    let once = ["--repeat", "1", "--threads", "1", "--json"];
+    let linear = ["bench", "linear", "--weights", "q8_0", "--rows", "1", "--in", "256", "--out", "64"];
+    let linear = json(&iceformer(&[&linear[..], &once].concat()));
+    numbers(&linear, &rated);
+    numbers(&linear, &["bandwidth_fraction"]);
+    assert!(linear["kernel"].as_str().unwrap().contains('-'));
+
+    let attention = ["bench", "attention", "--method", "exact", "--tokens", "64", "--heads", "2", "--kv-heads", "1"];
+    let attention = [&attention[..], &["--head-dim", "32", "--kv-type", "int8", "--queries", "16"], &once].concat();
+    let attention = json(&iceformer(&attention));
+    numbers(&attention, &rated);
+    assert_eq!(attention["allowed_keys"], 2 * (49..=64).sum::<u64>());
+
+    let path = model();
+    let prompt = ["bench", "prompt", "--model", path.to_str().unwrap(), "--tokens", "100", "--generate", "4"];
+    let prompt = json(&iceformer(&[&prompt[..], &once].concat()));
+    numbers(&prompt, &timed);
+    let names =
+        ["prompt_cpu_seconds", "prompt_tokens_per_second", "decode_tokens_per_second", "attention_share", "load_seconds"];
+    numbers(&prompt, &names);
+    assert_eq!(prompt["tokens"], 100);
+    if cfg!(target_os = "linux") {
+        numbers(&prompt, &["peak_resident_bytes"]);
+    }
+}
+
+#[test]
+fn a_closed_reader_is_no_error() {
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("iceformer"))
+        .args(["run", "-p", "Once upon a time", "-n", "200", "-q"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_exits_with_130() {
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("iceformer"))
+        .args(["run", "--file", "-", "-q"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let text = "All that day they walked along the river and over the hills. ".repeat(3000);
+    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    // The prompt takes far longer than this to read.
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    let id = child.id().to_string();
+    assert!(std::process::Command::new("kill").args(["-INT", &id]).status().unwrap().success());
+    let start = std::time::Instant::now();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert!(start.elapsed().as_secs() < 10 && stdout(&output).is_empty());
+}
+
+/// The built-in example as a whole. Slow without optimisation: `cargo test --release` runs it.
+#[cfg_attr(debug_assertions, ignore = "slow without optimisation")]
+#[test]
+fn without_arguments_the_example_is_answered() {
+    let output = iceformer(&[]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(stdout(&output).trim(), "9312021");
+    assert!(stderr(&output).contains("The answer is right"));
+}
