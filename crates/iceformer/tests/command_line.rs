@@ -54,7 +54,9 @@ fn text_goes_to_stdout_and_figures_to_stderr() {
     assert!(output.status.success());
     assert!(stdout(&output).len() > 12 && stdout(&output).ends_with('\n'));
     let told = stderr(&output);
-    for part in ["loading: 4 layers in", "reading: ", "prompt", "decode", "tokens/s", "attention", "int8", "--max-tokens"] {
+    for part in
+        ["loading: 4 layers in", "reading: ", "prompt", "decode", "tokens/s", "attention", "int8", "--max-tokens"]
+    {
         assert!(told.contains(part), "{part:?} is not in {told}");
     }
     assert!(!told.contains('\r') && !told.contains('\u{1b}'), "plain lines where no terminal is");
@@ -69,7 +71,8 @@ fn json_holds_text_and_figures() {
     assert_eq!(format!("{}\n", value["text"].as_str().unwrap()), stdout(&plain));
     assert_eq!((value["finish"].as_str(), value["generated_tokens"].as_u64()), (Some("length"), Some(10)));
     assert_eq!((value["threads"].as_u64(), value["kv_type"].as_str()), (Some(1), Some("int8")));
-    let shares: f64 = ["attention_share", "linear_share", "rest_share"].map(|n| value[n].as_f64().unwrap()).iter().sum();
+    let shares: f64 =
+        ["attention_share", "linear_share", "rest_share"].map(|n| value[n].as_f64().unwrap()).iter().sum();
     assert!((shares - 1.0).abs() < 1e-6);
     assert!(value["decode_tokens_per_second"].as_f64().unwrap() > 0.0);
     assert!(value["cache_bytes"].as_u64().unwrap() > 0 && !value["kernels"].as_array().unwrap().is_empty());
@@ -202,7 +205,10 @@ fn bench_lines_carry_their_fields() {
     let rated = ["cpu_seconds", "wall_seconds", "rate_per_core", "ceiling_fraction"];
     let ceilings = json(&iceformer(&["bench", "ceilings", "--repeat", "1", "--threads", "1", "--json"]));
     numbers(&ceilings, &timed);
-    numbers(&ceilings, &["f32_rate_per_core", "bf16_rate_per_core", "int8_rate_per_core", "memory_gigabytes_per_second"]);
+    numbers(
+        &ceilings,
+        &["f32_rate_per_core", "bf16_rate_per_core", "int8_rate_per_core", "memory_gigabytes_per_second"],
+    );
 
     let once = ["--repeat", "1", "--threads", "1", "--json"];
     let linear = ["bench", "linear", "--weights", "q8_0", "--rows", "1", "--in", "256", "--out", "64"];
@@ -221,8 +227,13 @@ fn bench_lines_carry_their_fields() {
     let prompt = ["bench", "prompt", "--model", path.to_str().unwrap(), "--tokens", "100", "--generate", "4"];
     let prompt = json(&iceformer(&[&prompt[..], &once].concat()));
     numbers(&prompt, &timed);
-    let names =
-        ["prompt_cpu_seconds", "prompt_tokens_per_second", "decode_tokens_per_second", "attention_share", "load_seconds"];
+    let names = [
+        "prompt_cpu_seconds",
+        "prompt_tokens_per_second",
+        "decode_tokens_per_second",
+        "attention_share",
+        "load_seconds",
+    ];
     numbers(&prompt, &names);
     assert_eq!(prompt["tokens"], 100);
     if cfg!(target_os = "linux") {

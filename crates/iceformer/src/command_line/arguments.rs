@@ -88,19 +88,19 @@ impl RunArguments {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArguments {
     /// Divisor of the logits; 0 always takes the most probable token.
-    #[arg(long, default_value = "0", value_name = "T")]
+    #[arg(long, default_value = "0", value_name = "T", allow_negative_numbers = true)]
     pub temperature: f32,
     /// Keeps the K most probable tokens; 0 keeps all.
     #[arg(long, default_value = "40", value_name = "K")]
     pub top_k: usize,
     /// Keeps the most probable tokens that reach this probability together.
-    #[arg(long, default_value = "0.95", value_name = "P")]
+    #[arg(long, default_value = "0.95", value_name = "P", allow_negative_numbers = true)]
     pub top_p: f32,
     /// Keeps tokens with at least this share of the best one's probability.
-    #[arg(long, default_value = "0.05", value_name = "P")]
+    #[arg(long, default_value = "0.05", value_name = "P", allow_negative_numbers = true)]
     pub min_p: f32,
     /// Makes tokens of the last `--repetition-window` less probable; 1 is off.
-    #[arg(long, default_value = "1", value_name = "FACTOR")]
+    #[arg(long, default_value = "1", value_name = "FACTOR", allow_negative_numbers = true)]
     pub repetition_penalty: f32,
     /// Tokens that the repetition penalty looks at.
     #[arg(long, default_value = "64", value_name = "TOKENS")]
