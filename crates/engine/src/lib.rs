@@ -7,6 +7,9 @@ mod chat;
 mod config;
 mod decoder;
 mod file_map;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod generation;
 mod gguf;
 mod joined_linear;

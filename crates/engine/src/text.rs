@@ -1,19 +1,19 @@
 //! Text from model files, made safe to print in a one-line message.
 
-/// `text` in quotes, control characters escaped, shortened to about 60 characters: names in a hostile file may hold
-/// line breaks or be very long.
-pub(crate) fn quoted(text: &str) -> String {
+/// `text` with what cannot be shown escaped, shortened to about 60 characters: names in a hostile file may hold line
+/// breaks or be very long.
+pub(crate) fn shown(text: &str) -> String {
     const SHOWN: usize = 60;
-    let mut shown = String::from("\"");
-    for (index, character) in text.chars().enumerate() {
-        if index == SHOWN {
-            shown.push('…');
-            break;
-        }
-        shown.extend(character.escape_debug());
+    let mut shown: String = text.chars().take(SHOWN).flat_map(char::escape_debug).collect();
+    if text.chars().nth(SHOWN).is_some() {
+        shown.push('…');
     }
-    shown.push('"');
     shown
+}
+
+/// [`shown`] in quotes.
+pub(crate) fn quoted(text: &str) -> String {
+    format!("\"{}\"", shown(text))
 }
 
 /// `text` with control characters escaped, for names that are shown as they are.

@@ -1,6 +1,6 @@
 //! What can be wrong with a GGUF file.
 
-use crate::text::quoted;
+use crate::text::{quoted, shown};
 
 /// What is wrong with a GGUF file.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -15,7 +15,7 @@ pub enum GgufError {
     #[error("version: {0} is not supported; expected 2 or 3")]
     Version(u32),
     /// The file ends within its header.
-    #[error("{field}: the file ends early; {needed} bytes needed at byte {position}, {remaining} are left")]
+    #[error("{}: the file ends early; {needed} bytes needed at byte {position}, {remaining} are left", shown(.field))]
     Truncated {
         /// What was being read.
         field: String,
@@ -27,7 +27,7 @@ pub enum GgufError {
         remaining: u64,
     },
     /// A count is larger than the rest of the file can hold.
-    #[error("{field}: {found} entries cannot fit in the {remaining} bytes that are left")]
+    #[error("{}: {found} entries cannot fit in the {remaining} bytes that are left", shown(.field))]
     Count {
         /// What is counted.
         field: String,
@@ -37,7 +37,7 @@ pub enum GgufError {
         remaining: u64,
     },
     /// A name or key is too long or empty.
-    #[error("{field}: length {found}; expected 1 to {maximum} bytes")]
+    #[error("{}: length {found}; expected 1 to {maximum} bytes", shown(.field))]
     NameLength {
         /// Which name.
         field: String,
@@ -47,13 +47,13 @@ pub enum GgufError {
         maximum: usize,
     },
     /// A string is no UTF-8.
-    #[error("{field}: not UTF-8")]
+    #[error("{}: not UTF-8", shown(.field))]
     NotUtf8 {
         /// Which string.
         field: String,
     },
     /// A value is of a type that the format does not know.
-    #[error("{field}: value type {found} is unknown")]
+    #[error("{}: value type {found} is unknown", shown(.field))]
     ValueType {
         /// Key of the value.
         field: String,
@@ -61,13 +61,13 @@ pub enum GgufError {
         found: u32,
     },
     /// An array of arrays.
-    #[error("{field}: an array of arrays is not supported")]
+    #[error("{}: an array of arrays is not supported", shown(.field))]
     NestedArray {
         /// Key of the array.
         field: String,
     },
     /// A boolean is neither 0 nor 1.
-    #[error("{field}: a boolean is {found}; expected 0 or 1")]
+    #[error("{}: a boolean is {found}; expected 0 or 1", shown(.field))]
     Boolean {
         /// Key of the value.
         field: String,
@@ -81,7 +81,7 @@ pub enum GgufError {
     #[error("tensor {} stands twice", quoted(.0))]
     DuplicateTensor(String),
     /// A value has another type than it should.
-    #[error("{field} is {found}; expected {expected}")]
+    #[error("{} is {found}; expected {expected}", shown(.field))]
     WrongType {
         /// Key of the value.
         field: String,

@@ -1,6 +1,9 @@
 //! What several tests of model files share.
 #![allow(dead_code, missing_docs)]
 
+pub mod allocation;
+pub mod gguf;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -1,0 +1,384 @@
+//! Malformed Hugging Face folders: each gives a one-line error that names the file and the field, without a large
+//! allocation.
+#![allow(missing_docs, unsafe_code)]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::allocation::{self, CountingAllocator};
+use common::{safetensors_of, scratch_folder, tiny_config, tiny_shapes};
+use iceformer_engine::{Family, ModelFiles, RopeScaling};
+use serde_json::{Value, json};
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator;
+
+const KIB: usize = 1024;
+const TOKENIZER: &str = r#"{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "decoder": {"type": "ByteLevel",
+    "add_prefix_space": false, "trim_offsets": false, "use_regex": false}}"#;
+
+struct Folder(PathBuf);
+
+impl Folder {
+    /// A model that opens.
+    fn new(name: &str) -> Self {
+        let folder = Self(scratch_folder(name));
+        folder.put("config.json", tiny_config(64).to_string());
+        folder.put("model.safetensors", safetensors_of(&tiny_shapes(64)));
+        folder.put("tokenizer.json", TOKENIZER);
+        folder
+    }
+
+    fn put(&self, name: &str, bytes: impl AsRef<[u8]>) {
+        std::fs::write(self.0.join(name), bytes).unwrap();
+    }
+
+    fn remove(&self, name: &str) {
+        std::fs::remove_file(self.0.join(name)).unwrap();
+    }
+
+    fn error(&self) -> String {
+        error_of(&self.0)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.0).ok();
+    }
+}
+
+fn error_of(path: &Path) -> String {
+    let (result, peak) = allocation::peak_of(|| {
+        let files = ModelFiles::open(path).map_err(|error| error.to_string())?;
+        files.tokenizer().map_err(|error| error.to_string())?;
+        files.chat_template().map_err(|error| error.to_string())?;
+        Ok::<_, String>(())
+    });
+    let message = result.expect_err("the folder was accepted");
+    assert!(!message.contains('\n') && message.len() < 400, "not one short line: {message}");
+    assert!(peak < 4096 * KIB, "{peak} bytes were allocated: {message}");
+    message
+}
+
+fn assert_names(message: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(message.contains(part), "{part:?} is not in {message:?}");
+    }
+}
+
+#[test]
+fn the_unchanged_folder_opens() {
+    let folder = Folder::new("good");
+    let files = ModelFiles::open(&folder.0).unwrap();
+    assert_eq!(files.tokenizer().unwrap().encode("ab", true).unwrap(), [0, 1]);
+    assert!(files.chat_template().unwrap().is_none());
+}
+
+#[test]
+fn missing_files() {
+    let folder = Folder::new("missing");
+    assert_names(&error_of(&folder.0.join("nothing")), &["nothing", "No such file"]);
+    folder.put("notes.txt", "hello");
+    assert_names(&error_of(&folder.0.join("notes.txt")), &["notes.txt", "not a model", ".gguf"]);
+    folder.remove("tokenizer.json");
+    assert_names(&folder.error(), &["tokenizer.json", "missing"]);
+    folder.remove("model.safetensors");
+    folder.put("pytorch_model.bin", "");
+    assert_names(&folder.error(), &["no model.safetensors", "converted"]);
+    folder.remove("config.json");
+    assert_names(&folder.error(), &["not a model", "config.json"]);
+    folder.put("empty.gguf", "");
+    assert_names(&error_of(&folder.0.join("empty.gguf")), &["empty.gguf", "magic", "ends early"]);
+}
+
+#[test]
+fn configurations() {
+    let folder = Folder::new("config");
+    for json in ["", "{", "[]", "null", "\u{0}", &"[".repeat(10_000), "{\"model_type\": \"llama\"} trailing"] {
+        folder.put("config.json", json);
+        assert_names(&folder.error(), &["config.json: not valid JSON"]);
+    }
+    folder.put("config.json", b"{\"model_type\": \"\xff\"}");
+    assert_names(&folder.error(), &["config.json: not valid JSON"]);
+
+    let cases: &[(&str, Value, &[&str])] = &[
+        ("model_type", json!(null), &["model_type is missing"]),
+        ("model_type", json!("gpt_neox"), &["gpt_neox", "llama, mistral, qwen2, qwen3"]),
+        ("model_type", json!("x\ny"), &["x\\ny"]),
+        ("model_type", json!(["llama"]), &["model_type is a list", "a string"]),
+        ("hidden_size", json!(null), &["hidden_size is missing"]),
+        ("hidden_size", json!(0), &["hidden_size is 0", "1 to 131072"]),
+        ("hidden_size", json!(-8), &["hidden_size is -8"]),
+        ("hidden_size", json!(8.5), &["hidden_size is 8.5"]),
+        ("hidden_size", json!("8"), &["hidden_size is \"8\"", "a whole number"]),
+        ("hidden_size", json!(u64::MAX), &["hidden_size is 18446744073709551615"]),
+        ("hidden_size", json!(7), &["hidden_size 7 is no multiple of num_attention_heads 2"]),
+        ("hidden_size", json!(16), &["model.safetensors", "model.embed_tokens.weight", "[64, 16]", "[64, 8]"]),
+        ("num_attention_heads", json!(0), &["num_attention_heads is 0"]),
+        ("num_key_value_heads", json!(3), &["2 attention heads", "3 key/value heads"]),
+        ("num_hidden_layers", json!(1u64 << 40), &["num_hidden_layers is 1099511627776"]),
+        ("num_hidden_layers", json!(2), &["model.layers.1.input_layernorm.weight", "missing"]),
+        ("head_dim", json!(5), &["odd"]),
+        ("head_dim", json!(100_000), &["head_dim is 100000"]),
+        ("vocab_size", json!(1u64 << 33), &["vocab_size is 8589934592"]),
+        ("vocab_size", json!(65), &["model.embed_tokens.weight", "[65, 8]"]),
+        ("rms_norm_eps", json!("small"), &["rms_norm_eps is \"small\"", "a number"]),
+        ("rms_norm_eps", json!(-1.0), &["epsilon -1"]),
+        ("hidden_act", json!("gelu"), &["hidden_act", "gelu", "silu"]),
+        ("tie_word_embeddings", json!("yes"), &["tie_word_embeddings is \"yes\"", "true or false"]),
+        ("tie_word_embeddings", json!(false), &["lm_head.weight", "missing"]),
+        ("attention_bias", json!(true), &["q_proj.bias", "missing"]),
+        ("eos_token_id", json!([1, "2"]), &["eos_token_id", "token ids"]),
+        ("eos_token_id", json!(-1), &["eos_token_id", "token id"]),
+        ("quantization_config", json!({"quant_method": "gptq"}), &["quantization_config", "gptq", "GGUF"]),
+        ("rope_theta", json!(-2), &["rope theta is -2"]),
+        ("rope_scaling", json!("linear"), &["rope_scaling is \"linear\"", "an object"]),
+        ("rope_scaling", json!({"type": "dynamic", "factor": 2}), &["rope_scaling.rope_type", "dynamic", "yarn"]),
+        ("rope_scaling", json!({"rope_type": "longrope"}), &["longrope"]),
+        ("rope_scaling", json!({"type": "linear"}), &["rope_scaling.factor is missing"]),
+        ("rope_scaling", json!({"type": "linear", "factor": 0}), &["rope scaling factor is 0"]),
+        ("rope_scaling", json!({"type": "linear", "factor": "2"}), &["rope_scaling.factor is \"2\""]),
+        ("rope_scaling", json!({"rope_type": "llama3", "factor": 8}), &["rope_scaling.low_freq_factor is missing"]),
+        (
+            "rope_parameters",
+            json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}),
+            &["high_freq_factor 1 is not above low_freq_factor 4"],
+        ),
+        ("rope_parameters", json!({"full_attention": {"rope_theta": 1}}), &["rope_parameters", "layer type"]),
+        ("partial_rotary_factor", json!(0.5), &["partial_rotary_factor", "0.5"]),
+    ];
+    for (field, value, expected) in cases {
+        let mut config = tiny_config(64);
+        config[*field] = value.clone();
+        folder.put("config.json", config.to_string());
+        let message = folder.error();
+        assert!(message.contains(".json: ") || message.contains(".safetensors: "), "names no file: {message}");
+        assert_names(&message, expected);
+    }
+}
+
+#[test]
+fn layers_and_windows() {
+    let folder = Folder::new("layers");
+    let mut config = tiny_config(64);
+    config["model_type"] = json!("qwen3");
+    for (field, value, expected) in [
+        ("layer_types", json!("full_attention"), "layer_types is \"full_attention\""),
+        ("layer_types", json!(["full_attention", "full_attention"]), "2 entries for num_hidden_layers 1"),
+        ("layer_types", json!(["linear_attention"]), "linear_attention"),
+        ("layer_types", json!(["sliding_attention"]), "no sliding window"),
+    ] {
+        let mut config = config.clone();
+        config[field] = value;
+        folder.put("config.json", config.to_string());
+        assert_names(&folder.error(), &["config.json", expected]);
+    }
+    config["model_type"] = json!("mistral");
+    config["sliding_window"] = json!(0);
+    folder.put("config.json", config.to_string());
+    assert_names(&folder.error(), &["config.json", "sliding_window is 0"]);
+    // As in transformers, a missing window is 4096 and null is none.
+    for (window, expected) in [(None, Some(4096)), (Some(Value::Null), None), (Some(json!(16)), Some(16))] {
+        config.as_object_mut().unwrap().remove("sliding_window");
+        if let Some(window) = window {
+            config["sliding_window"] = window;
+        }
+        folder.put("config.json", config.to_string());
+        let files = ModelFiles::open(&folder.0).unwrap();
+        assert_eq!(files.config().family, Family::Mistral);
+        assert_eq!(files.config().attention_window(0), expected);
+        assert_eq!(files.config().attention_window(1), None);
+    }
+}
+
+#[test]
+fn generation_config_adds_end_tokens() {
+    let folder = Folder::new("generation");
+    folder.put("generation_config.json", r#"{"eos_token_id": [5, 1], "bos_token_id": 7}"#);
+    let files = ModelFiles::open(&folder.0).unwrap();
+    assert_eq!(files.config().eos_tokens, [1, 5]);
+    assert_eq!(files.config().bos_token, Some(0));
+    assert_eq!(files.tokenizer().unwrap().end_tokens(), [1, 5]);
+    folder.put("generation_config.json", r#"{"eos_token_id": "x"}"#);
+    assert_names(&folder.error(), &["generation_config.json", "eos_token_id is \"x\""]);
+}
+
+#[test]
+fn both_layouts_of_rope() {
+    let folder = Folder::new("rope");
+    let open = |field: &str, value: Value| {
+        let mut config = tiny_config(64);
+        config[field] = value;
+        folder.put("config.json", config.to_string());
+        ModelFiles::open(&folder.0).unwrap().config().rope.clone()
+    };
+    let old = open("rope_scaling", json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}));
+    let new = open(
+        "rope_parameters",
+        json!({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}),
+    );
+    assert_eq!(old, new);
+    let RopeScaling::Yarn { attention_factor, original_context: 32, truncate: true, .. } = new.scaling else {
+        panic!()
+    };
+    assert!((f64::from(attention_factor) - (0.1 * 4f64.ln() + 1.0)).abs() < 1e-6);
+    assert_eq!(open("rope_theta", json!(5e5)).theta, 5e5);
+    assert_eq!(open("rope_parameters", json!({"rope_type": "default", "rope_theta": 7.0})).theta, 7.0);
+    assert_eq!(open("rope_scaling", Value::Null).scaling, RopeScaling::None);
+}
+
+/// A header and `data` bytes behind it.
+fn safetensors(header: &str, data: usize) -> Vec<u8> {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.resize(bytes.len() + data, 0);
+    bytes
+}
+
+#[test]
+fn safetensors_headers() {
+    let folder = Folder::new("safetensors");
+    let tensor = |shape: Value, offsets: Value| {
+        json!({"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).to_string()
+    };
+    let good = safetensors_of(&tiny_shapes(64));
+    let mut longer = good.clone();
+    longer.push(0);
+    let cases: Vec<(Vec<u8>, &str)> = vec![
+        (vec![], "too short"),
+        (vec![1, 2, 3], "too short"),
+        (u64::MAX.to_le_bytes().to_vec(), "beyond what safetensors allows"),
+        ((1u64 << 40).to_le_bytes().to_vec(), "beyond what safetensors allows"),
+        (99u64.to_le_bytes().to_vec(), "longer than the file"),
+        (safetensors("", 0), "header is not valid"),
+        (safetensors("{", 0), "header is not valid"),
+        (safetensors("[]", 0), "header is not valid"),
+        (safetensors(&"[".repeat(5000), 0), "header is not valid"),
+        (safetensors(r#"{"a": {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}}"#, 4), "header is not valid"),
+        (safetensors(&tensor(json!([1]), json!([0, 4])), 3), "do not end where the file ends"),
+        (safetensors(&tensor(json!([1]), json!([0, 4])), 5), "do not end where the file ends"),
+        (safetensors(&tensor(json!([2]), json!([0, 4])), 4), "another number of bytes"),
+        (safetensors(&tensor(json!([1]), json!([4, 0])), 4), "data_offsets"),
+        (safetensors(&tensor(json!([1]), json!([4, 8])), 8), "data_offsets"),
+        (safetensors(&tensor(json!([1u64 << 32, 1u64 << 32]), json!([0, 4])), 4), "too large"),
+        (safetensors(&tensor(json!([u64::MAX]), json!([0, 4])), 4), "too large"),
+        (safetensors(&tensor(json!([-1]), json!([0, 4])), 4), "header is not valid"),
+        (safetensors(&tensor(json!([1u64 << 60]), json!([0, 1u64 << 62])), 4), "model.safetensors: "),
+        (safetensors(&tensor(json!([0]), json!([0, 0])), 0), "missing"),
+        (good[..good.len() - 1].to_vec(), "do not end where the file ends"),
+        (longer, "do not end where the file ends"),
+    ];
+    for (bytes, expected) in cases {
+        folder.put("model.safetensors", bytes);
+        assert_names(&folder.error(), &["model.safetensors: ", expected]);
+    }
+    for length in (0..good.len()).step_by(7) {
+        folder.put("model.safetensors", &good[..length]);
+        assert_names(&folder.error(), &["model.safetensors: "]);
+    }
+}
+
+#[test]
+fn tensors() {
+    let folder = Folder::new("tensors");
+    let mut shapes = tiny_shapes(64);
+    shapes.insert("model.norm.weight".into(), vec![4]);
+    folder.put("model.safetensors", safetensors_of(&shapes));
+    assert_names(&folder.error(), &["model.safetensors", "model.norm.weight", "[4]", "[8]"]);
+    shapes.insert("model.norm.weight".into(), vec![1, 8]);
+    folder.put("model.safetensors", safetensors_of(&shapes));
+    assert_names(&folder.error(), &["model.norm.weight", "[1, 8]"]);
+    shapes.remove("model.norm.weight");
+    folder.put("model.safetensors", safetensors_of(&shapes));
+    assert_names(&folder.error(), &["model.safetensors", "model.norm.weight", "missing"]);
+
+    let header: serde_json::Map<String, Value> = tiny_shapes(64)
+        .into_iter()
+        .scan(0, |offset, (name, shape)| {
+            let start = *offset;
+            *offset += shape.iter().product::<usize>() * 4;
+            Some((name, json!({"dtype": "I32", "shape": shape, "data_offsets": [start, *offset]})))
+        })
+        .collect();
+    let bytes: usize = tiny_shapes(64).values().map(|shape| shape.iter().product::<usize>() * 4).sum();
+    folder.put("model.safetensors", safetensors(&Value::Object(header).to_string(), bytes));
+    assert_names(&folder.error(), &["model.safetensors", "model.embed_tokens.weight", "i32", "BF16"]);
+}
+
+#[test]
+fn indexes_and_shards() {
+    let folder = Folder::new("index");
+    folder.remove("model.safetensors");
+    for (index, expected) in [
+        ("", "not valid JSON"),
+        ("{}", "weight_map is missing"),
+        (r#"{"weight_map": []}"#, "weight_map is missing"),
+        (r#"{"weight_map": {}}"#, "weight_map is empty"),
+        (r#"{"weight_map": {"a": 1}}"#, "weight_map.\"a\" is no file name"),
+        (r#"{"weight_map": {"a": "../other/model.safetensors"}}"#, "same folder"),
+        (r#"{"weight_map": {"a": "/etc/passwd"}}"#, "same folder"),
+        (r#"{"weight_map": {"a": "config.json"}}"#, "same folder"),
+        (r#"{"weight_map": {"a": "s-1.safetensors"}}"#, "names shard \"s-1.safetensors\", which cannot be opened"),
+    ] {
+        folder.put("model.safetensors.index.json", index);
+        assert_names(&folder.error(), &["model.safetensors.index.json", expected]);
+    }
+    let many: serde_json::Map<String, Value> =
+        (0..2000).map(|number| (format!("t{number}"), json!(format!("s{number}.safetensors")))).collect();
+    folder.put("model.safetensors.index.json", json!({ "weight_map": many }).to_string());
+    let message = ModelFiles::open(&folder.0).unwrap_err().to_string();
+    assert_names(&message, &["model.safetensors.index.json", "2000 shards"]);
+
+    let (first, second): (Vec<_>, Vec<_>) = tiny_shapes(64).into_iter().partition(|(name, _)| name.contains("mlp"));
+    let map: serde_json::Map<String, Value> = first
+        .iter()
+        .map(|(name, _)| (name.clone(), json!("one.safetensors")))
+        .chain(second.iter().map(|(name, _)| (name.clone(), json!("two.safetensors"))))
+        .collect();
+    folder.put("model.safetensors.index.json", json!({ "weight_map": map }).to_string());
+    folder.put("one.safetensors", safetensors_of(&first.clone().into_iter().collect()));
+    assert_names(&folder.error(), &["two.safetensors", "cannot be opened"]);
+    folder.put("two.safetensors", safetensors_of(&first.into_iter().collect()));
+    assert_names(&folder.error(), &["two.safetensors", "missing", "places here"]);
+    folder.put("two.safetensors", safetensors_of(&second.into_iter().collect()));
+    assert_eq!(ModelFiles::open(&folder.0).unwrap().summary().files, 2);
+}
+
+#[test]
+fn tokenizers() {
+    let folder = Folder::new("tokenizer");
+    for (json, expected) in [
+        ("", "not a tokenizer"),
+        ("{}", "not a tokenizer"),
+        (r#"{"model": {"type": "BPE", "vocab": [], "merges": 3}}"#, "not a tokenizer"),
+        (r#"{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}"#, "not a tokenizer"),
+        (r#"{"model": {"type": "BPE", "vocab": {}, "merges": []}}"#, "the vocabulary is empty"),
+        (r#"{"model": {"type": "BPE", "vocab": {"a": 64}, "merges": []}}"#, "token id 64 is not below"),
+        (r#"{"model": {"type": "BPE", "vocab": {"a": 4294967295}, "merges": []}}"#, "token id 4294967295"),
+        (r#"{"model": {"type": "BPE", "dropout": 0.5, "vocab": {"a": 0}, "merges": []}}"#, "model.dropout"),
+    ] {
+        folder.put("tokenizer.json", json);
+        assert_names(&folder.error(), &["tokenizer.json: ", expected]);
+    }
+    folder.put("tokenizer.json", TOKENIZER);
+    folder.put("tokenizer_config.json", "{");
+    assert_names(&folder.error(), &["tokenizer_config.json: not valid JSON"]);
+    folder.remove("tokenizer_config.json");
+    folder.put("chat_template.jinja", "{% for %}");
+    assert_names(&folder.error(), &["chat template: syntax error"]);
+}
+
+/// A tokenizer file may ask for texts to be cut to a length; a prompt is never cut silently.
+#[test]
+fn truncation_in_the_tokenizer_file_is_ignored() {
+    let folder = Folder::new("truncation");
+    let mut tokenizer: Value = serde_json::from_str(TOKENIZER).unwrap();
+    tokenizer["truncation"] = json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
+    tokenizer["padding"] = json!({"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": null,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "a"});
+    folder.put("tokenizer.json", tokenizer.to_string());
+    let tokenizer = ModelFiles::open(&folder.0).unwrap().tokenizer().unwrap();
+    assert_eq!(tokenizer.encode("abab", true).unwrap(), [0, 1, 0, 1]);
+}
