@@ -133,7 +133,10 @@ MODELS = {
             use_sliding_window=True,
             sliding_window=24,
             max_window_layers=1,
-            rope_parameters=dict(rope_theta=1000000.0, attention_factor=1.25, beta_fast=16.0, beta_slow=2.0, **YARN),
+            # With these every limit of the blend falls on a feature of its own.
+            rope_parameters=YARN
+            | dict(rope_theta=100.0, attention_factor=1.25, beta_fast=16.0, beta_slow=2.0)
+            | dict(original_max_position_embeddings=256),
         ),
         torch.bfloat16,
         "5GB",

@@ -31,7 +31,7 @@ CASES = [
     ),
     dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768, rope_theta=1000000.0, head_dim=128),
     dict(rope_type="yarn", factor=16.0, original_max_position_embeddings=4096, truncate=False),
-    dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=64, beta_fast=16.0, beta_slow=2.0),
+    dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=1024, beta_fast=16.0, beta_slow=2.0),
     dict(rope_type="yarn", factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=0.8),
     dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=2048, attention_factor=1.5),
 ]
