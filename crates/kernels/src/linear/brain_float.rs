@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::float::store_avx512;
+use super::float::{load_avx512, store_avx512};
 use super::packed::PANEL;
 use super::tile::{TILE_ROWS, Tile, TileKernel, TileKernels};
 
@@ -27,7 +27,8 @@ static TABLE: [&[TileKernel]; TILE_ROWS] = [row!(1), row!(2), row!(3), row!(4), 
 unsafe fn multiply<const R: usize, const P: usize>(tile: &Tile) {
     let weights = tile.weights.cast::<u32>();
     let stride = tile.panel_stride / 4;
-    let mut sums = [[_mm512_setzero_ps(); P]; R];
+    // SAFETY: preconditions 3 and 4.
+    let mut sums = unsafe { load_avx512::<R, P>(tile) };
     for step in 0..tile.steps {
         let mut columns = [pairs(_mm512_setzero_si512()); P];
         for panel in 0..P {

@@ -35,6 +35,12 @@ unsafe fn portable<const R: usize>(tile: &Tile) {
         )
     };
     let mut sums = [[0.0_f32; PANEL]; R];
+    if tile.accumulate {
+        for (row, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: precondition 3.
+            sums[..tile.columns].copy_from_slice(unsafe { output_row(tile, row) });
+        }
+    }
     for (activations, weights) in activations.iter().zip(weights) {
         for (sums, activation) in sums.iter_mut().zip(activations) {
             for (sum, weight) in sums.iter_mut().zip(weights) {
@@ -44,11 +50,17 @@ unsafe fn portable<const R: usize>(tile: &Tile) {
     }
     for (row, sums) in sums.iter().enumerate() {
         // SAFETY: precondition 3.
-        let output = unsafe { std::slice::from_raw_parts_mut(tile.output.add(row * tile.row_stride), tile.columns) };
-        for (output, sum) in output.iter_mut().zip(sums) {
-            *output = if tile.accumulate { *output + sum } else { *sum };
-        }
+        unsafe { output_row(tile, row) }.copy_from_slice(&sums[..tile.columns]);
     }
+}
+
+/// Row `row` of the output of a tile with one panel.
+///
+/// # Safety
+/// Precondition 3 of [`Tile`]; the slice is gone before the next one of this row is made.
+unsafe fn output_row<'a>(tile: &Tile, row: usize) -> &'a mut [f32] {
+    // SAFETY: precondition 3.
+    unsafe { std::slice::from_raw_parts_mut(tile.output.add(row * tile.row_stride), tile.columns) }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -75,6 +87,15 @@ mod x86 {
         let weights = tile.weights.cast::<f32>();
         let activations = tile.activations.cast::<f32>();
         let mut sums = [[_mm256_setzero_ps(); 2]; R];
+        if tile.accumulate {
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let mut lanes = [0.0_f32; PANEL];
+                // SAFETY: precondition 3.
+                lanes[..tile.columns].copy_from_slice(unsafe { output_row(tile, row) });
+                // SAFETY: `lanes` holds 16 floats.
+                *sums = unsafe { [_mm256_loadu_ps(lanes.as_ptr()), _mm256_loadu_ps(lanes.as_ptr().add(8))] };
+            }
+        }
         for step in 0..tile.steps {
             // SAFETY: precondition 2.
             let weights = unsafe {
@@ -96,11 +117,7 @@ mod x86 {
                 _mm256_storeu_ps(lanes.as_mut_ptr().add(8), sums[1]);
             }
             // SAFETY: precondition 3.
-            let output =
-                unsafe { std::slice::from_raw_parts_mut(tile.output.add(row * tile.row_stride), tile.columns) };
-            for (output, sum) in output.iter_mut().zip(&lanes) {
-                *output = if tile.accumulate { *output + sum } else { *sum };
-            }
+            unsafe { output_row(tile, row) }.copy_from_slice(&lanes[..tile.columns]);
         }
     }
 
@@ -111,7 +128,8 @@ mod x86 {
         let weights = tile.weights.cast::<f32>();
         let stride = tile.panel_stride / 4;
         let activations = tile.activations.cast::<f32>();
-        let mut sums = [[_mm512_setzero_ps(); P]; R];
+        // SAFETY: preconditions 3 and 4.
+        let mut sums = unsafe { load_avx512::<R, P>(tile) };
         for step in 0..tile.steps {
             let mut columns = [_mm512_setzero_ps(); P];
             for panel in 0..P {
@@ -130,6 +148,35 @@ mod x86 {
         unsafe { store_avx512(tile, &sums) }
     }
 
+    /// The columns of panel `panel` that exist, as a mask.
+    #[inline]
+    fn mask(tile: &Tile, panel: usize) -> __mmask16 {
+        (0xffff_u32 >> (PANEL - columns_of(tile, panel))) as __mmask16
+    }
+
+    /// What the sums of a tile start from.
+    ///
+    /// # Safety
+    /// Preconditions 3, 4 and 5 of [`Tile`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub(in crate::linear) unsafe fn load_avx512<const R: usize, const P: usize>(tile: &Tile) -> [[__m512; P]; R] {
+        let mut sums = [[_mm512_setzero_ps(); P]; R];
+        for row in 0..R {
+            for panel in 0..P {
+                let output = tile.output.wrapping_add(row * tile.row_stride + panel * PANEL);
+                if tile.accumulate {
+                    // SAFETY: preconditions 3 and 4; lanes past the last column are masked out.
+                    sums[row][panel] = unsafe { _mm512_maskz_loadu_ps(mask(tile, panel), output) };
+                } else {
+                    // The line is written at the end; a prefetch never faults.
+                    _mm_prefetch::<_MM_HINT_ET0>(output.cast());
+                }
+            }
+        }
+        sums
+    }
+
     /// Writes the sums of a tile.
     ///
     /// # Safety
@@ -139,15 +186,10 @@ mod x86 {
     pub(in crate::linear) unsafe fn store_avx512<const R: usize, const P: usize>(tile: &Tile, sums: &[[__m512; P]; R]) {
         for row in 0..R {
             for panel in 0..P {
-                let mask = (0xffff_u32 >> (PANEL - columns_of(tile, panel))) as __mmask16;
-                let mut sum = sums[row][panel];
                 // SAFETY: preconditions 3 and 4; lanes past the last column are masked out.
                 unsafe {
                     let output = tile.output.add(row * tile.row_stride + panel * PANEL);
-                    if tile.accumulate {
-                        sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, output));
-                    }
-                    _mm512_mask_storeu_ps(output, mask, sum);
+                    _mm512_mask_storeu_ps(output, mask(tile, panel), sums[row][panel]);
                 }
             }
         }
@@ -155,4 +197,4 @@ mod x86 {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::store_avx512;
+pub(super) use x86::{load_avx512, store_avx512};

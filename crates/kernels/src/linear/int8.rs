@@ -16,7 +16,7 @@ use std::marker::PhantomData;
 
 use super::WeightType;
 use super::blocks::offset;
-use super::float::store_avx512;
+use super::float::{load_avx512, store_avx512};
 use super::packed::{BLOCK, codes_offset, group_blocks, group_bytes};
 use super::tile::{TILE_ROWS, Tile, TileKernel, TileKernels};
 
@@ -208,7 +208,8 @@ unsafe impl<W: PackedBlocks> PackedBlocks for Expanded<W> {
 /// The preconditions of [`Tile`]; `steps` is a multiple of `GROUP_BLOCKS`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,f16c")]
 unsafe fn multiply<W: PackedBlocks, const R: usize, const P: usize>(tile: &Tile) {
-    let mut sums = [[_mm512_setzero_ps(); P]; R];
+    // SAFETY: preconditions 3 and 4.
+    let mut sums = unsafe { load_avx512::<R, P>(tile) };
     let mut activations = tile.activations;
     let mut group = tile.weights;
     for _ in 0..tile.steps / W::GROUP_BLOCKS {

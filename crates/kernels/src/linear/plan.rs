@@ -12,6 +12,10 @@ use super::{brain_float, int8};
 use crate::InstructionSet;
 use crate::aligned::AlignedScratch;
 
+/// Packed panels of one task up to this size stay in the L2 cache while all row tiles pass over them.
+const CACHED_BYTES: usize = 512 << 10;
+/// Bytes of each larger panel that 16 row tiles pass over at a time.
+const PACKED_CHUNK: usize = 64 << 10;
 /// Inputs whose weights are expanded to f32 at a time: 16 KiB for each panel.
 const F32_CHUNK: usize = 256;
 /// Inputs whose weights are expanded to bytes at a time: about 80 KiB for each panel, so that two stay in the L2 cache.
@@ -107,7 +111,19 @@ impl Plan {
         match &self.source {
             Source::Packed => {
                 let all = &weights.packed()[first_panel * weights.panel_bytes..][..panels * weights.panel_bytes];
-                self.multiply(part, all, 0..inputs);
+                let input_bytes = weights.panel_bytes / inputs;
+                // GGML groups only come here with a tile or two, which gain nothing from chunks.
+                let whole = all.len() <= CACHED_BYTES || part.row_tiles.len() <= 2;
+                let (tiles, chunk) = if whole { (usize::MAX, inputs) } else { (16, PACKED_CHUNK / input_bytes) };
+                let end = part.row_tiles.end;
+                for start in part.row_tiles.clone().step_by(tiles) {
+                    let row_tiles = start..end.min(start.saturating_add(tiles));
+                    for first in (0..inputs).step_by(chunk) {
+                        let range = first..inputs.min(first + chunk);
+                        let weights = (&all[first * input_bytes..], all.len() / panels);
+                        self.multiply(part, row_tiles.clone(), weights, range);
+                    }
+                }
             }
             Source::F32 => {
                 for first in (0..inputs).step_by(F32_CHUNK) {
@@ -117,7 +133,8 @@ impl Plan {
                         let output = bytemuck::cast_slice_mut(output);
                         expand_to_f32(weights.level, weights.weight_type, panel(index), first, output);
                     }
-                    self.multiply(part, expanded, first..first + count);
+                    let weights = (&*expanded, count * PANEL * 4);
+                    self.multiply(part, part.row_tiles.clone(), weights, first..first + count);
                 }
             }
             #[cfg(target_arch = "x86_64")]
@@ -131,18 +148,26 @@ impl Plan {
                         // weights were packed.
                         unsafe { kernels.expand(panel(index), first / self.step_inputs, output) };
                     }
-                    self.multiply(part, expanded, first..first + count);
+                    let weights = (&*expanded, panel_bytes);
+                    self.multiply(part, part.row_tiles.clone(), weights, first..first + count);
                 }
             }
         }
     }
 
-    /// Multiplies the row tiles of a task with `weights`, its panels one after another for `inputs`; adds to the
-    /// output from the second range of inputs on.
-    fn multiply(&self, part: &Part<'_>, weights: &[u8], inputs: Range<usize>) {
+    /// Multiplies row tiles of a task with the weights of `inputs`: a slice that begins with them in the first panel
+    /// of the task, and the bytes from there to the next panel. Later ranges of inputs continue the sums of earlier
+    /// ones.
+    fn multiply(
+        &self,
+        part: &Part<'_>,
+        row_tiles: Range<usize>,
+        (weights, panel_stride): (&[u8], usize),
+        inputs: Range<usize>,
+    ) {
         let panels = part.columns.len().div_ceil(PANEL);
         let steps = inputs.len() / self.step_inputs;
-        for tile in part.row_tiles.clone() {
+        for tile in row_tiles {
             let (start, height) = (part.tiles.start(tile), part.tiles.height(tile));
             let words = inputs.start / self.step_inputs * self.step_words * height;
             let activations = &part.activations[tile * part.tile_words + words..][..steps * self.step_words * height];
@@ -150,7 +175,7 @@ impl Plan {
                 steps,
                 activations: activations.as_ptr(),
                 weights: weights.as_ptr(),
-                panel_stride: weights.len() / panels,
+                panel_stride,
                 output: part.output.at(start, part.columns.start),
                 row_stride: part.output.row_stride,
                 columns: part.columns.len(),

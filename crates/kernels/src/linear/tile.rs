@@ -26,7 +26,7 @@ pub(super) struct Tile {
     pub row_stride: usize,
     /// Output columns that exist.
     pub columns: usize,
-    /// Add to what `output` holds instead of overwriting it.
+    /// Continue the sums that `output` holds instead of starting from zero.
     pub accumulate: bool,
 }
 
