@@ -109,7 +109,7 @@ fn every_type_level_and_row_count_matches_the_reference() {
     for level in levels() {
         for weight_type in WeightType::ALL {
             for &(inputs, outputs) in sizes(weight_type) {
-                for rows in (1..=20).chain([31]) {
+                for rows in (1..=20).chain([31, 50]) {
                     case(level, weight_type, rows, inputs, outputs).check();
                 }
             }
@@ -121,12 +121,12 @@ fn every_type_level_and_row_count_matches_the_reference() {
 fn output_bits_do_not_depend_on_threads_or_on_other_rows() {
     for level in levels() {
         for weight_type in WeightType::ALL {
-            let many = case(level, weight_type, 29, 512, 200);
+            let many = case(level, weight_type, 50, 512, 200);
             let expected = many.run(1);
             for threads in [2, 3, 5] {
                 assert_eq!(expected, many.run(threads), "{} {threads} threads", many.weights.kernel_name());
             }
-            for rows in [1, 2, 6, 7, 13] {
+            for rows in [1, 2, 6, 7, 13, 29] {
                 let few = case(level, weight_type, rows, 512, 200);
                 assert_eq!(expected[..rows * 200], few.run(2), "{} {rows} rows", many.weights.kernel_name());
             }
@@ -257,6 +257,11 @@ fn a_layer_wider_than_one_chunk_of_inputs_matches_the_reference() {
     for level in levels() {
         for weight_type in WeightType::ALL {
             case(level, weight_type, 14, 4096 + 512, 34).check();
+            case(level, weight_type, 38, 4096 + 512, 34).check();
         }
+    }
+    // Panels that outgrow the cache.
+    for weight_type in [WeightType::F32, WeightType::Bf16, WeightType::Q8_0] {
+        case(InstructionSet::detected(), weight_type, 40, 16_384 + 96, 34).check();
     }
 }
