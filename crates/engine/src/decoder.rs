@@ -1,6 +1,6 @@
 //! The decoder: the whole way of tokens through the layers, in one place.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use iceformer_attention::{
@@ -215,8 +215,8 @@ impl Decoder {
     /// `[wanted, vocabulary]`.
     ///
     /// # Errors
-    /// [`Cancelled`] when `cancel` is set between two layers; the caches of the first layers are then longer than the
-    /// others, to be truncated by the caller.
+    /// [`Cancelled`] when `watch`, which is told before each layer how many are done, breaks; the caches of the first
+    /// layers are then longer than the others, to be truncated by the caller.
     ///
     /// # Panics
     /// When there are no tokens or more than the state's chunk, or a token is not below the vocabulary.
@@ -227,7 +227,7 @@ impl Decoder {
         caches: &mut [KeyValueCache],
         state: &'s mut DecoderState,
         team: &ThreadTeam,
-        cancel: &AtomicBool,
+        mut watch: impl FnMut(usize) -> ControlFlow<()>,
     ) -> Result<&'s [f32], Cancelled> {
         let hidden_size = self.config.hidden_size;
         assert!((1..=state.chunk).contains(&tokens.len()), "a pass takes 1 to {} tokens", state.chunk);
@@ -240,7 +240,7 @@ impl Decoder {
 
         let mut rows = tokens.len();
         for (index, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
-            if cancel.load(Ordering::Relaxed) {
+            if watch(index).is_break() {
                 return Err(Cancelled);
             }
             // Behind the last layer's keys and values only the rows with wanted logits matter.

@@ -1,5 +1,6 @@
 //! One sequence of tokens: its caches, its position, and reading in chunks.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -211,21 +212,23 @@ impl Session {
         Ok(kept)
     }
 
-    /// Reads `tokens` behind those held, in chunks; `progress(done, total)` is told after each.
+    /// Reads `tokens` behind those held, in chunks; `progress(done, total)` is told at each layer, where the layers that
+    /// are done count as their share of the chunk's tokens.
     ///
     /// # Errors
     /// When they do not fit the context or are none (before any work), or the session is cancelled: whole chunks that
     /// were read then stay.
     pub fn read(&mut self, tokens: &[u32], mut progress: impl FnMut(usize, usize)) -> Result<(), SessionError> {
         self.check(tokens, self.tokens.len())?;
-        progress(0, tokens.len());
+        let total = tokens.len();
+        let layers = self.decoder.config().layers;
         let mut done = 0;
         for chunk in tokens.chunks(self.state.chunk()) {
+            let wanted = if done + chunk.len() == total { LogitsFor::Last } else { LogitsFor::None };
+            self.pass(chunk, wanted, |layer| progress(done + chunk.len() * layer / layers, total))?;
             done += chunk.len();
-            let wanted = if done == tokens.len() { LogitsFor::Last } else { LogitsFor::None };
-            self.pass(chunk, wanted)?;
-            progress(done, tokens.len());
         }
+        progress(total, total);
         Ok(())
     }
 
@@ -237,7 +240,7 @@ impl Session {
     pub fn read_with_logits(&mut self, tokens: &[u32], mut logits: impl FnMut(&[f32])) -> Result<(), SessionError> {
         self.check(tokens, self.tokens.len())?;
         for chunk in tokens.chunks(self.state.chunk()) {
-            let rows = self.pass(chunk, LogitsFor::All)?;
+            let rows = self.pass(chunk, LogitsFor::All, |_| {})?;
             logits(rows);
         }
         Ok(())
@@ -258,10 +261,18 @@ impl Session {
     }
 
     /// Runs one chunk; afterwards the caches hold it, or on an error what they held before.
-    fn pass(&mut self, chunk: &[u32], wanted: LogitsFor) -> Result<&[f32], SessionError> {
-        let forward =
-            self.decoder.forward(chunk, wanted, &mut self.caches, &mut self.state, &self.team, &self.cancel.0);
-        match forward {
+    fn pass(
+        &mut self,
+        chunk: &[u32],
+        wanted: LogitsFor,
+        mut layers_done: impl FnMut(usize),
+    ) -> Result<&[f32], SessionError> {
+        let cancel = &self.cancel;
+        let watch = |layer| {
+            layers_done(layer);
+            if cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        match self.decoder.forward(chunk, wanted, &mut self.caches, &mut self.state, &self.team, watch) {
             Ok(logits) => {
                 self.tokens.extend_from_slice(chunk);
                 self.logits.clear();

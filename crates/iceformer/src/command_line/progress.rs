@@ -10,6 +10,9 @@ use super::text::{grouped, rate, seconds};
 /// Time between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(3);
 
+/// Seconds between two steps that the estimate of the time left knows.
+const STEP_EVERY: f64 = 0.1;
+
 /// Progress of one piece of work.
 pub struct Progress {
     what: &'static str,
@@ -47,7 +50,8 @@ impl Progress {
     /// Shows that `done` of `total` is done.
     pub fn update(&mut self, done: usize, total: usize) {
         let elapsed = self.start.elapsed().as_secs_f64();
-        if done > 0 {
+        let is_new = self.steps.last().is_none_or(|&(_, at)| elapsed - at >= STEP_EVERY);
+        if done > 0 && (is_new || done == total) {
             self.steps.push((done as f64, elapsed));
         }
         let mut told = format!("{} of {} {}", grouped(done as u64), grouped(total as u64), self.unit);
@@ -55,7 +59,7 @@ impl Progress {
             told += &format!(", {} tokens/s", rate(done as f64 / elapsed));
         }
         if done > 0 && done < total {
-            told += &format!(", {} left", seconds(self.time_at(total as f64) - elapsed));
+            told += &format!(", {} left", seconds((self.time_at(total as f64) - elapsed).max(0.0)));
         }
         match &mut self.display {
             Display::Quiet => {}
@@ -90,7 +94,7 @@ impl Progress {
     /// Estimated seconds from the start to `total`: each token costs a constant for the linear layers and a share that
     /// grows with its position for attention, so the time is `a·n + b·n²`, fitted by least squares.
     fn time_at(&self, total: f64) -> f64 {
-        let &(done, elapsed) = self.steps.last().expect("a step was recorded");
+        let Some(&(done, elapsed)) = self.steps.last() else { return 0.0 };
         let proportional = elapsed * total / done;
         if self.unit != "tokens" || self.steps.len() < 4 {
             return proportional;
