@@ -10,6 +10,9 @@ use super::text::{grouped, rate, seconds};
 /// Time between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(3);
 
+/// Seconds that work may take without a bar.
+const BAR_AFTER: f64 = 0.3;
+
 /// Seconds between two steps that the estimate of the time left knows.
 const STEP_EVERY: f64 = 0.1;
 
@@ -37,7 +40,7 @@ impl Progress {
             (true, _) => Display::Quiet,
             (false, true) => {
                 let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-                let style = ProgressStyle::with_template("{prefix} {bar:30} {percent:>3} % {msg}");
+                let style = ProgressStyle::with_template("{prefix} {bar:20} {percent:>3} % {wide_msg}");
                 bar.set_style(style.expect("the template is well formed"));
                 bar.set_prefix(what);
                 Display::Bar(bar)
@@ -53,6 +56,9 @@ impl Progress {
         let is_new = self.steps.last().is_none_or(|&(_, at)| elapsed - at >= STEP_EVERY);
         if done > 0 && (is_new || done == total) {
             self.steps.push((done as f64, elapsed));
+        }
+        if matches!(self.display, Display::Bar(_)) && elapsed < BAR_AFTER {
+            return;
         }
         let mut told = format!("{} of {} {}", grouped(done as u64), grouped(total as u64), self.unit);
         if self.unit == "tokens" && done > 0 && elapsed > 0.0 {
