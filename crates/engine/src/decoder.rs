@@ -161,6 +161,26 @@ impl Decoder {
         self.linear_weights().map(LinearWeights::bytes).sum()
     }
 
+    /// Bytes of packed weights that one token reads: all but an embedding that is not the output layer.
+    pub fn weight_bytes_per_token(&self) -> usize {
+        let embedding = if self.output.is_some() { self.embedding.bytes() } else { 0 };
+        self.weight_bytes() - embedding
+    }
+
+    /// Operations (a multiply-add counts two) of the linear layers in reading a prompt of `tokens` tokens, of which
+    /// only the last one's logits are wanted.
+    pub fn prompt_linear_operations(&self, tokens: usize) -> f64 {
+        let size = |weights: &LinearWeights| (weights.in_features() * weights.out_features()) as f64;
+        let layers = self.layers.iter().enumerate().map(|(index, layer)| {
+            let appended: f64 = layer.query_key_value.parts.iter().map(|part| size(&part.weights)).sum();
+            let gate_up: f64 = layer.gate_up.parts.iter().map(|part| size(&part.weights)).sum();
+            let others = gate_up + size(&layer.attention_output.weights) + size(&layer.down.weights);
+            let rows = if index + 1 < self.layers.len() { tokens } else { 1 };
+            tokens as f64 * appended + rows as f64 * others
+        });
+        2.0 * (layers.sum::<f64>() + size(self.output.as_ref().unwrap_or(&self.embedding)))
+    }
+
     /// Names of the linear kernels that run, each once, in the order of the layers.
     pub fn linear_kernels(&self) -> Vec<&'static str> {
         let mut names = Vec::new();

@@ -181,6 +181,25 @@ fn help_and_version_exit_with_0() {
 }
 
 #[test]
+fn the_chat_template_is_used_where_the_model_has_one() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(model().join(name), folder.path().join(name)).unwrap();
+    }
+    let template = r#"{"chat_template": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"}"#;
+    std::fs::write(folder.path().join("tokenizer_config.json"), template).unwrap();
+    let path = folder.path().to_str().unwrap();
+    let count = |more: &[&str]| {
+        let run = ["run", "--model", path, "-p", "Hello", "-n", "1", "--json", "-q"];
+        json(&iceformer(&[&run[..], more].concat()))["prompt_tokens"].as_u64().unwrap()
+    };
+    let plain = count(&["--no-chat"]);
+    assert_eq!(count(&[]), plain + 2, "<|user|> and <|end|> around the text");
+    assert_eq!(count(&["--chat"]), plain + 2);
+    assert!(count(&["--system", "Be brief."]) > plain + 4);
+}
+
+#[test]
 fn inspect_tells_what_is_in_the_files() {
     let path = model();
     let table = iceformer(&["inspect", path.to_str().unwrap(), "--tensors"]);

@@ -1,8 +1,6 @@
 //! `bench attention`: one attention call of one layer.
 
-use iceformer_attention::{
-    Attention, AttentionScratch, CacheShape, KeyValueCache, KeyValueType, Mask, Queries, Report, ThreadTeam,
-};
+use iceformer_attention::{Attention, AttentionScratch, CacheShape, KeyValueCache, Mask, Queries, Report, ThreadTeam};
 use iceformer_kernels::InstructionSet;
 use serde_json::json;
 
@@ -38,10 +36,7 @@ pub fn run(arguments: &AttentionArguments) -> anyhow::Result<Outcome> {
     })?;
 
     let rate = 4.0 * head_dim as f64 * report.allowed_keys as f64 / times.cpu_seconds * 1e-9;
-    let (ceiling_name, ceiling) = match kv_type {
-        KeyValueType::F32 => ("f32", ceilings.f32_rate),
-        KeyValueType::Bf16 | KeyValueType::Int8 => ("bf16", ceilings.bf16_rate),
-    };
+    let (ceiling_name, ceiling) = measure::cache_ceiling(kv_type, &ceilings);
     let mut line = json!({
         "bench": "attention",
         "method": method.name(),

@@ -3,7 +3,7 @@
 use anyhow::Context;
 use iceformer_attention::ThreadTeam;
 use iceformer_kernels::InstructionSet;
-use iceformer_kernels::linear::{LinearScratch, LinearWeights, WeightType, blocks};
+use iceformer_kernels::linear::{LinearScratch, LinearWeights, blocks};
 use serde_json::json;
 
 use super::measure;
@@ -37,11 +37,7 @@ pub fn run(arguments: &LinearArguments) -> anyhow::Result<Outcome> {
     })?;
 
     let rate = 2.0 * rows as f64 * inputs as f64 * outputs as f64 / times.cpu_seconds * 1e-9;
-    let (ceiling_name, ceiling) = match weight_type {
-        WeightType::F32 => ("f32", ceilings.f32_rate),
-        WeightType::Bf16 | WeightType::F16 => ("bf16", ceilings.bf16_rate),
-        _ => ("int8", ceilings.int8_rate),
-    };
+    let (ceiling_name, ceiling) = measure::weight_ceiling(weight_type, &ceilings);
     let read = weights.bytes() as f64 / times.wall_seconds * 1e-9;
     let mut line = json!({
         "bench": "linear",

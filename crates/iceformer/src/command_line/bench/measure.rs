@@ -3,8 +3,10 @@
 use std::time::Instant;
 
 use anyhow::Context;
+use iceformer_attention::KeyValueType;
 use iceformer_kernels::ThreadTeam;
 use iceformer_kernels::ceilings::{Ceilings, process_cpu_seconds};
+use iceformer_kernels::linear::WeightType;
 
 /// CPU time one measurement takes at least, so that the clock's grain does not matter.
 const LEAST_SECONDS: f64 = 0.2;
@@ -49,11 +51,13 @@ pub fn ceilings(team: &ThreadTeam, repeat: u32) -> anyhow::Result<Ceilings> {
     Ok(median_ceilings(&measured))
 }
 
-fn measure_ceilings(team: &ThreadTeam) -> anyhow::Result<Ceilings> {
+/// The ceilings, measured once.
+pub fn measure_ceilings(team: &ThreadTeam) -> anyhow::Result<Ceilings> {
     Ceilings::measure(team).context("measuring memory bandwidth takes 256 MiB")
 }
 
-fn median_ceilings(measured: &[Ceilings]) -> Ceilings {
+/// The medians of at least one measurement.
+pub fn median_ceilings(measured: &[Ceilings]) -> Ceilings {
     let of = |field: fn(&Ceilings) -> f64| median(measured.iter().map(field));
     Ceilings {
         f32_rate: of(|ceilings| ceilings.f32_rate),
@@ -61,6 +65,23 @@ fn median_ceilings(measured: &[Ceilings]) -> Ceilings {
         int8_rate: of(|ceilings| ceilings.int8_rate),
         memory_bandwidth: of(|ceilings| ceilings.memory_bandwidth),
         memory_threads: measured[0].memory_threads,
+    }
+}
+
+/// Name and rate of the ceiling that linear layers of a type are compared with.
+pub fn weight_ceiling(weight_type: WeightType, ceilings: &Ceilings) -> (&'static str, f64) {
+    match weight_type {
+        WeightType::F32 => ("f32", ceilings.f32_rate),
+        WeightType::Bf16 | WeightType::F16 => ("bf16", ceilings.bf16_rate),
+        _ => ("int8", ceilings.int8_rate),
+    }
+}
+
+/// Name and rate of the ceiling that attention over a cache is compared with.
+pub fn cache_ceiling(kv_type: KeyValueType, ceilings: &Ceilings) -> (&'static str, f64) {
+    match kv_type {
+        KeyValueType::F32 => ("f32", ceilings.f32_rate),
+        KeyValueType::Bf16 | KeyValueType::Int8 => ("bf16", ceilings.bf16_rate),
     }
 }
 

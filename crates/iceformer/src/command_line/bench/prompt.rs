@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use iceformer_attention::ThreadTeam;
 use iceformer_engine::{
-    Decoder, Family, ModelConfig, ModelFiles, PartTimes, RandomWeights, RopeConfig, RopeScaling, Session,
-    SessionSettings,
+    Decoder, Family, LayerTensor, ModelConfig, ModelFiles, PartTimes, RandomWeights, RopeConfig, RopeScaling, Session,
+    SessionSettings, TensorName,
 };
 use iceformer_kernels::InstructionSet;
 use iceformer_kernels::ceilings::process_cpu_seconds;
 use serde_json::json;
 
-use super::measure::median;
+use super::measure::{self, median};
 use crate::command_line::arguments::{PromptArguments, Shape};
 use crate::command_line::memory::peak_resident_bytes;
 use crate::command_line::report::{kernels, per_second, shares};
@@ -26,6 +26,9 @@ struct Measured {
     decode_cpu: f64,
     decode_wall: f64,
     cache_bytes: usize,
+    /// (query, head, key) triples of the prompt.
+    allowed_keys: u64,
+    peak_resident_bytes: Option<u64>,
 }
 
 /// Runs the measurement.
@@ -33,37 +36,49 @@ pub fn run(arguments: &PromptArguments) -> anyhow::Result<Outcome> {
     let &PromptArguments { tokens, generate, kv_type, chunk, .. } = arguments;
     let team = Arc::new(ThreadTeam::new(arguments.threads.unwrap_or_else(ThreadTeam::available)));
     let start = Instant::now();
-    let (name, weights, decoder) = match (&arguments.model, arguments.shape) {
+    let (name, weight_type, decoder) = match (&arguments.model, arguments.shape) {
         (Some(path), _) => {
             let files = ModelFiles::open(path)?;
-            let most = files.summary().types.first().map_or("", |&(name, ..)| name);
-            (path.display().to_string(), most, Decoder::load(&files, &team, |_, _| {})?)
+            // The type of the feed-forward layers, which are most of the weights.
+            let up = files.tensor(TensorName::Layer(0, LayerTensor::Up))?.weight_type();
+            (path.display().to_string(), up, Decoder::load(&files, &team, |_, _| {})?)
         }
         (None, shape) => {
             let (name, config) = shape.unwrap_or(Shape::Small).config(tokens + generate);
             let source = RandomWeights::new(config, arguments.weights, 1).map_err(anyhow::Error::msg)?;
-            (name.to_owned(), arguments.weights.name(), Decoder::load(&source, &team, |_, _| {})?)
+            (name.to_owned(), arguments.weights, Decoder::load(&source, &team, |_, _| {})?)
         }
     };
     let load_seconds = start.elapsed().as_secs_f64();
     let decoder = Arc::new(decoder);
     let settings = SessionSettings { context: None, chunk, key_value_type: kv_type };
 
-    let mut measured = Vec::new();
+    let (mut measured, mut ceilings) = (Vec::new(), Vec::new());
     for _ in 0..arguments.repeat {
         let mut session = Session::new(Arc::clone(&decoder), Arc::clone(&team), &settings)?;
         let _guard = interrupt::guard(session.cancel());
         let Some(figures) = measure(&mut session, tokens, generate)? else { return Ok(Outcome::Interrupted) };
+        drop(session);
         measured.push(figures);
+        // Behind the prompt, so that the memory it takes is not part of the first repeat's peak.
+        ceilings.push(measure::measure_ceilings(&team)?);
     }
 
     let of = |field: fn(&Measured) -> f64| median(measured.iter().map(field));
     let (prompt_cpu, prompt_wall) = (of(|m| m.prompt_cpu), of(|m| m.prompt_wall));
     let (decode_cpu, decode_wall) = (of(|m| m.decode_cpu), of(|m| m.decode_wall));
-    let line = json!({
+    let ceilings = measure::median_ceilings(&ceilings);
+    let linear = decoder.prompt_linear_operations(tokens);
+    let attention = 4.0 * decoder.config().head_dim as f64 * measured[0].allowed_keys as f64;
+    // Seconds of one core that the same operations take at the ceilings.
+    let (_, linear_ceiling) = measure::weight_ceiling(weight_type, &ceilings);
+    let (_, attention_ceiling) = measure::cache_ceiling(kv_type, &ceilings);
+    let least_cpu = 1e-9 * (linear / linear_ceiling + attention / attention_ceiling);
+    let read = (decoder.weight_bytes_per_token() + measured[0].cache_bytes) as f64 * generate as f64;
+    let mut line = json!({
         "bench": "prompt",
         "model": name,
-        "weights": weights,
+        "weights": weight_type.name(),
         "kv_type": kv_type.name(),
         "tokens": tokens,
         "generate": generate,
@@ -82,12 +97,17 @@ pub fn run(arguments: &PromptArguments) -> anyhow::Result<Outcome> {
         "attention_share": of(|m| shares(&m.prompt_times)[0]),
         "linear_share": of(|m| shares(&m.prompt_times)[1]),
         "rest_share": of(|m| shares(&m.prompt_times)[2]),
+        "rate_per_core": 1e-9 * (linear + attention) / prompt_cpu,
+        "ceiling_fraction": least_cpu / prompt_cpu,
         "cpu_seconds": prompt_cpu + decode_cpu,
         "wall_seconds": prompt_wall + decode_wall,
         "weight_bytes": decoder.weight_bytes(),
         "cache_bytes": measured[0].cache_bytes,
-        "peak_resident_bytes": peak_resident_bytes(),
+        "peak_resident_bytes": measured[0].peak_resident_bytes,
     });
+    if generate > 0 {
+        super::add_bandwidth(&mut line, read / decode_wall * 1e-9, &ceilings);
+    }
     if arguments.json {
         print_json(&line)?
     } else {
@@ -110,7 +130,7 @@ fn measure(session: &mut Session, tokens: usize, generate: usize) -> anyhow::Res
     }
     outcome?;
     let (prompt_cpu, prompt_wall) = (process_cpu_seconds() - cpu, wall.elapsed().as_secs_f64());
-    let prompt_times = session.times();
+    let (prompt_times, allowed_keys) = (session.times(), session.report().allowed_keys);
 
     let (wall, cpu) = (Instant::now(), process_cpu_seconds());
     for index in 0..generate {
@@ -127,6 +147,8 @@ fn measure(session: &mut Session, tokens: usize, generate: usize) -> anyhow::Res
         decode_cpu: process_cpu_seconds() - cpu,
         decode_wall: wall.elapsed().as_secs_f64(),
         cache_bytes: session.cache_bytes(),
+        allowed_keys,
+        peak_resident_bytes: peak_resident_bytes(),
     }))
 }
 
