@@ -1,12 +1,12 @@
 //! Chat templates (Jinja), rendered as transformers renders them.
 //!
-//! A template comes with the model and is not trusted: it sees only the messages, its steps are counted and its output is
-//! bounded. Strings that it builds on the way are not (docs/security.md).
+//! A template comes with the model and is not trusted: it sees only the messages, and its steps and the memory it takes
+//! are bounded.
 
 mod environment;
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use minijinja::Value as JinjaValue;
 use serde::Serialize;
@@ -15,13 +15,13 @@ use serde_json::Value;
 use crate::gguf::Metadata;
 use crate::text::{printable, quoted};
 
-/// Steps a template may take, and for each message; real templates take a few dozen for each.
+/// What a template may use: a step costs one, 64 bytes of data cost one. Real templates take a few dozen steps for each
+/// message and copy its text a few times.
 const FUEL: u64 = 200_000;
 const FUEL_FOR_MESSAGE: u64 = 5_000;
+const FUEL_FOR_BYTE: u64 = 1;
 /// Longest template that is read, in bytes; the longest real ones have about 20 kB.
 const MAXIMUM_SOURCE: usize = 1 << 20;
-/// What a template may write beyond the messages' own text, in bytes.
-const MAXIMUM_OUTPUT: usize = 16 << 20;
 
 /// A message of a chat.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -36,6 +36,10 @@ impl Message {
     /// A message of `role` that says `content`.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: content.into() }
+    }
+
+    fn to_jinja(&self) -> JinjaValue {
+        JinjaValue::from_pairs([("role", self.role.as_str()), ("content", self.content.as_str())])
     }
 }
 
@@ -137,28 +141,32 @@ impl ChatTemplate {
     /// # Errors
     /// When the template refuses the messages (its own words are in the error), fails, or runs too long.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ChatError> {
+        if messages.is_empty() {
+            return Err(ChatError::Render("a chat needs at least one message".into()));
+        }
         let mut environment = environment::new();
-        environment.set_fuel(Some(FUEL + FUEL_FOR_MESSAGE * messages.len() as u64));
+        let said: usize = messages.iter().map(|message| message.content.len() + message.role.len()).sum();
+        environment.set_fuel(Some(FUEL + FUEL_FOR_MESSAGE * messages.len() as u64 + FUEL_FOR_BYTE * said as u64));
         let mut context: BTreeMap<&str, JinjaValue> =
             self.special_tokens.iter().map(|(name, token)| (name.as_str(), JinjaValue::from(token))).collect();
-        context.insert("messages", JinjaValue::from_serialize(messages));
+        context.insert("messages", messages.iter().map(Message::to_jinja).collect());
         context.insert("add_generation_prompt", JinjaValue::from(add_generation_prompt));
         // transformers passes these, and templates test them.
         context.insert("tools", JinjaValue::from(()));
         context.insert("documents", JinjaValue::from(()));
 
-        let said: usize = messages.iter().map(|message| message.content.len() + message.role.len()).sum();
-        let mut output = Bounded { bytes: Vec::new(), limit: MAXIMUM_OUTPUT.saturating_add(said.saturating_mul(4)) };
-        let rendered = environment
-            .template_from_str(&self.source)
-            .and_then(|template| template.render_captured_to(context, &mut output).map(|_| ()));
-        if let Err(error) = rendered {
+        // A panic of the library must not end the program: one of its releases panicked on reversed slices.
+        let rendered = catch_unwind(AssertUnwindSafe(|| {
+            let template = environment.template_from_str(&self.source)?;
+            template.render(context)
+        }));
+        let rendered = rendered.map_err(|_| ChatError::Render("the template library panicked".into()))?;
+        rendered.map_err(|error| {
             if let Some(words) = environment::refusal(&error) {
-                return Err(ChatError::Refused(printable(&words)));
+                return ChatError::Refused(printable(&words));
             }
-            return Err(ChatError::Render(printable(&error.to_string())));
-        }
-        String::from_utf8(output.bytes).map_err(|_| ChatError::Render("its output is not UTF-8".into()))
+            ChatError::Render(printable(&error.to_string()))
+        })
     }
 
     /// The template's own text.
@@ -182,25 +190,5 @@ fn template_of_config(config: &Value) -> Result<Option<String>, String> {
         Some(other) => {
             Err(format!("chat_template is {}; expected a string or a list of templates", quoted(&other.to_string())))
         }
-    }
-}
-
-/// Output that ends with an error when it grows too long.
-struct Bounded {
-    bytes: Vec<u8>,
-    limit: usize,
-}
-
-impl Write for Bounded {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if bytes.len() > self.limit - self.bytes.len() {
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "the text grows too long"));
-        }
-        self.bytes.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }

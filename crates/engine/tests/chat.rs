@@ -48,7 +48,7 @@ fn text_equals_transformers() {
 fn the_default_of_several_templates_is_taken() {
     let list = json!([{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]);
     let chat = template(json!({ "chat_template": list })).unwrap().unwrap();
-    assert_eq!(chat.render(&[], false).unwrap(), "plain");
+    assert_eq!(chat.render(&[Message::new("user", "hello")], false).unwrap(), "plain");
     assert_eq!(chat.source(), "plain");
     assert!(template(json!({})).unwrap().is_none());
     assert!(template(json!({ "chat_template": null })).unwrap().is_none());
@@ -58,7 +58,7 @@ fn the_default_of_several_templates_is_taken() {
 fn added_tokens_may_be_described() {
     let config =
         json!({ "bos_token": {"content": "<s>", "lstrip": false}, "chat_template": "{{ bos_token }}{{ eos_token }}" });
-    assert_eq!(template(config).unwrap().unwrap().render(&[], false).unwrap(), "<s>");
+    assert_eq!(template(config).unwrap().unwrap().render(&[Message::new("user", "hello")], false).unwrap(), "<s>");
 }
 
 #[test]
@@ -87,6 +87,8 @@ fn a_template_cannot_run_or_write_without_end() {
         "{{ undefined_function() }}",
         "{{ messages[0].content.no_such_method() }}",
         "{% include 'other' %}",
+        "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{{ 'x'.replace('', 'y' * 9000000) | list | tojson }}",
     ] {
         let message = render(source).unwrap_err().to_string();
         assert!(message.starts_with("the model's chat template fails: "), "{message}");
@@ -94,4 +96,24 @@ fn a_template_cannot_run_or_write_without_end() {
     }
     let refused = render("{{ raise_exception('no\nthanks') }}").unwrap_err();
     assert_eq!(refused.to_string(), "the model's chat template refuses these messages: no\\nthanks");
+}
+
+/// Found by fuzzing: an older release of the library panicked when it reversed a slice of an empty list.
+#[test]
+fn empty_lists_can_be_reversed() {
+    assert_eq!(render("{% for message in messages[1:][::-1] %}x{% endfor %}y").unwrap(), "y");
+    let chat =
+        template(json!({ "chat_template": "{% for message in messages[::-1] %}x{% endfor %}" })).unwrap().unwrap();
+    assert!(chat.render(&[], true).unwrap_err().to_string().contains("at least one message"));
+}
+
+#[test]
+fn a_long_message_fits() {
+    let document: Value = serde_json::from_str(&std::fs::read_to_string(golden().join("chat.json")).unwrap()).unwrap();
+    let long = "word <|x|> \n".repeat(300_000);
+    for (name, source) in document["templates"].as_object().unwrap() {
+        let chat = template(json!({ "chat_template": source })).unwrap().unwrap();
+        let text = chat.render(&[Message::new("user", long.clone())], true).unwrap();
+        assert!(text.len() >= long.len() - 1, "{name}");
+    }
 }
