@@ -344,6 +344,10 @@ fn indexes_and_shards() {
     assert_names(&folder.error(), &["two.safetensors", "missing", "places here"]);
     folder.put("two.safetensors", safetensors_of(&second.into_iter().collect()));
     assert_eq!(ModelFiles::open(&folder.0).unwrap().summary().files, 2);
+    let mut config = tiny_config(64);
+    config["tie_word_embeddings"] = json!(false);
+    folder.put("config.json", config.to_string());
+    assert_names(&folder.error(), &["one.safetensors", "(2 in all)", "lm_head.weight", "missing"]);
 }
 
 #[test]

@@ -45,10 +45,14 @@ impl TensorTable {
         }
     }
 
-    /// How messages call the file of a tensor, or all files where it is in none.
+    /// How messages call the file of a tensor, or the first of all files where it is in none.
     fn file_of(&self, tensor: Option<&StoredTensor>) -> String {
-        let index = tensor.map_or(0, |tensor| tensor.source);
-        self.sources.get(index).map_or_else(String::new, |source| source.name.clone())
+        let name = |index: usize| self.sources.get(index).map_or_else(String::new, |source| source.name.clone());
+        match (tensor, self.sources.len()) {
+            (Some(tensor), _) => name(tensor.source),
+            (None, 0 | 1) => name(0),
+            (None, files) => format!("{} and the other files ({files} in all)", name(0)),
+        }
     }
 
     pub(crate) fn infos(&self) -> impl Iterator<Item = TensorInfo> + '_ {
