@@ -1,6 +1,6 @@
 //! The program from outside: output, errors and exit codes.
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
@@ -278,15 +278,17 @@ fn a_closed_reader_is_no_error() {
 #[test]
 fn ctrl_c_exits_with_130() {
     let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("iceformer"))
-        .args(["run", "--file", "-", "-q"])
+        .args(["run", "--file", "-"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let text = "All that day they walked along the river and over the hills. ".repeat(3000);
+    // Longer than the context would be refused; this takes far more seconds to read than pass until the first line.
+    let text = "All that day they walked along the river and over the hills. ".repeat(3500);
     child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
-    // The prompt takes far longer than this to read.
-    std::thread::sleep(std::time::Duration::from_millis(700));
+    let told = BufReader::new(child.stderr.take().unwrap()).lines().next().unwrap().unwrap();
+    assert!(told.starts_with("reading: ") && told.contains(" left"), "{told}");
     let id = child.id().to_string();
     assert!(std::process::Command::new("kill").args(["-INT", &id]).status().unwrap().success());
     let start = std::time::Instant::now();

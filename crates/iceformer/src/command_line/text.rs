@@ -60,11 +60,14 @@ pub fn read_text(path: &Path) -> anyhow::Result<String> {
         let bytes = std::fs::read(path).with_context(|| name.clone())?;
         (name, bytes)
     };
-    let text = String::from_utf8(bytes).map_err(|error| {
+    let mut text = String::from_utf8(bytes).map_err(|error| {
         anyhow::anyhow!("{name}: not UTF-8 text (byte {}); convert it first", error.utf8_error().valid_up_to())
     })?;
     // A byte order mark is no part of the text.
-    Ok(text.strip_prefix('\u{feff}').map_or_else(|| text.clone(), str::to_owned))
+    if text.starts_with('\u{feff}') {
+        text.remove(0);
+    }
+    Ok(text)
 }
 
 #[cfg(test)]
