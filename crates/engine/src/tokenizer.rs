@@ -11,6 +11,7 @@ use std::collections::BTreeSet;
 
 pub use stream::TextStream;
 
+use crate::text::quoted;
 use bytes::TokenText;
 use sentence_piece::SentencePiece;
 
@@ -21,6 +22,8 @@ pub struct Tokenizer {
     encoder: Encoder,
     token_text: TokenText,
     vocabulary: usize,
+    /// Rows of the model's token embedding.
+    model_vocabulary: usize,
     special: BTreeSet<u32>,
     bos: Option<u32>,
     /// Tokens put around a text, where the library's own rules do not.
@@ -44,7 +47,8 @@ impl Tokenizer {
     /// With `add_special` the tokens that the model wants around a text (usually one at its start) are added.
     ///
     /// # Errors
-    /// When the tokenizer's own rules fail on the text, such as an unknown character without a fallback.
+    /// When the tokenizer's own rules fail on the text, such as an unknown character without a fallback, or when the text
+    /// holds a token that was added to the tokenizer but not to the model.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
         let mut tokens = Vec::new();
         tokens.extend(self.added_before.filter(|_| add_special));
@@ -58,7 +62,13 @@ impl Tokenizer {
             Encoder::SentencePiece(model) => tokens.extend(model.encode(text)),
         }
         tokens.extend(self.added_after.filter(|_| add_special));
-        Ok(tokens)
+        match tokens.iter().find(|&&token| token as usize >= self.model_vocabulary) {
+            None => Ok(tokens),
+            Some(&id) => {
+                let piece = self.token_piece(id).unwrap_or_default();
+                Err(TokenizerError::NotInModel { piece, id, vocabulary: self.model_vocabulary })
+            }
+        }
     }
 
     /// Text of `tokens`, without special tokens. Bytes that are no UTF-8 become U+FFFD; ids outside the vocabulary
@@ -160,6 +170,16 @@ pub enum TokenizerError {
         /// The file.
         file: String,
         /// The id.
+        id: u32,
+        /// Rows of the token embedding.
+        vocabulary: usize,
+    },
+    /// A text holds a token that the model does not have.
+    #[error("the text holds token {} ({id}), but the model has only {vocabulary} tokens", quoted(.piece))]
+    NotInModel {
+        /// The token as the vocabulary writes it.
+        piece: String,
+        /// Its id.
         id: u32,
         /// Rows of the token embedding.
         vocabulary: usize,

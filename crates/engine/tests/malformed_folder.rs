@@ -386,3 +386,21 @@ fn truncation_in_the_tokenizer_file_is_ignored() {
     let tokenizer = ModelFiles::open(&folder.0).unwrap().tokenizer().unwrap();
     assert_eq!(tokenizer.encode("abab", true).unwrap(), [0, 1, 0, 1]);
 }
+
+/// Many models come with a token more than they have rows, usually one to fill batches.
+#[test]
+fn a_token_that_only_the_tokenizer_has() {
+    let folder = Folder::new("added");
+    let mut tokenizer: Value = serde_json::from_str(TOKENIZER).unwrap();
+    tokenizer["added_tokens"] = json!([{"id": 64, "content": "<pad>", "single_word": false, "lstrip": false,
+        "rstrip": false, "normalized": false, "special": true}]);
+    let mut config = tiny_config(2);
+    folder.put("tokenizer.json", tokenizer.to_string());
+    config["vocab_size"] = json!(2);
+    folder.put("config.json", config.to_string());
+    folder.put("model.safetensors", safetensors_of(&tiny_shapes(2)));
+    let tokenizer = ModelFiles::open(&folder.0).unwrap().tokenizer().unwrap();
+    assert_eq!(tokenizer.encode("ab", true).unwrap(), [0, 1]);
+    let message = tokenizer.encode("a<pad>", true).unwrap_err().to_string();
+    assert_names(&message, &["\"<pad>\" (2)", "only 2 tokens"]);
+}

@@ -141,6 +141,7 @@ fn read(metadata: &Metadata, file: &str, config: &ModelConfig) -> Result<Tokeniz
         encoder,
         token_text,
         vocabulary: tokens.len(),
+        model_vocabulary: config.vocabulary,
         special,
         bos: config.bos_token,
         added_before: stated(adds_bos, config.bos_token, "bos")?,

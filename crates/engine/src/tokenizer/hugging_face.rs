@@ -32,15 +32,16 @@ impl Tokenizer {
         {
             return Err(problem("model.dropout is set, which makes token ids random; set it to null".into()));
         }
-        let ids = tokenizer.get_vocab(true);
-        let largest = ids.values().copied().max();
-        match largest {
+        // Tokens added to a tokenizer but not to the model are common, and harmless until a text holds one.
+        match tokenizer.get_vocab(false).values().copied().max() {
             None => return Err(problem("the vocabulary is empty".into())),
             Some(id) if id as usize >= config.vocabulary => {
                 return Err(TokenizerError::IdOutOfRange { file: file.into(), id, vocabulary: config.vocabulary });
             }
             Some(_) => {}
         }
+        let ids = tokenizer.get_vocab(true);
+        let largest = ids.values().copied().max();
         let special: BTreeSet<u32> = tokenizer
             .get_added_tokens_decoder()
             .into_iter()
@@ -68,6 +69,7 @@ impl Tokenizer {
             },
             token_text,
             vocabulary: largest.map_or(0, |id| id as usize + 1),
+            model_vocabulary: config.vocabulary,
             special,
             bos: config.bos_token,
             added_before: None,
