@@ -66,6 +66,28 @@ fn greedy_text_equals_transformers() {
 }
 
 #[test]
+fn a_number_planted_in_a_novel_is_found() {
+    let novel = std::fs::read_to_string(repository().join("examples/texts/milly_and_olly.txt")).unwrap();
+    let sentence = |byte: usize| byte + novel[byte..].find(". ").unwrap() + 1;
+    let (place, end) = (sentence(1500), sentence(3000));
+    let (key, number) = ("winter-kettle", "9312021");
+    let text = format!(
+        "{} One of the special magic numbers for {key} is: {number}.{}\nWhat is the special magic number for {key} \
+         mentioned in the provided text? The special magic number for {key} mentioned in the provided text is: ",
+        &novel[..place],
+        &novel[place..end]
+    );
+    let model = model(2);
+    let prompt = model.tokenizer().encode(&text, true).unwrap();
+    for kind in [KeyValueType::F32, KeyValueType::Bf16, KeyValueType::Int8] {
+        let mut session = model.session(&settings(512, kind)).unwrap();
+        session.read(&prompt, |_, _| {}).unwrap();
+        let answer = go_on(&mut session, &model, SamplerSettings::default(), 8).text;
+        assert!(answer.starts_with(number), "{kind:?}: {answer}");
+    }
+}
+
+#[test]
 fn chunks_agree() {
     let model = model(2);
     let prompt = tokens(&golden()[0]["prompt_tokens"]);
