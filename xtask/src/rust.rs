@@ -8,7 +8,7 @@ use iceformer_kernels::InstructionSet;
 
 use crate::step;
 
-/// Crates whose results depend on the instruction set; the others are tested once, on the highest.
+/// Crates whose results depend on the instruction set; with nextest the others are tested once, on the highest.
 const NUMERIC: [&str; 3] = ["iceformer-kernels", "iceformer-attention", "iceformer-engine"];
 
 /// Runs every Rust test and returns a sentence that names the instruction sets tested.
@@ -26,12 +26,12 @@ pub fn test() -> Result<String> {
     let nextest = has_nextest();
     for &level in levels.iter().rev() {
         let mut command = step::cargo();
-        command.args(if nextest { &["nextest", "run", "--no-fail-fast"][..] } else { &["test", "--tests"] });
-        command.args(["--locked", "--all-targets"]);
-        if level == detected {
-            command.arg("--workspace");
-        } else {
-            command.args(NUMERIC.iter().flat_map(|name| ["--package", name]));
+        // Always the whole workspace: another choice of packages would be compiled anew with other features.
+        command.args(if nextest { &["nextest", "run", "--no-fail-fast"][..] } else { &["test", "--no-fail-fast"] });
+        command.args(["--locked", "--workspace", "--all-targets"]);
+        if nextest && level != detected {
+            let numeric: Vec<_> = NUMERIC.iter().map(|name| format!("package({name})")).collect();
+            command.args(["--filterset", &numeric.join(" | ")]);
         }
         command.env("ICEFORMER_ISA", level.name()).env("ICEFORMER_TEST_RECORD", &record);
         step::run(&format!("Rust tests on {}", level.name()), &mut command)?;
