@@ -1,4 +1,4 @@
-//! Panels of any type as f32, for instruction sets that cannot multiply the type itself.
+//! Panels of GGML types as f32, for instruction sets without 8-bit dot products.
 
 use super::WeightType;
 use super::packed::expand_panel;
@@ -31,13 +31,12 @@ pub(super) fn expand_to_f32(
 fn by_type(weight_type: WeightType, panel: &[u8], first: usize, output: &mut [f32]) {
     use WeightType::*;
     match weight_type {
-        F32 => expand_panel(F32, panel, first, output),
-        F16 | Bf16 => expand_panel(Bf16, panel, first, output),
         Q8_0 => expand_panel(Q8_0, panel, first, output),
         Q4_0 => expand_panel(Q4_0, panel, first, output),
         Q4_K => expand_panel(Q4_K, panel, first, output),
         Q5_K => expand_panel(Q5_K, panel, first, output),
         Q6_K => expand_panel(Q6_K, panel, first, output),
+        F32 | F16 | Bf16 => unreachable!("floats are multiplied as they are"),
     }
 }
 

@@ -162,76 +162,89 @@ fn pack_part(weight_type: WeightType, block: &UnpackedBlock, part: usize, group:
     }
 }
 
-/// The four codes of quad `q` of block `slot` of column `lane`, one a byte.
+/// The four codes of quad `q` of block `slot` of 16 columns, one a byte. Loops over lanes of fixed-size arrays, so
+/// that the compiler makes vectors of them.
 #[inline(always)]
-fn quad(weight_type: WeightType, codes: &[u32], slot: usize, q: usize, lane: usize) -> u32 {
-    let nibbles = |word: u32| word >> (q / 4 * 4) & 0x0f0f_0f0f;
+fn quads(weight_type: WeightType, codes: &[u32], slot: usize, q: usize) -> [u32; PANEL] {
+    let vector = |at: usize| -> [u32; PANEL] { codes[at * PANEL..][..PANEL].try_into().expect("16 lanes") };
+    let nibbles = |at: usize| vector(at).map(|word| word >> (q / 4 * 4) & 0x0f0f_0f0f);
     match weight_type {
-        WeightType::Q8_0 => codes[(slot * 8 + q) * PANEL + lane],
-        WeightType::Q4_0 | WeightType::Q4_K => nibbles(codes[(slot * 4 + q % 4) * PANEL + lane]),
+        WeightType::Q8_0 => vector(slot * 8 + q),
+        WeightType::Q4_0 | WeightType::Q4_K => nibbles(slot * 4 + q % 4),
         WeightType::Q5_K => {
-            let fifth = codes[slot * 16 + q * 2 + lane / 8] >> (lane % 8 * 4);
-            let spread = fifth & 1 | (fifth & 2) << 7 | (fifth & 4) << 14 | (fifth & 8) << 21;
-            nibbles(codes[128 + (slot * 4 + q % 4) * PANEL + lane]) | spread << 4
+            let mut quads = nibbles(8 + slot * 4 + q % 4);
+            let fifths = [codes[slot * 16 + q * 2], codes[slot * 16 + q * 2 + 1]];
+            for (lane, quad) in quads.iter_mut().enumerate() {
+                let fifth = fifths[lane / 8] >> (lane % 8 * 4);
+                *quad |= (fifth & 1 | (fifth & 2) << 7 | (fifth & 4) << 14 | (fifth & 8) << 21) << 4;
+            }
+            quads
         }
         _ => {
-            let pairs = codes[(slot * 6 + 4 + q / 4) * PANEL + lane] >> (q % 4 * 2) & 0x0303_0303;
-            nibbles(codes[(slot * 6 + q % 4) * PANEL + lane]) | pairs << 4
+            let mut quads = nibbles(slot * 6 + q % 4);
+            for (quad, pairs) in quads.iter_mut().zip(vector(slot * 6 + 4 + q / 4)) {
+                *quad |= (pairs >> (q % 4 * 2) & 0x0303_0303) << 4;
+            }
+            quads
         }
     }
 }
 
-/// Scale of the codes of quad `q`, and what is subtracted from the product.
+/// Scales of the codes of quad `q` of 16 columns, and what is subtracted from the products.
 #[inline(always)]
-fn scale_and_minimum(weight_type: WeightType, group: &[u8], slot: usize, q: usize, lane: usize) -> (f32, f32) {
-    let f16_at = |index: usize| f16::from_le_bytes([group[index * 2], group[index * 2 + 1]]).to_f32();
+fn scales_and_minima(weight_type: WeightType, group: &[u8], slot: usize, q: usize) -> ([f32; PANEL], [f32; PANEL]) {
+    let halves = |at: usize| -> [f32; PANEL] {
+        let halves: &[u16] = &bytemuck::cast_slice(group)[at * PANEL..][..PANEL];
+        let halves: [u16; PANEL] = halves.try_into().expect("16 lanes");
+        halves.map(f32_of_f16)
+    };
+    let bytes = |at: usize| -> [u8; PANEL] { group[at..][..PANEL].try_into().expect("16 lanes") };
+    let times = |mut factors: [f32; PANEL], bytes: [u8; PANEL]| {
+        factors.iter_mut().zip(bytes).for_each(|(factor, byte)| *factor *= f32::from(byte));
+        factors
+    };
     match weight_type {
-        WeightType::Q8_0 | WeightType::Q4_0 => (f16_at(slot * PANEL + lane), 0.0),
-        WeightType::Q4_K | WeightType::Q5_K => (
-            f16_at(lane) * f32::from(group[64 + slot * PANEL + lane]),
-            f16_at(PANEL + lane) * f32::from(group[192 + slot * PANEL + lane]),
-        ),
-        _ => (f16_at(lane) * f32::from(group[64 + (slot * 2 + q / 4) * PANEL + lane] as i8), 0.0),
+        WeightType::Q8_0 | WeightType::Q4_0 => (halves(slot), [0.0; PANEL]),
+        WeightType::Q4_K | WeightType::Q5_K => {
+            (times(halves(0), bytes(64 + slot * PANEL)), times(halves(1), bytes(192 + slot * PANEL)))
+        }
+        _ => {
+            let mut scales = halves(0);
+            let integers = bytes(64 + (slot * 2 + q / 4) * PANEL);
+            scales.iter_mut().zip(integers).for_each(|(scale, byte)| *scale *= f32::from(byte as i8));
+            (scales, [0.0; PANEL])
+        }
     }
 }
 
-/// Writes the weights of inputs `first..first + output.len()/16` of a panel as f32 `[k][16]`; `first` and the
-/// length are whole blocks of 32 for GGML types (pairs for bf16).
+/// The number that f16 bits stand for; unlike the library's conversion it becomes vector code in a loop.
+#[inline(always)]
+fn f32_of_f16(bits: u16) -> f32 {
+    let magnitude = u32::from(bits & 0x7fff);
+    // Read as f32 bits, exponent and fraction stand for a number 2¹¹² too small, subnormal or not.
+    let finite = f32::from_bits(magnitude << 13) * f32::from_bits(0x7780_0000);
+    let value = if magnitude < 0x7c00 { finite.to_bits() } else { magnitude << 13 | 0x7f80_0000 };
+    f32::from_bits(value | u32::from(bits & 0x8000) << 16)
+}
+
+/// Writes the weights of inputs `first..first + output.len()/16` of a panel of GGML groups as f32 `[k][16]`; `first`
+/// and the length are whole blocks of 32.
 #[inline(always)]
 pub(super) fn expand_panel(weight_type: WeightType, panel: &[u8], first: usize, output: &mut [f32]) {
-    match weight_type {
-        WeightType::F32 => output.copy_from_slice(&bytemuck::cast_slice(panel)[first * PANEL..][..output.len()]),
-        WeightType::F16 | WeightType::Bf16 => {
-            let words: &[u32] = &bytemuck::cast_slice(panel)[first / 2 * PANEL..];
-            for (lanes, words) in output.chunks_exact_mut(2 * PANEL).zip(words.chunks_exact(PANEL)) {
-                let (even, odd) = lanes.split_at_mut(PANEL);
-                for ((even, odd), &word) in even.iter_mut().zip(odd).zip(words) {
-                    *even = f32::from_bits(word << 16);
-                    *odd = f32::from_bits(word & 0xffff_0000);
-                }
-            }
-        }
-        _ => {
-            let blocks = group_blocks(weight_type);
-            for (index, output) in output.chunks_exact_mut(BLOCK * PANEL).enumerate() {
-                let at = first / BLOCK + index;
-                let group = &panel[at / blocks * group_bytes(weight_type)..][..group_bytes(weight_type)];
-                let codes: &[u32] = bytemuck::cast_slice(&group[codes_offset(weight_type)..]);
-                let slot = at % blocks;
-                let (mut scales, mut minima) = ([[0.0; PANEL]; 2], [0.0; PANEL]);
-                for half in 0..2 {
+    let blocks = group_blocks(weight_type);
+    for (index, output) in output.chunks_exact_mut(BLOCK * PANEL).enumerate() {
+        let at = first / BLOCK + index;
+        let group = &panel[at / blocks * group_bytes(weight_type)..][..group_bytes(weight_type)];
+        let codes: &[u32] = bytemuck::cast_slice(&group[codes_offset(weight_type)..]);
+        let slot = at % blocks;
+        for (half, output) in output.chunks_exact_mut(4 * 4 * PANEL).enumerate() {
+            let (scales, minima) = scales_and_minima(weight_type, group, slot, half * 4);
+            for (q, output) in output.chunks_exact_mut(4 * PANEL).enumerate() {
+                let words = quads(weight_type, codes, slot, half * 4 + q);
+                for (byte, output) in output.chunks_exact_mut(PANEL).enumerate() {
                     for lane in 0..PANEL {
-                        (scales[half][lane], minima[lane]) =
-                            scale_and_minimum(weight_type, group, slot, half * 4, lane);
-                    }
-                }
-                for (q, output) in output.chunks_exact_mut(4 * PANEL).enumerate() {
-                    let words: [u32; PANEL] = std::array::from_fn(|lane| quad(weight_type, codes, slot, q, lane));
-                    for (byte, output) in output.chunks_exact_mut(PANEL).enumerate() {
-                        for lane in 0..PANEL {
-                            let code = (words[lane] >> (8 * byte) & 255) as i32 - i32::from(offset(weight_type));
-                            output[lane] = scales[q / 4][lane] * code as f32 - minima[lane];
-                        }
+                        let code = (words[lane] >> (8 * byte) & 255) as i32 - i32::from(offset(weight_type));
+                        output[lane] = scales[lane] * code as f32 - minima[lane];
                     }
                 }
             }
@@ -257,11 +270,14 @@ pub(super) fn expand_column(weight_type: WeightType, panel: &[u8], column: usize
             for (at, output) in output.chunks_exact_mut(BLOCK).enumerate() {
                 let group = &panel[at / blocks * group_bytes(weight_type)..][..group_bytes(weight_type)];
                 let codes: &[u32] = bytemuck::cast_slice(&group[codes_offset(weight_type)..]);
-                for (q, output) in output.chunks_exact_mut(4).enumerate() {
-                    let (scale, minimum) = scale_and_minimum(weight_type, group, at % blocks, q, column);
-                    let word = quad(weight_type, codes, at % blocks, q, column);
-                    for (value, code) in output.iter_mut().zip(word.to_le_bytes()) {
-                        *value = scale * f32::from(i16::from(code) - offset(weight_type)) - minimum;
+                for (half, output) in output.chunks_exact_mut(BLOCK / 2).enumerate() {
+                    let (scales, minima) = scales_and_minima(weight_type, group, at % blocks, half * 4);
+                    for (q, output) in output.chunks_exact_mut(4).enumerate() {
+                        let word = quads(weight_type, codes, at % blocks, half * 4 + q)[column];
+                        for (value, code) in output.iter_mut().zip(word.to_le_bytes()) {
+                            let number = f32::from(i16::from(code) - offset(weight_type));
+                            *value = scales[column] * number - minima[column];
+                        }
                     }
                 }
             }

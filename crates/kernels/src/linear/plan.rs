@@ -85,6 +85,7 @@ impl Plan {
                     _ => (kernels.direct, Source::Packed, 32, int8::BLOCK_WORDS),
                 };
             }
+            WeightType::F16 | WeightType::Bf16 => return (float::brain_kernels(level), Source::Packed, 1, 1),
             _ => {}
         }
         (float::kernels(level), Source::F32, 1, 1)
