@@ -29,7 +29,10 @@ pub fn test() -> Result<String> {
         // Always the whole workspace: another choice of packages would be compiled anew with other features.
         command.args(if nextest { &["nextest", "run", "--no-fail-fast"][..] } else { &["test", "--no-fail-fast"] });
         command.args(["--locked", "--workspace", "--all-targets"]);
-        if nextest && level != detected {
+        if level == detected {
+            // The tests that are left out of a plain run because they take long, too.
+            command.args(if nextest { &["--run-ignored", "all"][..] } else { &["--", "--include-ignored"] });
+        } else if nextest {
             let numeric: Vec<_> = NUMERIC.iter().map(|name| format!("package({name})")).collect();
             command.args(["--filterset", &numeric.join(" | ")]);
         }
