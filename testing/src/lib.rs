@@ -6,3 +6,5 @@ pub mod attention;
 pub mod compare;
 pub mod elementwise;
 pub mod random;
+pub mod recall;
+pub mod synthetic;

@@ -3,10 +3,13 @@
 //! Keys and values of a head live in segments of [`SEGMENT_KEYS`] keys, each a run of pages in the layout that the
 //! kernels read, so that a prompt, a decode step and a copy on disk share one form and appending never moves a key.
 
+use std::sync::{PoisonError, RwLock};
+
 use iceformer_kernels::AlignedBuffer;
 use iceformer_kernels::attention::{KEY_DIM_MULTIPLE, KeyBlock, VALUE_DIM_MULTIPLE};
 
 use crate::ThreadTeam;
+use crate::dci::DciIndex;
 use crate::page::{self, Int8Slot};
 
 /// Keys of one segment: 16 pages.
@@ -170,6 +173,7 @@ pub struct KeyValueCache {
     kind: KeyValueType,
     len: usize,
     heads: Vec<Head>,
+    search_index: RwLock<Option<DciIndex>>,
 }
 
 impl KeyValueCache {
@@ -181,7 +185,8 @@ impl KeyValueCache {
         assert!(shape.kv_heads > 0 && shape.key_dim > 0 && shape.value_dim > 0, "a cache of shape {shape:?}");
         let mean = if kind == KeyValueType::Int8 { vec![0.0; shape.key_dim] } else { Vec::new() };
         let head = || Head { segments: Vec::new(), mean: mean.clone(), first_keys: Vec::new() };
-        Self { shape, kind, len: 0, heads: (0..shape.kv_heads).map(|_| head()).collect() }
+        let heads = (0..shape.kv_heads).map(|_| head()).collect();
+        Self { shape, kind, len: 0, heads, search_index: RwLock::default() }
     }
 
     /// Appends `keys` `[tokens, kv_heads, key_dim]` and `values` `[tokens, kv_heads, value_dim]`.
@@ -253,6 +258,12 @@ impl KeyValueCache {
             }
         }
         self.len = len;
+        let keys_are_final = self.keys_are_final();
+        let index = self.search_index.get_mut().unwrap_or_else(PoisonError::into_inner);
+        match index {
+            Some(index) if keys_are_final => index.truncate(len),
+            _ => *index = None,
+        }
     }
 
     /// Bytes held for keys and values, those of pages not yet full included.
@@ -268,6 +279,60 @@ impl KeyValueCache {
     /// Element type given at creation.
     pub fn kind(&self) -> KeyValueType {
         self.kind
+    }
+
+    /// Writes key `index` of head `head` to `key` `[key_dim]`, as the cache holds it: rounded to its type.
+    ///
+    /// # Panics
+    /// When there is no such head or key, or `key` has another length.
+    pub fn read_key(&self, head: usize, index: usize, key: &mut [f32]) {
+        self.read_centred_key(head, index, key);
+        key.iter_mut().zip(&self.heads[head].mean).for_each(|(key, mean)| *key += mean);
+    }
+
+    /// As [`read_key`](Self::read_key), less [`key_mean`](Self::key_mean).
+    pub(crate) fn read_centred_key(&self, head: usize, index: usize, key: &mut [f32]) {
+        assert!(index < self.len, "key {index} of a cache of {}", self.len);
+        assert_eq!(key.len(), self.shape.key_dim, "a key is [key_dim]");
+        let (slot, width) = (index % SEGMENT_KEYS, self.shape.padded_key_dim());
+        match &self.heads[head].segments[index / SEGMENT_KEYS] {
+            Segment::F32 { keys, .. } => page::read_key_f32(keys, slot, width, key),
+            Segment::Bf16 { keys, .. } => page::read_key_bf16(keys, slot, width, key),
+            Segment::Int8 { keys, key_scales, .. } => page::read_key_int8(keys, key_scales[slot], slot, width, key),
+        }
+    }
+
+    /// Writes value `index` of head `head` to `value` `[value_dim]`, as the cache holds it: rounded to its type.
+    ///
+    /// # Panics
+    /// When there is no such head or value, or `value` has another length.
+    pub fn read_value(&self, head: usize, index: usize, value: &mut [f32]) {
+        assert!(index < self.len, "value {index} of a cache of {}", self.len);
+        assert_eq!(value.len(), self.shape.value_dim, "a value is [value_dim]");
+        let (slot, width) = (index % SEGMENT_KEYS, self.shape.padded_value_dim());
+        match &self.heads[head].segments[index / SEGMENT_KEYS] {
+            Segment::F32 { values, .. } => page::read_value_f32(values, slot, width, value),
+            Segment::Bf16 { values, .. } => page::read_value_bf16(values, slot, width, value),
+            Segment::Int8 { values, value_scales, .. } => {
+                page::read_value_int8(values, value_scales[slot], slot, width, value);
+            }
+        }
+    }
+
+    /// Whether the keys held will read the same after further appends. Those of an int8 cache do once the channel mean
+    /// is settled.
+    pub(crate) fn keys_are_final(&self) -> bool {
+        self.kind != KeyValueType::Int8 || self.len >= MEAN_KEYS
+    }
+
+    /// The search index of method `dci` over these keys, kept from call to call.
+    pub(crate) fn search_index(&self) -> &RwLock<Option<DciIndex>> {
+        &self.search_index
+    }
+
+    /// Bytes held by the search index of method `dci`, beside [`bytes`](Self::bytes); 0 before its first call.
+    pub fn index_bytes(&self) -> usize {
+        self.search_index.read().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, DciIndex::bytes)
     }
 
     /// What head `head` subtracts from its keys (empty: nothing); their logits lack `scale · query · mean`.

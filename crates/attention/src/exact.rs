@@ -11,6 +11,7 @@ use iceformer_kernels::InstructionSet;
 use iceformer_kernels::attention::{AttentionTile, MAX_BLOCK_KEYS, PAGE_KEYS, TileShape};
 
 use crate::cache::SEGMENT_KEYS;
+use crate::dci::DciScratch;
 use crate::method::{Attention, Queries, Report};
 use crate::{KeyValueCache, ThreadTeam};
 
@@ -31,6 +32,7 @@ pub struct AttentionScratch {
     tiles: Vec<Mutex<AttentionTile>>,
     /// One per task.
     parts: Vec<Part>,
+    pub(crate) dci: DciScratch,
 }
 
 /// What a task leaves: output and log-sum-exp of its rows over its range of keys.
@@ -166,7 +168,7 @@ pub(crate) fn run(
         .map(|token| attention.mask.visible(queries.first_position + token, cache.len()).len() as u64)
         .sum::<u64>()
         * heads as u64;
-    Report { allowed_keys: allowed, kept_keys: allowed }
+    Report { allowed_keys: allowed, evaluated_keys: allowed, kept_keys: allowed }
 }
 
 /// Keys of one block: a divisor of a segment whose keys and values fill the first-level cache.

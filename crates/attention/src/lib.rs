@@ -16,12 +16,14 @@
 //! ```
 
 mod cache;
+mod dci;
 mod exact;
 mod mask;
 mod method;
 mod page;
 
 pub use cache::{CacheShape, KeyValueCache, KeyValueType};
+pub use dci::{DciSettings, DciSettingsError};
 pub use exact::AttentionScratch;
 pub use iceformer_kernels::ThreadTeam;
 pub use mask::Mask;

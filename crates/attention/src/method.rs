@@ -1,24 +1,28 @@
 //! One attention call: queries against a cache under a mask, by a method.
 
 use crate::exact::{self, AttentionScratch};
-use crate::{KeyValueCache, Mask, ThreadTeam};
+use crate::{DciSettings, KeyValueCache, Mask, ThreadTeam, dci};
 
 /// How the keys of a query are chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Method {
     /// All keys the mask allows: tiled, online softmax.
     #[default]
     Exact,
+    /// The keys with the largest logits, found by multi-level Prioritized DCI: IceFormer as published
+    /// ([Mao, Ester and Li 2024](https://arxiv.org/abs/2405.02842)).
+    Dci(DciSettings),
 }
 
 impl Method {
-    /// Every method, in the order reports list them.
-    pub const ALL: [Self; 1] = [Self::Exact];
+    /// Every method with its default settings, in the order reports list them.
+    pub const ALL: [Self; 2] = [Self::Exact, Self::Dci(DciSettings::PUBLISHED)];
 
     /// Name as the command line takes it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Exact => "exact",
+            Self::Dci(_) => "dci",
         }
     }
 }
@@ -50,13 +54,16 @@ pub struct Attention {
 pub struct Report {
     /// (query, head, key) triples the mask allows.
     pub allowed_keys: u64,
-    /// (query, head, key) triples computed.
+    /// (query, head, key) triples whose logit was computed, those of keys that only lead a search included.
+    pub evaluated_keys: u64,
+    /// (query, head, key) triples that the softmax was taken over.
     pub kept_keys: u64,
 }
 
 impl std::ops::AddAssign for Report {
     fn add_assign(&mut self, other: Self) {
         self.allowed_keys += other.allowed_keys;
+        self.evaluated_keys += other.evaluated_keys;
         self.kept_keys += other.kept_keys;
     }
 }
@@ -77,11 +84,12 @@ pub struct Sequence<'a> {
 
 impl Attention {
     /// Writes `output` `[tokens, query_heads, value_dim]` and, where asked for, `log_sum_exp` `[tokens, query_heads]`
-    /// (nats; −∞ for a query that sees no key, whose output is zero). The result does not depend on the number of
-    /// threads.
+    /// (nats, over the keys kept; −∞ for a query that sees no key, whose output is zero). The result does not depend on
+    /// the number of threads, nor on earlier calls.
     ///
     /// # Panics
-    /// When a slice has another length than its shape takes, or `query_heads` is no multiple of `kv_heads`.
+    /// When a slice has another length than its shape takes, `query_heads` is no multiple of `kv_heads`, or the method's
+    /// settings are out of range ([`DciSettings::validate`]).
     pub fn run(
         &self,
         queries: Queries<'_>,
@@ -106,6 +114,10 @@ impl Attention {
         }
         match self.method {
             Method::Exact => exact::run(self, queries, cache, output, log_sum_exp, team, scratch),
+            Method::Dci(settings) => {
+                settings.validate().unwrap_or_else(|error| panic!("{error}"));
+                dci::run(self, &settings, queries, cache, output, log_sum_exp, team, &mut scratch.dci)
+            }
         }
     }
 
@@ -123,7 +135,7 @@ impl Attention {
         total
     }
 
-    /// Name of the kernel that runs on a cache of this type, as reports print it.
+    /// Name of the exact kernel that runs on a cache of this type, as reports print it.
     pub fn kernel_name(kind: crate::KeyValueType) -> &'static str {
         use iceformer_kernels::InstructionSet;
         use iceformer_kernels::attention::AttentionTile;

@@ -1,4 +1,4 @@
-//! Writing one key or value into the page layouts of [`iceformer_kernels::attention`].
+//! Writing one key or value into the page layouts of [`iceformer_kernels::attention`], and reading it back.
 //!
 //! `slot` counts keys from the start of the buffer; widths are the padded ones, and shorter input leaves zeros.
 
@@ -63,6 +63,52 @@ pub(crate) fn write_value_int8(target: Int8Slot<'_, i8>, slot: usize, value: &[f
     let pair = &mut target.data[slot / 2 * 2 * value_dim..][..2 * value_dim];
     for (target, value) in pair.iter_mut().skip(slot % 2).step_by(2).zip(value) {
         *target = nearest_integer(value * inverse) as i8;
+    }
+}
+
+/// Key `slot` of [`write_key_f32`]'s layout.
+pub(crate) fn read_key_f32(keys: &[f32], slot: usize, key_dim: usize, key: &mut [f32]) {
+    let page = &keys[slot / PAGE_KEYS * PAGE_KEYS * key_dim..][..PAGE_KEYS * key_dim];
+    let lane = page.iter().skip(slot % PAGE_KEYS).step_by(PAGE_KEYS);
+    key.iter_mut().zip(lane).for_each(|(target, value)| *target = *value);
+}
+
+/// Key `slot` of [`write_key_bf16`]'s layout.
+pub(crate) fn read_key_bf16(keys: &[u16], slot: usize, key_dim: usize, key: &mut [f32]) {
+    let page = &keys[slot / PAGE_KEYS * PAGE_KEYS * key_dim..][..PAGE_KEYS * key_dim];
+    for (step, pair) in key.chunks_mut(2).enumerate() {
+        let source = &page[(step * PAGE_KEYS + slot % PAGE_KEYS) * 2..][..2];
+        pair.iter_mut().zip(source).for_each(|(target, bits)| *target = bf16::from_bits(*bits).to_f32());
+    }
+}
+
+/// Key `slot` of [`write_key_int8`]'s layout, without its mean.
+pub(crate) fn read_key_int8(keys: &[u8], scale: f32, slot: usize, key_dim: usize, key: &mut [f32]) {
+    let page = &keys[slot / PAGE_KEYS * PAGE_KEYS * key_dim..][..PAGE_KEYS * key_dim];
+    for (step, four) in key.chunks_mut(4).enumerate() {
+        let source = &page[(step * PAGE_KEYS + slot % PAGE_KEYS) * 4..][..4];
+        four.iter_mut().zip(source).for_each(|(target, byte)| *target = (f32::from(*byte) - 128.0) * scale);
+    }
+}
+
+/// Value `slot` of [`write_value_f32`]'s layout.
+pub(crate) fn read_value_f32(values: &[f32], slot: usize, value_dim: usize, value: &mut [f32]) {
+    value.copy_from_slice(&values[slot * value_dim..][..value.len()]);
+}
+
+/// Value `slot` of [`write_value_bf16`]'s layout.
+pub(crate) fn read_value_bf16(values: &[u16], slot: usize, value_dim: usize, value: &mut [f32]) {
+    let pairs = values[slot / 2 * 2 * value_dim..][..2 * value_dim].chunks_exact(2);
+    for (target, pair) in value.iter_mut().zip(pairs) {
+        *target = bf16::from_bits(pair[slot % 2]).to_f32();
+    }
+}
+
+/// Value `slot` of [`write_value_int8`]'s layout.
+pub(crate) fn read_value_int8(values: &[i8], scale: f32, slot: usize, value_dim: usize, value: &mut [f32]) {
+    let pairs = values[slot / 2 * 2 * value_dim..][..2 * value_dim].chunks_exact(2);
+    for (target, pair) in value.iter_mut().zip(pairs) {
+        *target = f32::from(pair[slot % 2]) * scale;
     }
 }
 

@@ -14,6 +14,7 @@ pub mod linear;
 pub mod norm;
 pub mod rope;
 mod rounding;
+pub mod rows;
 mod simd;
 pub mod softmax;
 mod thread_team;

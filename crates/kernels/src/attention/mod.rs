@@ -37,7 +37,7 @@ const MICRO_ROWS: usize = 6;
 
 /// Asks for the cache line `offset` bytes from `address`. Only a hint: any address may be given.
 #[inline(always)]
-fn fetch_ahead<T>(address: *const T, offset: isize) {
+pub(crate) fn fetch_ahead<T>(address: *const T, offset: isize) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};

@@ -27,7 +27,7 @@ mod tests;
 
 /// The levels that the tests of this crate run: every one the machine has.
 #[cfg(test)]
-fn levels() -> Vec<crate::InstructionSet> {
+pub(crate) fn levels() -> Vec<crate::InstructionSet> {
     let detected = crate::InstructionSet::detected();
     crate::InstructionSet::ALL.into_iter().filter(|&level| level <= detected).collect()
 }

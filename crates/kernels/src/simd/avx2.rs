@@ -72,6 +72,14 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn load_brain(self, values: &[u16]) -> __m256 {
+        assert!(values.len() >= LANES, "a full vector");
+        // SAFETY: the slice has at least LANES values.
+        let values = unsafe { _mm_loadu_si128(values.as_ptr().cast()) };
+        intrinsic!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(values))))
+    }
+
+    #[inline(always)]
     fn store(self, vector: __m256, values: &mut [f32]) {
         assert!(values.len() >= LANES, "a full vector");
         // SAFETY: the slice has at least LANES places.

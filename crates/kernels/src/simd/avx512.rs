@@ -67,6 +67,14 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn load_brain(self, values: &[u16]) -> __m512 {
+        assert!(values.len() >= LANES, "a full vector");
+        // SAFETY: the slice has at least LANES values.
+        let values = unsafe { _mm256_loadu_si256(values.as_ptr().cast()) };
+        intrinsic!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(values))))
+    }
+
+    #[inline(always)]
     fn store(self, vector: __m512, values: &mut [f32]) {
         assert!(values.len() >= LANES, "a full vector");
         // SAFETY: the slice has at least LANES places.

@@ -26,6 +26,8 @@ pub(crate) trait Simd: Copy {
     fn load(self, values: &[f32]) -> Self::Vector;
     /// `values` in the first lanes, `fill` in the others. Panics when there are `LANES` values or more.
     fn load_part(self, values: &[f32], fill: f32) -> Self::Vector;
+    /// The first `LANES` brain floats, widened. Panics when there are fewer.
+    fn load_brain(self, values: &[u16]) -> Self::Vector;
     /// Writes all lanes to the first `LANES` places. Panics when there are fewer.
     fn store(self, vector: Self::Vector, values: &mut [f32]);
     /// Writes the first lanes to `values`. Panics when there are `LANES` places or more.

@@ -36,6 +36,12 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn load_brain(self, values: &[u16]) -> Vector {
+        let values: [u16; LANES] = *values.first_chunk().expect("a full vector");
+        lanes(|i| f32::from_bits(u32::from(values[i]) << 16))
+    }
+
+    #[inline(always)]
     fn store(self, vector: Vector, values: &mut [f32]) {
         *values.first_chunk_mut().expect("a full vector") = vector;
     }

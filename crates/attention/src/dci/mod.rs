@@ -1,0 +1,271 @@
+//! Method `dci`: the keys with the largest logits, found by multi-level Prioritized DCI, and a softmax over those.
+//!
+//! This is IceFormer as published ([Mao, Ester and Li 2024](https://arxiv.org/abs/2405.02842)): keys and queries are
+//! lifted so that a nearest-neighbour search finds the largest products ([`lift`]), keys form a tree of random pivots
+//! ([`index`]), each node of which is a Prioritized DCI ([`projections`]), and a query goes down it with a beam
+//! ([`search`]). Beyond the paper, the tree outlives the prompt: decode steps append to it.
+
+mod index;
+mod lift;
+mod node;
+mod projections;
+mod random;
+mod rank;
+mod search;
+mod settings;
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError, RwLockWriteGuard};
+
+use iceformer_kernels::rows::{ROW_MULTIPLE, Rows, add_scaled, dot_rows};
+use iceformer_kernels::softmax::softmax_in_place;
+
+pub(crate) use index::DciIndex;
+pub use settings::{DciSettings, DciSettingsError};
+
+use self::rank::unpack;
+use self::search::SearchScratch;
+use crate::method::{Attention, Queries, Report};
+use crate::{KeyValueCache, ThreadTeam};
+
+/// Queries of one task: consecutive tokens of one head.
+const TILE_TOKENS: usize = 64;
+
+/// Buffers reused from call to call.
+#[derive(Default)]
+pub(crate) struct DciScratch {
+    /// One per thread.
+    searches: Vec<Mutex<SearchScratch>>,
+    /// One per thread.
+    rows: Vec<Mutex<RowScratch>>,
+    /// One per task.
+    parts: Vec<Part>,
+}
+
+/// Buffers of one task.
+#[derive(Default)]
+struct RowScratch {
+    /// The query times the scale, filled up with zeros.
+    query: Vec<f32>,
+    value: Vec<f32>,
+    logits: Vec<f32>,
+    near: NearKeys,
+}
+
+/// What a task leaves.
+#[derive(Default)]
+struct Part {
+    /// `[tokens][value_dim]`
+    output: Vec<f32>,
+    /// `[tokens]`
+    log_sum_exp: Vec<f32>,
+    report: Report,
+}
+
+/// Keys of a range of positions, read from the cache, for queries that see too few for a search and those not among the
+/// first.
+#[derive(Default)]
+struct NearKeys {
+    range: Range<usize>,
+    /// `[keys][row width]`
+    rows: Vec<f32>,
+    positions: Vec<u32>,
+    scores: Vec<f32>,
+}
+
+/// One call.
+struct Call<'a> {
+    attention: &'a Attention,
+    settings: &'a DciSettings,
+    queries: Queries<'a>,
+    cache: &'a KeyValueCache,
+    /// `None` where no query needs it.
+    index: Option<&'a DciIndex>,
+}
+
+/// Runs `attention` over the keys found for each query. Shapes and settings were checked by the caller.
+#[expect(clippy::too_many_arguments, reason = "the arguments of `Attention::run`")]
+pub(crate) fn run(
+    attention: &Attention,
+    settings: &DciSettings,
+    queries: Queries<'_>,
+    cache: &KeyValueCache,
+    output: &mut [f32],
+    log_sum_exp: Option<&mut [f32]>,
+    team: &ThreadTeam,
+    scratch: &mut DciScratch,
+) -> Report {
+    let (heads, shape) = (queries.query_heads, cache.shape());
+    let tokens = queries.data.len() / (heads * shape.key_dim);
+    scratch.searches.resize_with(team.threads(), Mutex::default);
+    scratch.rows.resize_with(team.threads(), Mutex::default);
+
+    let seen = |token: usize| attention.mask.visible(queries.first_position + token, cache.len());
+    let needs_index = |seen: Range<usize>| seen.len() > settings.whole_range || seen.end <= settings.whole_range;
+    let needs_index = cache.keys_are_final() && (0..tokens).any(|token| needs_index(seen(token)));
+    let guard = needs_index.then(|| {
+        let mut guard = cache.search_index().write().unwrap_or_else(PoisonError::into_inner);
+        let index = match guard.take() {
+            Some(index) if index.fits(settings) => guard.insert(index),
+            _ => guard.insert(DciIndex::new(settings, cache)),
+        };
+        index.extend(cache, team, &scratch.searches);
+        // Other calls may search the index from here on, but none may replace it.
+        RwLockWriteGuard::downgrade(guard)
+    });
+    let index = guard.as_ref().and_then(|guard| guard.as_ref());
+    let call = Call { attention, settings, queries, cache, index };
+
+    let tiles = tokens.div_ceil(TILE_TOKENS);
+    if scratch.parts.len() < heads * tiles {
+        scratch.parts.resize_with(heads * tiles, Part::default);
+    }
+    let parts = &mut scratch.parts[..heads * tiles];
+    // Heads that share a tree run one behind the other, so that it stays in the caches.
+    team.run_chunks(parts, 1, |task, part, worker| {
+        let (head, first) = (task / tiles, task % tiles * TILE_TOKENS);
+        let mut search = scratch.searches[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rows = scratch.rows[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        call.tile(head, first..tokens.min(first + TILE_TOKENS), &mut part[0], &mut rows, &mut search);
+    });
+
+    let value_dim = shape.value_dim;
+    let mut report = Report::default();
+    for (task, part) in parts.iter().enumerate() {
+        report += part.report;
+        let (head, first) = (task / tiles, task % tiles * TILE_TOKENS);
+        for (offset, source) in part.output.chunks_exact(value_dim).enumerate() {
+            output[((first + offset) * heads + head) * value_dim..][..value_dim].copy_from_slice(source);
+        }
+    }
+    if let Some(log_sum_exp) = log_sum_exp {
+        for (task, part) in parts.iter().enumerate() {
+            let (head, first) = (task / tiles, task % tiles * TILE_TOKENS);
+            for (offset, value) in part.log_sum_exp.iter().enumerate() {
+                log_sum_exp[(first + offset) * heads + head] = *value;
+            }
+        }
+    }
+    report
+}
+
+impl Call<'_> {
+    /// Attends from the queries `tokens` of `head`.
+    fn tile(
+        &self,
+        head: usize,
+        tokens: Range<usize>,
+        part: &mut Part,
+        rows: &mut RowScratch,
+        search: &mut SearchScratch,
+    ) {
+        let shape = self.cache.shape();
+        let kv_head = head / (self.queries.query_heads / shape.kv_heads);
+        let seen = |token: usize| self.attention.mask.visible(self.queries.first_position + token, self.cache.len());
+        let whole_range = self.settings.whole_range;
+        let is_near =
+            |seen: &Range<usize>| self.index.is_none() || (seen.len() <= whole_range && seen.end > whole_range);
+        rows.near.read(self.cache, kv_head, tokens.clone().map(seen).filter(is_near));
+
+        part.report = Report::default();
+        part.output.clear();
+        part.output.resize(tokens.len() * shape.value_dim, 0.0);
+        part.log_sum_exp.clear();
+        rows.query.clear();
+        rows.query.resize(shape.key_dim.next_multiple_of(ROW_MULTIPLE), 0.0);
+        rows.value.resize(shape.value_dim, 0.0);
+        for (token, output) in tokens.zip(part.output.chunks_exact_mut(shape.value_dim)) {
+            let query =
+                &self.queries.data[(token * self.queries.query_heads + head) * shape.key_dim..][..shape.key_dim];
+            rows.query.iter_mut().zip(query).for_each(|(target, value)| *target = value * self.attention.scale);
+            let visible = seen(token);
+            let evaluated = match self.index {
+                Some(index) if !is_near(&visible) => {
+                    let searcher = index.search(kv_head, self.settings);
+                    if visible.end <= whole_range {
+                        searcher.find_among_first(&rows.query, visible.clone(), search)
+                    } else {
+                        searcher.find(&rows.query, visible.clone(), search)
+                    }
+                }
+                _ => rows.near.find(&rows.query, visible.clone(), self.settings.kept_keys, search),
+            };
+            let (kept, log_sum_exp) = self.weigh(kv_head, rows, search, output);
+            part.log_sum_exp.push(log_sum_exp);
+            part.report +=
+                Report { allowed_keys: visible.len() as u64, evaluated_keys: evaluated, kept_keys: kept as u64 };
+        }
+    }
+
+    /// Softmax over the keys that `search` found, and the weighted sum of their values. Returns their number and the
+    /// log-sum-exp.
+    fn weigh(
+        &self,
+        kv_head: usize,
+        rows: &mut RowScratch,
+        search: &mut SearchScratch,
+        output: &mut [f32],
+    ) -> (usize, f32) {
+        let found = search.best.finish();
+        rows.logits.clear();
+        rows.logits.extend(found.iter().map(|&packed| unpack(packed).0));
+        let log_sum_exp = softmax_in_place(&mut rows.logits);
+        for (&packed, &weight) in found.iter().zip(&rows.logits) {
+            self.cache.read_value(kv_head, unpack(packed).1 as usize, &mut rows.value);
+            add_scaled(output, weight, &rows.value);
+        }
+        let mean = self.cache.key_mean(kv_head);
+        let centre: f32 = rows.query.iter().zip(mean).map(|(query, mean)| query * mean).sum();
+        (found.len(), log_sum_exp + centre)
+    }
+}
+
+impl NearKeys {
+    /// Reads the keys of all `ranges` and those between.
+    fn read(&mut self, cache: &KeyValueCache, kv_head: usize, ranges: impl Iterator<Item = Range<usize>>) {
+        let ranges = ranges.filter(|range| !range.is_empty());
+        self.range = ranges.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..0);
+        let key_dim = cache.shape().key_dim;
+        let width = key_dim.next_multiple_of(ROW_MULTIPLE);
+        self.rows.clear();
+        self.rows.resize(self.range.len() * width, 0.0);
+        for (row, position) in self.rows.chunks_exact_mut(width).zip(self.range.clone()) {
+            cache.read_centred_key(kv_head, position, &mut row[..key_dim]);
+        }
+        self.positions.clear();
+        self.positions.extend(self.range.clone().map(|position| position as u32));
+    }
+
+    /// As [`search::Search::find`], by comparing with every visible key.
+    fn find(&mut self, query: &[f32], visible: Range<usize>, kept_keys: usize, search: &mut SearchScratch) -> u64 {
+        search.best.begin(kept_keys);
+        if visible.is_empty() {
+            return 0;
+        }
+        let offsets = visible.start - self.range.start..visible.end - self.range.start;
+        self.scores.resize(visible.len(), 0.0);
+        dot_rows(query, Rows::F32(&self.rows[offsets.start * query.len()..]), &mut self.scores);
+        search.best.extend(&self.positions[offsets], &self.scores);
+        visible.len() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AttentionScratch, CacheShape, KeyValueType, Mask, Method};
+
+    #[test]
+    fn one_head_of_one_sequence_is_work_for_many_threads() {
+        let team = ThreadTeam::new(1);
+        let mut cache = KeyValueCache::new(CacheShape { kv_heads: 1, key_dim: 2, value_dim: 1 }, KeyValueType::F32);
+        cache.append(&[1.0; 2_000], &[1.0; 1_000], &team);
+        let attention = Attention { method: Method::Dci(DciSettings::default()), mask: Mask::causal(), scale: 1.0 };
+        let queries = Queries { data: &[1.0; 2_000], query_heads: 1, first_position: 0 };
+        let (mut output, mut scratch) = ([0.0; 1_000], AttentionScratch::default());
+        attention.run(queries, &cache, &mut output, None, &team, &mut scratch);
+        let rows: Vec<usize> = scratch.dci.parts.iter().map(|part| part.log_sum_exp.len()).collect();
+        assert_eq!(rows.iter().sum::<usize>(), 1_000);
+        assert!(rows.len() >= 8 && rows.iter().all(|&rows| rows <= TILE_TOKENS), "tasks of {rows:?} queries");
+    }
+}
