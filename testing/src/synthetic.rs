@@ -7,7 +7,7 @@ use crate::random::Random;
 /// Deviations of the keys of [`Kind::Peaky`] in the directions that their logits vary in.
 const PEAKY_SPREAD: [f64; 7] = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.7];
 /// Standard deviation of the logits of [`Kind::Peaky`].
-const PEAKY_DEVIATION: f64 = 11.0;
+const PEAKY_DEVIATION: f64 = 12.0;
 /// Deviation, in each channel, of what is added to the keys of [`Kind::Peaky`] and is seen in no logit by design.
 const PEAKY_NOISE: f64 = 0.1;
 
@@ -20,7 +20,7 @@ pub enum Kind {
     /// the softmax is spread over the `√tokens` keys of one centre, whatever their order.
     Cluster,
     /// Keys that differ in seven random directions (and a little everywhere), and independent queries in the same
-    /// directions, long enough that logits have a standard deviation of about 11: a few keys carry nearly all of the softmax
+    /// directions, long enough that logits have a standard deviation of about 12: a few keys carry nearly all of the softmax
     /// (the best 20 carry .997 and more at up to 16,384 keys), and nothing but their logit tells which.
     ///
     /// Seven directions make the search about as hard as the input that the published IceFormer code was measured on:
