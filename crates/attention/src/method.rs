@@ -25,6 +25,14 @@ impl Method {
             Self::Dci(_) => "dci",
         }
     }
+
+    /// Name of the kernel that most work is done by on a cache of this type, as reports print it.
+    pub fn kernel_name(self, kind: crate::KeyValueType) -> &'static str {
+        match self {
+            Self::Exact => Attention::kernel_name(kind),
+            Self::Dci(_) => dci::kernel_name(kind),
+        }
+    }
 }
 
 /// Queries of one call.

@@ -555,7 +555,8 @@ proptest! {
         case.check_everything_kept(settings);
         // Fewer kept than seen: a softmax over some of them, never more mass than there is.
         let (_, log_sum_exp, report) = case.run(DciSettings { kept_keys: 3, ..settings }, KeyValueType::F32, 2);
-        prop_assert!(report.kept_keys <= report.allowed_keys.min(3 * (query_tokens * kv_heads * group) as u64));
+        let seen = |token| case.mask.visible(first_position + token, key_tokens).len().min(3);
+        prop_assert_eq!(report.kept_keys as usize, (0..query_tokens).map(seen).sum::<usize>() * kv_heads * group);
         for (found, all) in log_sum_exp.iter().zip(case.reference().log_sum_exp) {
             prop_assert_eq!(found.is_finite(), all.is_finite());
             let sum_of_none = all == f64::NEG_INFINITY;

@@ -16,6 +16,21 @@ pub enum Rows<'a> {
     Bf16(&'a [u16]),
 }
 
+impl Rows<'_> {
+    /// Name of the kernel that runs on rows of this type at `level`, as reports print it.
+    pub fn kernel_name(self, level: InstructionSet) -> &'static str {
+        use InstructionSet::{Avx2, Portable};
+        match (self, level) {
+            (Self::F32(_), Portable) => "rows-f32-portable",
+            (Self::F32(_), Avx2) => "rows-f32-avx2",
+            (Self::F32(_), _) => "rows-f32-avx512",
+            (Self::Bf16(_), Portable) => "rows-bf16-portable",
+            (Self::Bf16(_), Avx2) => "rows-bf16-avx2",
+            (Self::Bf16(_), _) => "rows-bf16-avx512",
+        }
+    }
+}
+
 /// Writes the dot product of `vector` with each of the first `output.len()` rows.
 ///
 /// A dot product does not depend on the other rows of the call, to the last bit.

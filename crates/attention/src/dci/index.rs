@@ -53,8 +53,7 @@ impl DciIndex {
     pub(crate) fn new(settings: &DciSettings, cache: &KeyValueCache) -> Self {
         let shape = cache.shape();
         let DciSettings { simple_indices, composite_indices, seed, .. } = *settings;
-        // Half precision adds nothing to the rounding of the narrower caches.
-        let full_precision = cache.kind() == KeyValueType::F32;
+        let full_precision = full_precision(cache.kind());
         Self {
             settings: *settings,
             directions: Directions::new(simple_indices, composite_indices, shape.key_dim, seed),
@@ -139,6 +138,12 @@ impl DciIndex {
     pub(crate) fn bytes(&self) -> usize {
         self.directions.bytes() + self.heads.iter().map(HeadIndex::bytes).sum::<usize>()
     }
+}
+
+/// Whether the index of a cache of this type holds keys in full; half precision adds little to the rounding of the
+/// narrower caches.
+pub(crate) fn full_precision(kind: KeyValueType) -> bool {
+    kind == KeyValueType::F32
 }
 
 /// Level that the key at `position` climbs to.

@@ -17,6 +17,7 @@ mod settings;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError, RwLockWriteGuard};
 
+use iceformer_kernels::InstructionSet;
 use iceformer_kernels::rows::{ROW_MULTIPLE, Rows, add_scaled, dot_rows};
 use iceformer_kernels::softmax::softmax_in_place;
 
@@ -26,7 +27,7 @@ pub use settings::{DciSettings, DciSettingsError};
 use self::rank::unpack;
 use self::search::SearchScratch;
 use crate::method::{Attention, Queries, Report};
-use crate::{KeyValueCache, ThreadTeam};
+use crate::{KeyValueCache, KeyValueType, ThreadTeam};
 
 /// Queries of one task: consecutive tokens of one head.
 const TILE_TOKENS: usize = 64;
@@ -81,6 +82,12 @@ struct Call<'a> {
     cache: &'a KeyValueCache,
     /// `None` where no query needs it.
     index: Option<&'a DciIndex>,
+}
+
+/// Name of the kernel that compares queries with the keys of a cache of this type.
+pub(crate) fn kernel_name(kind: KeyValueType) -> &'static str {
+    let rows = if index::full_precision(kind) { Rows::F32(&[]) } else { Rows::Bf16(&[]) };
+    rows.kernel_name(InstructionSet::current())
 }
 
 /// Runs `attention` over the keys found for each query. Shapes and settings were checked by the caller.
@@ -253,7 +260,7 @@ impl NearKeys {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{AttentionScratch, CacheShape, KeyValueType, Mask, Method};
+    use crate::{AttentionScratch, CacheShape, Mask, Method};
 
     #[test]
     fn one_head_of_one_sequence_is_work_for_many_threads() {

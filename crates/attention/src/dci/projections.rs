@@ -136,9 +136,10 @@ impl Projections {
         for composite in 0..directions.composite_indices {
             largest.clear();
             largest.resize(keys.len(), 0.0);
-            for direction in composite * directions.simple_indices..(composite + 1) * directions.simple_indices {
-                let (target, extra_factor) = (projected[direction], directions.extras[direction]);
-                let projections = &self.of_direction[direction][keys.clone()];
+            let simple = composite * directions.simple_indices..(composite + 1) * directions.simple_indices;
+            let targets = projected[simple.clone()].iter().zip(&directions.extras[simple.clone()]);
+            for ((target, extra_factor), projections) in targets.zip(&self.of_direction[simple]) {
+                let projections = &projections[keys.clone()];
                 for ((largest, projection), extra) in largest.iter_mut().zip(projections).zip(extras.iter()) {
                     let distance = (projection * bound.inverse() + extra_factor * extra - target).abs();
                     *largest = if distance > *largest { distance } else { *largest };

@@ -1,5 +1,6 @@
 //! Going down the tree with a beam: for the keys of a query, and for the parent of a new key.
 
+use std::cmp::Reverse;
 use std::ops::Range;
 
 use iceformer_kernels::rows::{dot_chosen_rows, dot_rows};
@@ -78,15 +79,15 @@ pub(crate) struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// Finds the keys among `visible` with the largest products with `query` and leaves them in `scratch.best`.
-    /// Returns how many products it computed.
+    /// Finds the `kept_keys` keys among `visible` with the largest products with `query` (all of fewer) and leaves them in
+    /// `scratch.best`. Returns how many products it computed.
     ///
     /// The tree is searched as it was when it held `visible.end` keys. Keys before `visible.start` still lead the way,
     /// but are not found.
     pub(crate) fn find(&self, query: &[f32], visible: Range<usize>, scratch: &mut SearchScratch) -> u64 {
         let settings = self.settings;
         let squared_norm: f32 = query.iter().map(|value| value * value).sum();
-        let target = Target {
+        let mut target = Target {
             vector: query,
             bound: self.index.bound(visible.end),
             extra: None,
@@ -95,8 +96,26 @@ impl Search<'_> {
             share: settings.query_share,
             least: settings.beam().max(settings.kept_keys),
         };
-        scratch.best.begin(settings.kept_keys);
         scratch.projected.clear();
+        let wanted = settings.kept_keys.min(visible.len());
+        let mut evaluated = 0;
+        loop {
+            scratch.best.begin(settings.kept_keys);
+            evaluated += self.descend(&target, &visible, scratch);
+            if scratch.best.finish().len() >= wanted {
+                return evaluated;
+            }
+            // A mask may hide whole branches from a beam. At the latest when it is as wide as the tree, nothing is left
+            // out.
+            target.beam = target.beam.saturating_mul(4);
+            target.least = target.least.max(target.beam);
+        }
+    }
+
+    /// Goes down from the root once, offers the visible keys on the way to `scratch.best`, and returns how many products
+    /// it computed.
+    fn descend(&self, target: &Target<'_>, visible: &Range<usize>, scratch: &mut SearchScratch) -> u64 {
+        let settings = self.settings;
         scratch.frontier.clear();
         scratch.frontier.push(Step { rank: 0, node: ROOT });
         let mut evaluated = 0;
@@ -117,7 +136,7 @@ impl Search<'_> {
                 if let Some(step) = scratch.frontier.get(position + 1) {
                     self.index.node(step.node).fetch(self.directions.width());
                 }
-                let which = self.score(node, start..end, &target, scratch);
+                let which = self.score(node, start..end, target, scratch);
                 let SearchScratch { best, next, scored, .. } = scratch;
                 evaluated += scored.scores.len() as u64;
                 let keys = scored.keys(node, &which);
@@ -138,13 +157,17 @@ impl Search<'_> {
 
     /// As [`find`](Self::find), by comparing with every visible key; the range ends at `whole_range` or before.
     pub(crate) fn find_among_first(&self, query: &[f32], visible: Range<usize>, scratch: &mut SearchScratch) -> u64 {
+        scratch.best.begin(self.settings.kept_keys);
+        // An empty range may lie behind the last key.
+        if visible.is_empty() {
+            return 0;
+        }
         let rows = self.index.first_rows(visible.clone(), query.len());
         let Scored { keys, scores, .. } = &mut scratch.scored;
         keys.clear();
         keys.extend(visible.clone().map(|position| position as u32));
         scores.resize(visible.len(), 0.0);
         dot_rows(query, rows, scores);
-        scratch.best.begin(self.settings.kept_keys);
         scratch.best.extend(keys, scores);
         visible.len() as u64
     }
@@ -245,9 +268,9 @@ impl Search<'_> {
         while first < steps.len() {
             let last = steps.len().min(first + 2 * beam);
             if last < steps.len() {
-                steps[first..].select_nth_unstable_by(last - first - 1, |a, b| b.rank.cmp(&a.rank));
+                steps[first..].select_nth_unstable_by_key(last - first - 1, |step| Reverse(step.rank));
             }
-            steps[first..last].sort_unstable_by(|a, b| b.rank.cmp(&a.rank));
+            steps[first..last].sort_unstable_by_key(|step| Reverse(step.rank));
             for index in first..last {
                 let node = self.index.node(steps[index].node);
                 let end = node.keys_before(counted.end);
@@ -299,7 +322,7 @@ impl Scored {
 /// Keeps the best `beam` nodes.
 fn best_only(steps: &mut Vec<Step>, beam: usize) {
     if steps.len() > beam {
-        steps.select_nth_unstable_by(beam - 1, |a, b| b.rank.cmp(&a.rank));
+        steps.select_nth_unstable_by_key(beam - 1, |step| Reverse(step.rank));
         steps.truncate(beam);
     }
 }

@@ -19,7 +19,8 @@ pub struct DciSettings {
     /// Share of a large node's keys that each composite index retrieves in the search for a key's parent, above 0 up to
     /// 1; `build_beam` keys at least.
     pub build_share: f32,
-    /// Nodes that a query follows at each level, at least 1; `None`: as many as it keeps keys.
+    /// Nodes that a query follows at each level, at least 1; `None`: as many as it keeps keys. Widened where it finds
+    /// fewer keys than are to be kept.
     pub query_beam: Option<usize>,
     /// Share of a large node's keys that each composite index retrieves for a query, above 0 up to 1; the beam or the
     /// keys kept, whichever is more, at least.

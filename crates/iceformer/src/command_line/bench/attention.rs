@@ -49,16 +49,18 @@ pub fn run(arguments: &AttentionArguments) -> anyhow::Result<Outcome> {
         "threads": team.threads(),
         "repeat": common.repeat,
         "instruction_set": InstructionSet::current().name(),
-        "kernel": Attention::kernel_name(kv_type),
+        "kernel": method.kernel_name(kv_type),
         "cpu_seconds": times.cpu_seconds,
         "wall_seconds": times.wall_seconds,
         "allowed_keys": report.allowed_keys,
+        "evaluated_keys": report.evaluated_keys,
         "kept_keys": report.kept_keys,
         "rate_per_core": rate,
         "ceiling": ceiling_name,
         "ceiling_rate_per_core": ceiling,
         "ceiling_fraction": rate / ceiling,
         "cache_bytes": cache.bytes(),
+        "index_bytes": cache.index_bytes(),
     });
     if queries == 1 {
         super::add_bandwidth(&mut line, cache.bytes() as f64 / times.wall_seconds * 1e-9, &ceilings);
