@@ -133,6 +133,8 @@ impl Element for u16 {
 
 #[inline(always)]
 fn dots<S: Simd, E: Element>(simd: S, vector: &[f32], rows: &[E], row_of: impl Fn(usize) -> usize, output: &mut [f32]) {
+    // In arrays, whose constant length needs no check in the inner loop.
+    let (vector, rows) = (vector.as_chunks().0, rows.as_chunks().0);
     let mut done = 0;
     while output.len() - done >= 8 {
         block::<S, E, 8>(simd, vector, rows, &row_of, done, output);
@@ -151,8 +153,8 @@ fn dots<S: Simd, E: Element>(simd: S, vector: &[f32], rows: &[E], row_of: impl F
 #[inline(always)]
 fn block<S: Simd, E: Element, const N: usize>(
     simd: S,
-    vector: &[f32],
-    rows: &[E],
+    vector: &[[f32; ROW_MULTIPLE]],
+    rows: &[[E; ROW_MULTIPLE]],
     row_of: &impl Fn(usize) -> usize,
     first: usize,
     output: &mut [f32],
@@ -163,10 +165,12 @@ fn block<S: Simd, E: Element, const N: usize>(
         of_block[n] = &rows[row_of((first + n).min(last)) * width..][..width];
     }
     let mut sums = [simd.splat(0.0); N];
-    for step in (0..width).step_by(S::LANES) {
-        let part = simd.load(&vector[step..]);
-        for n in 0..N {
-            sums[n] = simd.mul_add(part, E::load(simd, &of_block[n][step..]), sums[n]);
+    for step in 0..width {
+        for lane in (0..ROW_MULTIPLE).step_by(S::LANES) {
+            let part = simd.load(&vector[step][lane..]);
+            for n in 0..N {
+                sums[n] = simd.mul_add(part, E::load(simd, &of_block[n][step][lane..]), sums[n]);
+            }
         }
     }
     for n in 0..N.min(output.len() - first) {
