@@ -4,16 +4,7 @@
 use iceformer_attention::{
     Attention, AttentionScratch, CacheShape, KeyValueCache, KeyValueType, Mask, Method, Queries, ThreadTeam,
 };
-
-/// CPU seconds of this process so far, from the kernel's accounting of each of its threads.
-fn cpu_seconds() -> f64 {
-    let threads = std::fs::read_dir("/proc/self/task").expect("a Linux system");
-    let nanoseconds = threads.flatten().filter_map(|thread| {
-        let accounting = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
-        accounting.split(' ').next()?.parse::<f64>().ok()
-    });
-    nanoseconds.sum::<f64>() / 1e9
-}
+use iceformer_kernels::ceilings::process_cpu_seconds;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -33,7 +24,7 @@ fn main() {
     };
     let shape = CacheShape { kv_heads, key_dim: width, value_dim: width };
     let (keys, queries) = (values(tokens * kv_heads * width), values(count * heads * width));
-    // The accounting ticks in milliseconds: a measurement takes some fifty.
+    // A measurement takes some tens of milliseconds, also of a single query.
     let repeats = (2e9 / (4.0 * (count * heads * width * tokens) as f64)).ceil() as usize;
     for kind in KeyValueType::ALL.into_iter().filter(|kind| arguments.len() < 7 || arguments[6] == kind.name()) {
         let mut cache = KeyValueCache::new(shape, kind);
@@ -45,11 +36,11 @@ fn main() {
         let mut seconds = Vec::new();
         let mut pairs = 0;
         for _ in 0..7 {
-            let start = cpu_seconds();
+            let start = process_cpu_seconds();
             for _ in 0..repeats {
                 pairs = attention.run(queries, &cache, &mut output, None, &team, &mut scratch).kept_keys;
             }
-            seconds.push((cpu_seconds() - start) / repeats as f64);
+            seconds.push((process_cpu_seconds() - start) / repeats as f64);
         }
         seconds.sort_by(f64::total_cmp);
         let rate = 4.0 * width as f64 * pairs as f64 / seconds[3] / 1e9;
