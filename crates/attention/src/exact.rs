@@ -197,12 +197,9 @@ fn total(parts: &[Part], row: usize) -> f32 {
 
 /// Output of a row over all ranges of keys: the parts' outputs weighted by their share of the softmax sum.
 fn merge(parts: &[Part], row: usize, output: &mut [f32]) {
-    let part_output = |part: &'_ Part| -> std::ops::Range<usize> {
-        debug_assert!(part.output.len() >= (row + 1) * output.len());
-        row * output.len()..(row + 1) * output.len()
-    };
+    let row_range = row * output.len()..(row + 1) * output.len();
     if let [part] = parts {
-        output.copy_from_slice(&part.output[part_output(part)]);
+        output.copy_from_slice(&part.output[row_range]);
         return;
     }
     let total = total(parts, row);
@@ -210,11 +207,10 @@ fn merge(parts: &[Part], row: usize, output: &mut [f32]) {
     if total == f32::NEG_INFINITY {
         return;
     }
-    let width = output.len();
     for part in parts {
         let share = (part.log_sum_exp[row] - total).exp();
         if share != 0.0 {
-            let source = &part.output[row * width..(row + 1) * width];
+            let source = &part.output[row_range.clone()];
             output.iter_mut().zip(source).for_each(|(target, value)| *target += share * value);
         }
     }
