@@ -32,7 +32,7 @@ fn main() {
         println!(
             "{chunk_tokens:4} queries, {:5} keys held, {:9} (query, head, key) triples, first output {:+.4}",
             cache.len(),
-            report.kept_keys,
+            report.total().kept_keys,
             output[0]
         );
     }

@@ -8,8 +8,8 @@
 use std::time::Instant;
 
 use iceformer_attention::{
-    Attention, AttentionScratch, CacheShape, DciSettings, KeyValueCache, KeyValueType, Mask, Method, Queries, Report,
-    ThreadTeam,
+    Attention, AttentionScratch, CacheShape, DciSettings, HeadReport, KeyValueCache, KeyValueType, Mask, Method,
+    Queries, ThreadTeam,
 };
 use iceformer_testing::recall::RecallProbe;
 use iceformer_testing::synthetic::{Inputs, Kind, Shape};
@@ -97,9 +97,9 @@ fn main() {
             };
             let build_seconds = with_index(true) - with_index(false);
             dci.run(queries, &cache, &mut output, None, &team, &mut scratch);
-            let mut report = Report::default();
+            let mut report = HeadReport::default();
             let search_seconds = measure(|| {
-                report = dci.run(queries, &cache, &mut output, None, &team, &mut scratch);
+                report = dci.run(queries, &cache, &mut output, None, &team, &mut scratch).total();
             });
 
             // Recall of the first head, on a cache of its own whose values make it visible.

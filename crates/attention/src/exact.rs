@@ -12,8 +12,8 @@ use iceformer_kernels::attention::{AttentionTile, MAX_BLOCK_KEYS, PAGE_KEYS, Til
 
 use crate::cache::SEGMENT_KEYS;
 use crate::dci::DciScratch;
-use crate::method::{Attention, Queries, Report};
-use crate::{KeyValueCache, ThreadTeam};
+use crate::method::{Attention, Queries};
+use crate::{HeadReport, KeyValueCache, Report, ThreadTeam};
 
 /// Query rows of a tile: enough that expanding a block of int8 values is a small part of the work on it, few enough
 /// that queries and output stay in the second-level cache.
@@ -164,11 +164,16 @@ pub(crate) fn run(
             *target = total(parts, row) + attention.scale * centre;
         }
     }
-    let allowed = (0..tokens)
-        .map(|token| attention.mask.visible(queries.first_position + token, cache.len()).len() as u64)
-        .sum::<u64>()
-        * heads as u64;
-    Report { allowed_keys: allowed, evaluated_keys: allowed, kept_keys: allowed }
+    let seen = |token| attention.mask.visible(queries.first_position + token, cache.len()).len() as u64;
+    let allowed = (0..tokens).map(seen).sum();
+    let each = HeadReport {
+        rows: tokens as u64,
+        allowed_keys: allowed,
+        evaluated_keys: allowed,
+        kept_keys: allowed,
+        ..HeadReport::default()
+    };
+    Report::of_heads(heads, &each)
 }
 
 /// Keys of one block: a divisor of a segment whose keys and values fill the first-level cache.

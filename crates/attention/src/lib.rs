@@ -15,16 +15,20 @@
 //! assert_eq!(output, [2.0, 3.0]); // equal logits: the mean of both values
 //! ```
 
+mod budgeted;
 mod cache;
 mod dci;
 mod exact;
 mod mask;
 mod method;
 mod page;
+mod report;
 
+pub use budgeted::{BudgetError, BudgetSettings};
 pub use cache::{CacheShape, KeyValueCache, KeyValueType};
 pub use dci::{DciSettings, DciSettingsError};
 pub use exact::AttentionScratch;
 pub use iceformer_kernels::ThreadTeam;
 pub use mask::Mask;
-pub use method::{Attention, Method, Queries, Report, Sequence};
+pub use method::{Attention, Method, MethodError, Queries, Sequence};
+pub use report::{HeadReport, MassHistogram, Report};

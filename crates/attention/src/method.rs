@@ -1,7 +1,7 @@
 //! One attention call: queries against a cache under a mask, by a method.
 
 use crate::exact::{self, AttentionScratch};
-use crate::{DciSettings, KeyValueCache, Mask, ThreadTeam, dci};
+use crate::{BudgetError, BudgetSettings, DciSettings, DciSettingsError, KeyValueCache, Mask, Report, ThreadTeam, dci};
 
 /// How the keys of a query are chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -9,6 +9,8 @@ pub enum Method {
     /// All keys the mask allows: tiled, online softmax.
     #[default]
     Exact,
+    /// The keys that matter, so that no row misses more of its softmax mass than the budget says.
+    Budgeted(BudgetSettings),
     /// The keys with the largest logits, found by multi-level Prioritized DCI: IceFormer as published
     /// ([Mao, Ester and Li 2024](https://arxiv.org/abs/2405.02842)).
     Dci(DciSettings),
@@ -16,12 +18,26 @@ pub enum Method {
 
 impl Method {
     /// Every method with its default settings, in the order reports list them.
-    pub const ALL: [Self; 2] = [Self::Exact, Self::Dci(DciSettings::PUBLISHED)];
+    pub const ALL: [Self; 3] =
+        [Self::Exact, Self::Budgeted(BudgetSettings::DEFAULT), Self::Dci(DciSettings::PUBLISHED)];
+
+    /// Checks the method's settings.
+    ///
+    /// # Errors
+    /// The first setting out of its range.
+    pub fn validate(&self) -> Result<(), MethodError> {
+        match self {
+            Self::Exact => Ok(()),
+            Self::Budgeted(settings) => settings.validate().map_err(MethodError::Budget),
+            Self::Dci(settings) => settings.validate().map_err(MethodError::Dci),
+        }
+    }
 
     /// Name as the command line takes it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Exact => "exact",
+            Self::Budgeted(_) => "budgeted",
             Self::Dci(_) => "dci",
         }
     }
@@ -29,11 +45,31 @@ impl Method {
     /// Name of the kernel that most work is done by on a cache of this type, as reports print it.
     pub fn kernel_name(self, kind: crate::KeyValueType) -> &'static str {
         match self {
-            Self::Exact => Attention::kernel_name(kind),
+            Self::Exact | Self::Budgeted(_) => Attention::kernel_name(kind),
             Self::Dci(_) => dci::kernel_name(kind),
         }
     }
 }
+
+/// A setting of a method that is out of its range.
+#[derive(Clone, Debug, PartialEq)]
+pub enum MethodError {
+    /// Of method `budgeted`.
+    Budget(BudgetError),
+    /// Of method `dci`.
+    Dci(DciSettingsError),
+}
+
+impl std::fmt::Display for MethodError {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Budget(error) => error.fmt(formatter),
+            Self::Dci(error) => error.fmt(formatter),
+        }
+    }
+}
+
+impl std::error::Error for MethodError {}
 
 /// Queries of one call.
 #[derive(Clone, Copy, Debug)]
@@ -57,25 +93,6 @@ pub struct Attention {
     pub scale: f32,
 }
 
-/// What a call did.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Report {
-    /// (query, head, key) triples the mask allows.
-    pub allowed_keys: u64,
-    /// (query, head, key) triples whose logit was computed, those of keys that only lead a search included.
-    pub evaluated_keys: u64,
-    /// (query, head, key) triples that the softmax was taken over.
-    pub kept_keys: u64,
-}
-
-impl std::ops::AddAssign for Report {
-    fn add_assign(&mut self, other: Self) {
-        self.allowed_keys += other.allowed_keys;
-        self.evaluated_keys += other.evaluated_keys;
-        self.kept_keys += other.kept_keys;
-    }
-}
-
 /// One sequence of a [`Attention::run_batch`].
 pub struct Sequence<'a> {
     /// The sequence's own queries; lengths may differ from sequence to sequence.
@@ -97,7 +114,7 @@ impl Attention {
     ///
     /// # Panics
     /// When a slice has another length than its shape takes, `query_heads` is no multiple of `kv_heads`, or the method's
-    /// settings are out of range ([`DciSettings::validate`]).
+    /// settings are out of range ([`Method::validate`]).
     pub fn run(
         &self,
         queries: Queries<'_>,
@@ -120,10 +137,10 @@ impl Attention {
         if let Some(log_sum_exp) = &log_sum_exp {
             assert_eq!(log_sum_exp.len(), tokens * heads, "log_sum_exp is [tokens, query_heads]");
         }
+        self.method.validate().unwrap_or_else(|error| panic!("{error}"));
         match self.method {
-            Method::Exact => exact::run(self, queries, cache, output, log_sum_exp, team, scratch),
+            Method::Exact | Method::Budgeted(_) => exact::run(self, queries, cache, output, log_sum_exp, team, scratch),
             Method::Dci(settings) => {
-                settings.validate().unwrap_or_else(|error| panic!("{error}"));
                 dci::run(self, &settings, queries, cache, output, log_sum_exp, team, &mut scratch.dci)
             }
         }
@@ -138,7 +155,7 @@ impl Attention {
         for sequence in batch {
             let attention = Self { mask: sequence.mask.clone(), ..self.clone() };
             let log_sum_exp = sequence.log_sum_exp.as_deref_mut();
-            total += attention.run(sequence.queries, sequence.cache, sequence.output, log_sum_exp, team, scratch);
+            total += &attention.run(sequence.queries, sequence.cache, sequence.output, log_sum_exp, team, scratch);
         }
         total
     }

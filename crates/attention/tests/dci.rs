@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use iceformer_attention::{
-    Attention, AttentionScratch, CacheShape, DciSettings, KeyValueCache, KeyValueType, Mask, Method, Queries, Report,
-    Sequence, ThreadTeam,
+    Attention, AttentionScratch, CacheShape, DciSettings, HeadReport, KeyValueCache, KeyValueType, Mask, Method,
+    Queries, Sequence, ThreadTeam,
 };
 use iceformer_testing::attention::{Problem, Solution};
 use iceformer_testing::compare::{assert_close, relative_error};
@@ -34,7 +34,7 @@ fn one_head(tokens: usize, dim: usize) -> Shape {
 }
 
 /// Output, log-sum-exp and report of a call.
-type Outcome = (Vec<f32>, Vec<f32>, Report);
+type Outcome = (Vec<f32>, Vec<f32>, HeadReport);
 
 impl Case {
     fn scale(&self) -> f32 {
@@ -72,7 +72,7 @@ impl Case {
         let mut log_sum_exp = vec![f32::NAN; tokens.len() * query_heads];
         let scratch = &mut AttentionScratch::default();
         let report = attention.run(queries, cache, &mut output, Some(&mut log_sum_exp), team, scratch);
-        (output, log_sum_exp, report)
+        (output, log_sum_exp, report.total())
     }
 
     fn run(&self, settings: DciSettings, kind: KeyValueType, threads: usize) -> Outcome {
@@ -207,12 +207,12 @@ fn search_quality(kind: Kind, tokens: usize, mask: &Mask) -> (f64, f64, f64) {
     let mut cache = KeyValueCache::new(cache_shape, KeyValueType::F32);
     cache.append(&inputs.keys, &probe.values, &team);
     let attention = Attention { method: Method::Dci(DciSettings::default()), mask: mask.clone(), scale };
-    let (mut recall, mut mass, mut report) = (0.0, 0.0, Report::default());
+    let (mut recall, mut mass, mut report) = (0.0, 0.0, HeadReport::default());
     for (sample, query) in inputs.queries.chunks_exact(dim).enumerate() {
         let queries = Queries { data: query, query_heads: 1, first_position: positions[sample] };
         let (mut output, mut log_sum_exp) = (vec![0.0; samples], [0.0]);
         let scratch = &mut AttentionScratch::default();
-        report += attention.run(queries, &cache, &mut output, Some(&mut log_sum_exp), &team, scratch);
+        report += &attention.run(queries, &cache, &mut output, Some(&mut log_sum_exp), &team, scratch).total();
         recall += probe.recall(sample, &output, log_sum_exp[0]);
         mass += probe.mass(sample, log_sum_exp[0]);
     }

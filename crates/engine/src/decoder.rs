@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use iceformer_attention::{
-    Attention, AttentionScratch, CacheShape, KeyValueCache, KeyValueType, Mask, Method, Queries, Report,
+    Attention, AttentionScratch, CacheShape, HeadReport, KeyValueCache, KeyValueType, Mask, Method, Queries, Report,
 };
 use iceformer_kernels::ThreadTeam;
 use iceformer_kernels::activation::{silu_multiply, silu_multiply_joined};
@@ -40,7 +40,8 @@ struct Layer {
     query_key_norm: Option<(Vec<f32>, Vec<f32>)>,
     /// `[hidden_size, query_heads · head_dim]`
     attention_output: Linear,
-    attention: Attention,
+    /// Which keys the layer's queries see.
+    mask: Mask,
     /// `[hidden_size]`
     feed_forward_norm: Vec<f32>,
     /// `[2 · intermediate_size, hidden_size]`
@@ -74,8 +75,11 @@ pub struct DecoderState {
     rotations: Rotations,
     linear: LinearScratch,
     attention: AttentionScratch,
+    /// How attention chooses keys.
+    method: Method,
     times: PartTimes,
-    report: Report,
+    /// One for each layer.
+    reports: Vec<Report>,
 }
 
 /// The tokens of a pass whose logits are wanted.
@@ -226,8 +230,9 @@ impl Decoder {
             rotations: Rotations::default(),
             linear: LinearScratch::default(),
             attention: AttentionScratch::default(),
+            method: Method::default(),
             times: PartTimes::default(),
-            report: Report::default(),
+            reports: vec![Report::default(); self.layers.len()],
         }
     }
 
@@ -279,7 +284,8 @@ impl Decoder {
                 rows = keep;
             }
             if rows > 0 {
-                layer.attend(&self.config, rows, cache, state, team, &mut clock);
+                let report = layer.attend(&self.config, rows, cache, state, team, &mut clock);
+                state.reports[index] += &report;
                 layer.feed_forward(&self.config, rows, state, team, &mut clock);
             }
         }
@@ -325,11 +331,7 @@ impl Layer {
                 false => None,
             },
             attention_output: linear(AttentionOutput, name(OutputBias), config.output_bias)?,
-            attention: Attention {
-                method: Method::Exact,
-                mask: Mask { window: config.attention_window(layer), ..Mask::causal() },
-                scale: 1.0 / (config.head_dim as f32).sqrt(),
-            },
+            mask: Mask { window: config.attention_window(layer), ..Mask::causal() },
             feed_forward_norm: vector(FeedForwardNorm)?,
             gate_up: JoinedLinear::load(source, &gate_up, team)?,
             down: linear(Down, name(DownBias), config.feed_forward_bias)?,
@@ -372,7 +374,7 @@ impl Layer {
     }
 
     /// Attention of the first `rows` queries, which are the last of the cache, and its output layer, added to the
-    /// residual stream.
+    /// residual stream. Returns what attention did.
     fn attend(
         &self,
         config: &ModelConfig,
@@ -381,8 +383,8 @@ impl Layer {
         state: &mut DecoderState,
         team: &ThreadTeam,
         clock: &mut Clock,
-    ) {
-        let DecoderState { hidden, normed, queries, attended, linear, attention, times, report, .. } = state;
+    ) -> Report {
+        let DecoderState { hidden, normed, queries, attended, linear, attention, times, method, .. } = state;
         let query_width = config.query_heads * config.head_dim;
         let attended = &mut attended[..rows * query_width];
         let sum = &mut normed[..rows * config.hidden_size];
@@ -392,14 +394,14 @@ impl Layer {
             query_heads: config.query_heads,
             first_position: cache.len() - rows,
         };
-        let done = self.attention.run(queries, cache, attended, None, team, attention);
-        report.allowed_keys += done.allowed_keys;
-        report.kept_keys += done.kept_keys;
+        let step = Attention { method: *method, mask: self.mask.clone(), scale: 1.0 / (config.head_dim as f32).sqrt() };
+        let report = step.run(queries, cache, attended, None, team, attention);
         clock.lap(&mut times.attention);
         self.attention_output.forward(attended, sum, team, linear);
         clock.lap(&mut times.linear);
         add(&mut hidden[..sum.len()], sum, team);
         clock.lap(&mut times.rest);
+        report
     }
 
     /// The feed-forward layers of the first `rows` tokens, added to the residual stream.
@@ -448,9 +450,21 @@ impl DecoderState {
         self.times
     }
 
-    /// What attention did so far, summed over layers and passes.
-    pub fn report(&self) -> Report {
-        self.report
+    /// How attention chooses keys from the next pass on.
+    pub fn set_method(&mut self, method: Method) {
+        self.method = method;
+    }
+
+    /// What attention did so far, layer by layer, summed over passes.
+    pub fn reports(&self) -> &[Report] {
+        &self.reports
+    }
+
+    /// What attention did so far, summed over layers, heads and passes.
+    pub fn report(&self) -> HeadReport {
+        let mut total = HeadReport::default();
+        self.reports.iter().for_each(|report| total += &report.total());
+        total
     }
 }
 

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use iceformer_attention::{KeyValueCache, KeyValueType, Report};
+use iceformer_attention::{HeadReport, KeyValueCache, KeyValueType, Method, MethodError, Report};
 use iceformer_kernels::ThreadTeam;
 
 use crate::config::ModelConfig;
@@ -19,11 +19,13 @@ pub struct SessionSettings {
     pub chunk: usize,
     /// Element type of the key/value cache.
     pub key_value_type: KeyValueType,
+    /// How attention chooses keys.
+    pub method: Method,
 }
 
 impl Default for SessionSettings {
     fn default() -> Self {
-        Self { context: None, chunk: 512, key_value_type: KeyValueType::Int8 }
+        Self { context: None, chunk: 512, key_value_type: KeyValueType::Int8, method: Method::Exact }
     }
 }
 
@@ -31,7 +33,7 @@ impl SessionSettings {
     /// Tokens that a session of a model will hold at most: lets a caller check a prompt before the weights are loaded.
     ///
     /// # Errors
-    /// When the context is zero or beyond the model's, or the chunk is zero.
+    /// When the context is zero or beyond the model's, the chunk is zero, or a setting of the method is out of range.
     pub fn check(&self, config: &ModelConfig) -> Result<usize, SessionError> {
         let model = config.context_length;
         let context = self.context.unwrap_or(model);
@@ -41,12 +43,13 @@ impl SessionSettings {
         if self.chunk == 0 {
             return Err(SessionError::Chunk);
         }
+        self.method.validate()?;
         Ok(context)
     }
 }
 
 /// Why a session cannot go on.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum SessionError {
     /// The context asked for is outside the model's.
     #[error("a context of {asked} tokens was asked for; this model takes 1 to {model}")]
@@ -59,6 +62,9 @@ pub enum SessionError {
     /// The chunk has no tokens.
     #[error("a chunk of 0 tokens was asked for; expected at least 1")]
     Chunk,
+    /// A setting of the method is out of range.
+    #[error(transparent)]
+    Method(#[from] MethodError),
     /// The tokens do not fit.
     #[error(
         "the prompt has {tokens} tokens and {held} are held; the context takes {context}: shorten the text or use a model with a longer context"
@@ -133,11 +139,13 @@ impl Session {
     /// As [`SessionSettings::check`].
     pub fn new(decoder: Arc<Decoder>, team: Arc<ThreadTeam>, settings: &SessionSettings) -> Result<Self, SessionError> {
         let context = settings.check(decoder.config())?;
+        let mut state = decoder.state(settings.chunk.min(context));
+        state.set_method(settings.method);
         Ok(Self {
             caches: decoder.caches(settings.key_value_type),
             tokens: Vec::new(),
             logits: Vec::new(),
-            state: decoder.state(settings.chunk.min(context)),
+            state,
             context,
             cancel: Cancel::default(),
             decoder,
@@ -170,9 +178,25 @@ impl Session {
         self.state.times()
     }
 
-    /// What attention did so far.
-    pub fn report(&self) -> Report {
+    /// What attention did so far, over all layers and heads.
+    pub fn report(&self) -> HeadReport {
         self.state.report()
+    }
+
+    /// What attention did so far, layer by layer.
+    pub fn reports(&self) -> &[Report] {
+        self.state.reports()
+    }
+
+    /// How attention chooses keys for tokens read or generated from here on: a long text can be read one way, the
+    /// question behind it another.
+    ///
+    /// # Errors
+    /// When the method's settings are out of range.
+    pub fn set_method(&mut self, method: Method) -> Result<(), SessionError> {
+        method.validate()?;
+        self.state.set_method(method);
+        Ok(())
     }
 
     /// The flag that stops this session.

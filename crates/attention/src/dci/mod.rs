@@ -26,7 +26,8 @@ pub use settings::{DciSettings, DciSettingsError};
 
 use self::rank::unpack;
 use self::search::SearchScratch;
-use crate::method::{Attention, Queries, Report};
+use crate::method::{Attention, Queries};
+use crate::report::{HeadReport, Report};
 use crate::{KeyValueCache, KeyValueType, ThreadTeam};
 
 /// Queries of one task: consecutive tokens of one head.
@@ -60,7 +61,7 @@ struct Part {
     output: Vec<f32>,
     /// `[tokens]`
     log_sum_exp: Vec<f32>,
-    report: Report,
+    report: HeadReport,
 }
 
 /// Keys of a range of positions, read from the cache, for queries that see too few for a search and those not among the
@@ -137,10 +138,10 @@ pub(crate) fn run(
     });
 
     let value_dim = shape.value_dim;
-    let mut report = Report::default();
+    let mut report = Report::of_heads(heads, &HeadReport::default());
     for (task, part) in parts.iter().enumerate() {
-        report += part.report;
         let (head, first) = (task / tiles, task % tiles * TILE_TOKENS);
+        report.heads[head] += &part.report;
         for (offset, source) in part.output.chunks_exact(value_dim).enumerate() {
             output[((first + offset) * heads + head) * value_dim..][..value_dim].copy_from_slice(source);
         }
@@ -174,7 +175,7 @@ impl Call<'_> {
             |seen: &Range<usize>| self.index.is_none() || (seen.len() <= whole_range && seen.end > whole_range);
         rows.near.read(self.cache, kv_head, tokens.clone().map(seen).filter(is_near));
 
-        part.report = Report::default();
+        part.report = HeadReport { rows: tokens.len() as u64, ..HeadReport::default() };
         part.output.clear();
         part.output.resize(tokens.len() * shape.value_dim, 0.0);
         part.log_sum_exp.clear();
@@ -199,8 +200,9 @@ impl Call<'_> {
             };
             let (kept, log_sum_exp) = self.weigh(kv_head, rows, search, output);
             part.log_sum_exp.push(log_sum_exp);
-            part.report +=
-                Report { allowed_keys: visible.len() as u64, evaluated_keys: evaluated, kept_keys: kept as u64 };
+            part.report.allowed_keys += visible.len() as u64;
+            part.report.evaluated_keys += evaluated;
+            part.report.kept_keys += kept as u64;
         }
     }
 

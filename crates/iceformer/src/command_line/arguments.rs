@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use iceformer_attention::{KeyValueType, Method};
+use iceformer_attention::{BudgetSettings, KeyValueType, Method};
 use iceformer_kernels::linear::WeightType;
 
 /// Runs pretrained Transformers on long inputs on ordinary CPUs.
@@ -63,6 +63,8 @@ pub struct RunArguments {
     #[command(flatten)]
     pub sampling: SamplingArguments,
     #[command(flatten)]
+    pub method: MethodArguments,
+    #[command(flatten)]
     pub machine: MachineArguments,
     /// Writes one JSON object with the text and all figures to standard output when done, and no text before.
     #[arg(long)]
@@ -108,6 +110,29 @@ pub struct SamplingArguments {
     /// Seed of the sampler: the same seed gives the same text.
     #[arg(long, default_value = "0")]
     pub seed: u64,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct MethodArguments {
+    /// How attention chooses keys.
+    #[arg(long, default_value = "exact", value_name = "METHOD", value_parser = method)]
+    method: Method,
+    /// Share of the softmax mass that a query may miss [default: 0.05].
+    #[arg(long, value_name = "SHARE", value_parser = budget, allow_negative_numbers = true)]
+    budget: Option<f32>,
+}
+
+impl MethodArguments {
+    /// The method with its settings.
+    pub fn method(&self) -> Result<Method, anyhow::Error> {
+        match (self.method, self.budget) {
+            (Method::Budgeted(_), Some(budget)) => Ok(Method::Budgeted(BudgetSettings { budget })),
+            (method, None) => Ok(method),
+            (method, Some(_)) => {
+                anyhow::bail!("--budget is for --method budgeted; --method {} has no budget", method.name())
+            }
+        }
+    }
 }
 
 #[derive(Clone, Debug, Args)]
@@ -196,9 +221,8 @@ pub struct LinearArguments {
 
 #[derive(Debug, Args)]
 pub struct AttentionArguments {
-    /// How keys are chosen.
-    #[arg(long, default_value = "exact", value_parser = method)]
-    pub method: Method,
+    #[command(flatten)]
+    pub method: MethodArguments,
     /// Keys in the cache.
     #[arg(long, default_value = "8192", value_parser = size)]
     pub tokens: usize,
@@ -254,6 +278,8 @@ pub struct PromptArguments {
     /// Element type of the key/value cache.
     #[arg(long, default_value = "int8", value_name = "TYPE", value_parser = kv_type)]
     pub kv_type: KeyValueType,
+    #[command(flatten)]
+    pub method: MethodArguments,
     /// Tokens that go through the layers together.
     #[arg(long, default_value = "512", value_name = "TOKENS", value_parser = size)]
     pub chunk: usize,
@@ -292,6 +318,11 @@ fn weight_type(text: &str) -> Result<WeightType, String> {
 
 fn method(text: &str) -> Result<Method, String> {
     choice(text, &Method::ALL, Method::name)
+}
+
+fn budget(text: &str) -> Result<f32, String> {
+    let budget = text.parse().map_err(|_| "expected a share such as 0.05".to_owned())?;
+    BudgetSettings { budget }.validate().map(|()| budget).map_err(|error| error.to_string())
 }
 
 fn choice<T: Copy>(text: &str, all: &[T], name: impl Fn(T) -> &'static str) -> Result<T, String> {

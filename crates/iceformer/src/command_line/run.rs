@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use iceformer_attention::ThreadTeam;
+use iceformer_attention::{Method, ThreadTeam};
 use iceformer_engine::{
     ChatTemplate, Finish, Generation, GenerationSettings, Message, Model, ModelFiles, Sampler, SamplerSettings,
     Session, SessionError, SessionSettings, Tokenizer, generate,
@@ -65,7 +65,7 @@ impl Plan {
                 chat: false,
                 ignore_end: arguments.ignore_end,
             },
-            session: session_settings(&arguments.machine),
+            session: session_settings(&arguments.machine, arguments.method.method()?),
             threads: arguments.machine.threads.unwrap_or_else(ThreadTeam::available),
             json: arguments.json,
             quiet: arguments.quiet,
@@ -105,8 +105,8 @@ fn sampler_settings(arguments: &SamplingArguments) -> SamplerSettings {
     }
 }
 
-fn session_settings(arguments: &MachineArguments) -> SessionSettings {
-    SessionSettings { context: arguments.context, chunk: arguments.chunk, key_value_type: arguments.kv_type }
+fn session_settings(arguments: &MachineArguments, method: Method) -> SessionSettings {
+    SessionSettings { context: arguments.context, chunk: arguments.chunk, key_value_type: arguments.kv_type, method }
 }
 
 /// Files, prompt or standard input as one text; `None` where a person sits at the terminal.

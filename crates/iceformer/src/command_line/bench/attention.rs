@@ -1,6 +1,8 @@
 //! `bench attention`: one attention call of one layer.
 
-use iceformer_attention::{Attention, AttentionScratch, CacheShape, KeyValueCache, Mask, Queries, Report, ThreadTeam};
+use iceformer_attention::{
+    Attention, AttentionScratch, CacheShape, HeadReport, KeyValueCache, Mask, Queries, ThreadTeam,
+};
 use iceformer_kernels::InstructionSet;
 use serde_json::json;
 
@@ -10,7 +12,8 @@ use crate::command_line::{Outcome, print_json};
 
 /// Runs the measurement.
 pub fn run(arguments: &AttentionArguments) -> anyhow::Result<Outcome> {
-    let AttentionArguments { method, tokens, heads, kv_heads, head_dim, kv_type, queries, ref common } = *arguments;
+    let AttentionArguments { ref method, tokens, heads, kv_heads, head_dim, kv_type, queries, ref common } = *arguments;
+    let method = method.method()?;
     let queries = queries.unwrap_or(tokens);
     anyhow::ensure!(queries <= tokens, "--queries {queries} is above --tokens {tokens}; queries are the last tokens");
     anyhow::ensure!(heads.is_multiple_of(kv_heads), "--heads {heads} is no multiple of --kv-heads {kv_heads}");
@@ -29,10 +32,10 @@ pub fn run(arguments: &AttentionArguments) -> anyhow::Result<Outcome> {
     let mut output = vec![0.0; data.len()];
     let attention = Attention { method, mask: Mask::causal(), scale: 1.0 / (head_dim as f32).sqrt() };
     let mut scratch = AttentionScratch::default();
-    let mut report = Report::default();
+    let mut report = HeadReport::default();
     let (times, ceilings) = measure::beside_ceilings(&team, common.repeat, || {
         let queries = Queries { data: &data, query_heads: heads, first_position: tokens - queries };
-        report = attention.run(queries, &cache, &mut output, None, &team, &mut scratch);
+        report = attention.run(queries, &cache, &mut output, None, &team, &mut scratch).total();
     })?;
 
     let rate = 4.0 * head_dim as f64 * report.allowed_keys as f64 / times.cpu_seconds * 1e-9;

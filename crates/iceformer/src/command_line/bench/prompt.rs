@@ -36,6 +36,7 @@ pub fn run(arguments: &PromptArguments) -> anyhow::Result<Outcome> {
     let &PromptArguments { tokens, generate, kv_type, chunk, .. } = arguments;
     let team = Arc::new(ThreadTeam::new(arguments.threads.unwrap_or_else(ThreadTeam::available)));
     let start = Instant::now();
+    let method = arguments.method.method()?;
     let (name, weight_type, decoder) = match (&arguments.model, arguments.shape) {
         (Some(path), _) => {
             let files = ModelFiles::open(path)?;
@@ -51,7 +52,7 @@ pub fn run(arguments: &PromptArguments) -> anyhow::Result<Outcome> {
     };
     let load_seconds = start.elapsed().as_secs_f64();
     let decoder = Arc::new(decoder);
-    let settings = SessionSettings { context: None, chunk, key_value_type: kv_type };
+    let settings = SessionSettings { context: None, chunk, key_value_type: kv_type, method };
 
     let (mut measured, mut ceilings) = (Vec::new(), Vec::new());
     for _ in 0..arguments.repeat {
