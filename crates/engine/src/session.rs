@@ -204,6 +204,11 @@ impl Session {
         self.cancel.clone()
     }
 
+    /// Lets `cancel` stop this session from here on: one flag for several sessions.
+    pub fn set_cancel(&mut self, cancel: Cancel) {
+        self.cancel = cancel;
+    }
+
     /// Logits after the last token, `[vocabulary]`; empty before the first read and after [`truncate`](Self::truncate).
     pub fn logits(&self) -> &[f32] {
         &self.logits

@@ -260,6 +260,111 @@ fn bench_lines_carry_their_fields() {
     }
 }
 
+fn json_lines(output: &Output) -> Vec<Value> {
+    assert!(output.status.success(), "{}", stderr(output));
+    stdout(output).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn records<'a>(lines: &'a [Value], record: &str) -> Vec<&'a Value> {
+    lines.iter().filter(|line| line["record"] == record).collect()
+}
+
+#[test]
+fn eval_compares_methods_on_generated_lines() {
+    let arguments = ["eval", "longeval", "--lengths", "600", "--cases", "3", "--methods", "exact,budgeted,dci"];
+    let lines = json_lines(&iceformer(&[&arguments[..], &["--json", "-q", "--threads", "1"]].concat()));
+    let cases = records(&lines, "case");
+    assert_eq!(cases.len(), 3 * 5, "exact once, the others in two set-ups");
+    for case in &cases {
+        let tokens = case["tokens"].as_u64().unwrap();
+        assert!((570..=600).contains(&tokens), "{tokens}");
+        let read = ["text", "question"].map(|part| case[part]["tokens"].as_u64().unwrap());
+        assert_eq!(read.iter().sum::<u64>(), tokens);
+        assert!(case["text"]["cpu_seconds"].as_f64().unwrap() > 0.0);
+    }
+    let of = |method: &str, setup: &str| -> Vec<f64> {
+        let own = cases.iter().filter(|case| case["method"] == method && case["setup"] == setup);
+        own.map(|case| case["score"].as_f64().unwrap()).collect()
+    };
+    let exact = of("exact", "everything");
+    assert!(exact.iter().sum::<f64>() >= 2.0, "the reference model finds numbers in short records: {exact:?}");
+    assert_eq!((exact.len(), of("dci", "question-exact").len()), (3, 3));
+    let summaries = records(&lines, "summary");
+    assert_eq!(summaries.len(), 5);
+    assert_eq!(summaries[0]["retention"], 1.0);
+    assert!(summaries[3]["kept_share"].as_f64().unwrap() < 0.5, "{}", summaries[3]);
+
+    let table = iceformer(&[&arguments[..], &["--cases", "1", "-q"]].concat());
+    assert_eq!(table.status.code(), Some(2), "--cases twice");
+    let table = iceformer(&["eval", "longeval", "--lengths", "600", "--cases", "1", "--methods", "exact,dci"]);
+    assert!(table.status.success(), "{}", stderr(&table));
+    assert!(stdout(&table).contains("accuracy") && stdout(&table).contains("text only"), "{}", stdout(&table));
+}
+
+#[test]
+fn eval_reads_published_cases() {
+    let folder = tempfile::tempdir().unwrap();
+    let case = |number: u32| {
+        let prompt = format!(
+            "Now the record start:\n\nline red-fox: REGISTER_CONTENT is <{number}>\nline tall-tree: REGISTER_CONTENT is \
+             <77>\n\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line red-fox? I need the number."
+        );
+        serde_json::json!({"random_idx": ["red-fox", 0], "expected_number": number, "prompt": prompt}).to_string()
+    };
+    let write = |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
+    write("lines_2.jsonl", format!("{}\n{}\n", case(4321), case(987)));
+    let path = folder.path().to_str().unwrap();
+    let eval = ["eval", "longeval", "--methods", "exact", "--json", "-q", "--data", path];
+    let lines = json_lines(&iceformer(&eval));
+    let cases = records(&lines, "case");
+    assert_eq!((cases.len(), cases[0]["group"].as_str()), (2, Some("lines_2")));
+    assert_eq!(cases[1]["expected"], serde_json::json!([["987"]]));
+
+    write("lines_3.jsonl", "{}\n".into());
+    assert_error(&iceformer(&eval), 1, &["lines_3.jsonl: line 1: prompt is missing"]);
+    write("lines_3.jsonl", String::new());
+    assert_error(&iceformer(&eval), 1, &["lines_3.jsonl: no cases"]);
+    let empty = tempfile::tempdir().unwrap();
+    let path = empty.path().to_str().unwrap();
+    assert_error(&iceformer(&["eval", "longeval", "--data", path]), 1, &["no .jsonl files"]);
+}
+
+#[test]
+fn eval_measures_perplexity_and_divergence() {
+    let arguments = ["eval", "perplexity", "--context", "300", "--scored", "64", "--cases", "2", "--methods", "dci"];
+    let lines = json_lines(&iceformer(&[&arguments[..], &["--json", "-q"]].concat()));
+    let summaries = records(&lines, "summary");
+    assert_eq!(summaries.len(), 3, "exact runs though it was not asked for");
+    let number = |index: usize, name: &str| summaries[index][name].as_f64().unwrap();
+    assert_eq!((number(0, "divergence"), number(0, "perplexity_ratio")), (0.0, 1.0));
+    assert!((5.0..500.0).contains(&number(0, "perplexity")), "{}", summaries[0]);
+    // Up to 640 keys dci looks at all of them but keeps 20.
+    assert!(number(1, "divergence") > number(2, "divergence") && number(2, "divergence") > 0.0);
+    assert_eq!(records(&lines, "case").len(), 2 * 3);
+}
+
+#[test]
+fn what_eval_cannot_do_is_told_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let short = folder.path().join("short.txt");
+    std::fs::write(&short, "Only a few words.").unwrap();
+    let short = short.to_str().unwrap();
+    for (arguments, code, parts) in [
+        (&["eval", "longeval", "--methods", "none"][..], 2, &["expected one of exact, budgeted, dci"][..]),
+        (&["eval", "longeval", "--lengths", "x"], 2, &["a whole number of tokens, or one such as 16k"]),
+        (&["eval", "longeval", "--budget", "0.1", "--methods", "exact"], 1, &["--budget is for method budgeted"]),
+        (&["eval", "longeval", "--lengths", "64k", "--cases", "1"], 1, &["65536", "context of 65536"]),
+        (&["eval", "longeval", "--lengths", "50"], 1, &["a length of 50 tokens has no room"]),
+        (&["eval", "longeval", "--text", short], 1, &["short: 1 different words"]),
+        (&["eval", "longeval", "--data", "nowhere.jsonl"], 1, &["nowhere.jsonl"]),
+        (&["eval", "perplexity", "--text", short, "--lengths", "2k"], 1, &["short:", "needs more text"]),
+        (&["eval", "perplexity", "--lengths", "1k"], 1, &["a length of 1024 tokens leaves no context"]),
+        (&["eval", "perplexity", "--lengths", "65537"], 1, &["the context takes 65536"]),
+    ] {
+        assert_error(&iceformer(&[arguments, &["-q"]].concat()), code, parts);
+    }
+}
+
 #[test]
 fn a_closed_reader_is_no_error() {
     let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("iceformer"))

@@ -6,6 +6,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use iceformer_attention::{BudgetSettings, KeyValueType, Method};
 use iceformer_kernels::linear::WeightType;
 
+use super::eval::arguments::EvalArguments;
+
 /// Runs pretrained Transformers on long inputs on ordinary CPUs.
 ///
 /// Without a command it shows itself at work: a small built-in model reads a novel of 16,000 tokens and answers a
@@ -25,6 +27,8 @@ pub enum Command {
     Inspect(InspectArguments),
     /// Measures this machine, kernels, or whole prompts.
     Bench(BenchArguments),
+    /// Compares what attention methods keep of a model's accuracy, and their time.
+    Eval(EvalArguments),
 }
 
 #[derive(Debug, Args)]
@@ -294,21 +298,21 @@ pub struct PromptArguments {
     pub json: bool,
 }
 
-fn threads(text: &str) -> Result<usize, String> {
+pub fn threads(text: &str) -> Result<usize, String> {
     number(text, 1, 1024)
 }
 
 /// Sizes of measurements: bounded so that products of them do not overflow.
-fn size(text: &str) -> Result<usize, String> {
+pub fn size(text: &str) -> Result<usize, String> {
     number(text, 1, 1 << 20)
 }
 
-fn number(text: &str, least: usize, most: usize) -> Result<usize, String> {
+pub fn number(text: &str, least: usize, most: usize) -> Result<usize, String> {
     let number = text.parse().ok().filter(|number| (least..=most).contains(number));
     number.ok_or_else(|| format!("expected a whole number from {least} to {most}"))
 }
 
-fn kv_type(text: &str) -> Result<KeyValueType, String> {
+pub fn kv_type(text: &str) -> Result<KeyValueType, String> {
     choice(text, &KeyValueType::ALL, KeyValueType::name)
 }
 
@@ -316,11 +320,11 @@ fn weight_type(text: &str) -> Result<WeightType, String> {
     choice(text, &WeightType::ALL, WeightType::name)
 }
 
-fn method(text: &str) -> Result<Method, String> {
+pub fn method(text: &str) -> Result<Method, String> {
     choice(text, &Method::ALL, Method::name)
 }
 
-fn budget(text: &str) -> Result<f32, String> {
+pub fn budget(text: &str) -> Result<f32, String> {
     let budget = text.parse().map_err(|_| "expected a share such as 0.05".to_owned())?;
     BudgetSettings { budget }.validate().map(|()| budget).map_err(|error| error.to_string())
 }

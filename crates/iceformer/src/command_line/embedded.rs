@@ -12,7 +12,10 @@ pub const PLANTED: &str = "9312021";
 /// The answer ends here.
 pub const STOP: &str = ".";
 
-const NOVEL: &str = include_str!("../../../../examples/texts/milly_and_olly.txt");
+/// How reports call the built-in novel.
+pub const NOVEL_NAME: &str = "Milly and Olly";
+/// The built-in novel.
+pub const NOVEL: &str = include_str!("../../../../examples/texts/milly_and_olly.txt");
 /// Characters of the novel that are read: a little over 16,000 tokens.
 const LENGTH: usize = 50_500;
 /// Where the sentence is planted, as a share of the text.

@@ -4,6 +4,7 @@ mod arguments;
 mod bench;
 mod chat;
 mod embedded;
+mod eval;
 mod inspect;
 mod interrupt;
 mod memory;
@@ -56,6 +57,7 @@ fn execute(arguments: Arguments) -> anyhow::Result<Outcome> {
         Some(Command::Run(run)) => run::run(*run),
         Some(Command::Inspect(inspect)) => inspect::run(&inspect),
         Some(Command::Bench(bench)) => bench::run(bench.what),
+        Some(Command::Eval(eval)) => eval::run(&eval.what),
     }
 }
 

@@ -67,12 +67,31 @@ impl Progress {
         if done > 0 && done < total {
             told += &format!(", {} left", seconds((self.time_at(total as f64) - elapsed).max(0.0)));
         }
+        self.show(done as u64, total as u64, told);
+    }
+
+    /// Shows that a share of the work is done, of work whose parts have nothing in common to count.
+    pub fn update_share(&mut self, share: f64) {
+        let elapsed = self.start.elapsed().as_secs_f64();
+        if matches!(self.display, Display::Bar(_)) && elapsed < BAR_AFTER {
+            return;
+        }
+        let left = |told: String| format!("{told}{} left", seconds(elapsed * (1.0 - share) / share));
+        let told = match &self.display {
+            Display::Bar(_) if share > 0.0 => left(String::new()),
+            Display::Lines(_) if share > 0.0 => left(format!("{:.0} %, ", 100.0 * share)),
+            _ => String::new(),
+        };
+        self.show((share * 1000.0) as u64, 1000, told);
+    }
+
+    fn show(&mut self, done: u64, total: u64, told: String) {
         match &mut self.display {
             Display::Quiet => {}
             Display::Bar(bar) => {
-                bar.set_length(total as u64);
+                bar.set_length(total);
                 bar.set_message(told);
-                bar.set_position(done as u64);
+                bar.set_position(done);
             }
             Display::Lines(last) if last.elapsed() >= LINE_EVERY => {
                 *last = Instant::now();

@@ -1,0 +1,224 @@
+//! How likely a text is under each method, and how far its distributions are from those of exact attention.
+//!
+//! A window of the text is read up to its last tokens, which are scored: the text before them is the long context. The
+//! mean over a window hides what a sparse method does far from the start, so the first tokens are not scored.
+
+use iceformer_attention::Method;
+use iceformer_engine::Session;
+
+use crate::EvaluationError;
+use crate::driver::{Driver, Observer, Work, weight};
+use crate::measurement::{Cost, Finding, Measurement, Setup, budget};
+
+/// Windows of a text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PerplexitySettings {
+    /// Tokens of a window, one or more lengths.
+    pub lengths: Vec<usize>,
+    /// Tokens from the start of a window to that of the next; `None`: a window's length.
+    pub stride: Option<usize>,
+    /// Tokens at the end of each window that are scored.
+    pub scored: usize,
+    /// Most windows of each length.
+    pub windows: usize,
+}
+
+/// Default of [`PerplexitySettings::scored`].
+pub const SCORED: usize = 1024;
+
+/// Tokens that the model wants in front of a text.
+pub(crate) fn start_tokens(driver: &Driver<'_>) -> Result<Vec<u32>, EvaluationError> {
+    let tokenizer = driver.model.tokenizer();
+    let (with, without) = (tokenizer.encode("a", true)?, tokenizer.encode("a", false)?);
+    let start = with.windows(without.len()).position(|window| window == without).unwrap_or(0);
+    Ok(with[..start].to_vec())
+}
+
+/// Runs every method on windows of `text`, exact attention first, which must be the first of the driver's methods.
+///
+/// # Errors
+/// When a window does not fit the context or the text, the tokenizer fails on it, or the work is cancelled.
+///
+/// # Panics
+/// When the first method is not exact.
+pub fn run_perplexity(
+    driver: &Driver<'_>,
+    name: &str,
+    text: &str,
+    settings: &PerplexitySettings,
+    observer: &mut dyn Observer,
+) -> Result<(), EvaluationError> {
+    assert_eq!(driver.methods.first(), Some(&Method::Exact), "other methods are compared with exact attention");
+    let context = driver.settings.check(driver.model.decoder().config())?;
+    let start = start_tokens(driver)?;
+    let tokens = driver.model.tokenizer().encode(text, false)?;
+    let mut windows = Vec::new();
+    for &length in &settings.lengths {
+        let error = |problem: String| EvaluationError::Length { length, problem };
+        if length > context {
+            return Err(error(format!("was asked for; the context takes {context}")));
+        }
+        // The prediction of the first scored token comes from the token before it, which is read with those scored.
+        if length < settings.scored + start.len() + 2 {
+            return Err(error(format!("leaves no context in front of {} scored tokens: score fewer", settings.scored)));
+        }
+        let own = length - start.len();
+        if tokens.len() < own {
+            let problem = format!("{} tokens; a length of {length} needs more text", tokens.len());
+            return Err(EvaluationError::Text { name: name.into(), problem });
+        }
+        let places = (0..=tokens.len() - own).step_by(settings.stride.unwrap_or(length)).take(settings.windows);
+        windows.extend(places.enumerate().map(|(number, place)| (length, number, place..place + own)));
+    }
+    let total = driver.methods.len() as f64 * windows.iter().map(|window| weight(window.0)).sum::<f64>();
+    let mut work = Work { observer, done: 0.0, total };
+    for (length, number, range) in windows {
+        let window: Vec<u32> = start.iter().chain(&tokens[range]).copied().collect();
+        let mut exact = Vec::new();
+        for &method in driver.methods {
+            let window = Window { task: name, number, tokens: &window, scored: settings.scored };
+            run_window(driver, &window, method, &mut exact, &mut work)?;
+            work.finish(length);
+        }
+    }
+    Ok(())
+}
+
+struct Window<'a> {
+    task: &'a str,
+    number: usize,
+    tokens: &'a [u32],
+    scored: usize,
+}
+
+/// `exact` holds the log-probabilities of exact attention, `[scored, vocabulary]`; the exact method writes them.
+fn run_window(
+    driver: &Driver<'_>,
+    window: &Window<'_>,
+    method: Method,
+    exact: &mut Vec<f32>,
+    work: &mut Work<'_>,
+) -> Result<(), EvaluationError> {
+    let mut session = driver.session(method)?;
+    let (text, scored) = window.tokens.split_at(window.tokens.len() - window.scored - 1);
+    let ((), text_cost) = Cost::of(|| {
+        session.read(text, |done, _| work.reading(0, done))?;
+        Ok::<_, EvaluationError>(((), text.len()))
+    })?;
+    let after_text = session.reports().to_vec();
+    for &setup in Driver::setups(method) {
+        session.set_method(match setup {
+            Setup::Everything => method,
+            Setup::QuestionExact => Method::Exact,
+        })?;
+        session.truncate(text.len());
+        let (finding, question) = score(&mut session, scored, method == Method::Exact, exact)?;
+        let mut measurement = Measurement {
+            evaluation: "perplexity",
+            task: window.task.into(),
+            group: window.tokens.len().to_string(),
+            case: window.number,
+            tokens: window.tokens.len(),
+            depth: None,
+            method: method.name().into(),
+            budget: budget(method),
+            setup,
+            finding,
+            text: text_cost,
+            question,
+            answer: Cost::default(),
+            kept_share: 1.0,
+            fallback_share: 0.0,
+            estimated_missed_mass_p99: None,
+            audited_missed_mass_p99: None,
+        };
+        let reports = if setup == Setup::Everything { session.reports() } else { &after_text };
+        measurement.observe(reports);
+        work.observer.measured(measurement, reports);
+    }
+    Ok(())
+}
+
+/// Reads all but the last of `tokens` and scores the prediction of each one's successor.
+fn score(
+    session: &mut Session,
+    tokens: &[u32],
+    is_exact: bool,
+    exact: &mut Vec<f32>,
+) -> Result<(Finding, Cost), EvaluationError> {
+    let vocabulary = session.decoder().config().vocabulary;
+    let read = &tokens[..tokens.len() - 1];
+    let (mut nats, mut divergences, mut same) = (0.0, Vec::with_capacity(read.len()), 0usize);
+    let mut next = 0;
+    let mut row_log = vec![0.0f32; vocabulary];
+    let ((), cost) = Cost::of(|| {
+        session.read_with_logits(read, |logits| {
+            for row in logits.chunks_exact(vocabulary) {
+                log_softmax(row, &mut row_log);
+                nats -= f64::from(row_log[tokens[next + 1] as usize]);
+                if is_exact {
+                    exact.extend_from_slice(&row_log);
+                }
+                let reference = &exact[next * vocabulary..][..vocabulary];
+                divergences.push(divergence(reference, &row_log));
+                same += usize::from(likeliest(reference) == likeliest(&row_log));
+                next += 1;
+            }
+        })?;
+        Ok::<_, EvaluationError>(((), read.len()))
+    })?;
+    let count = read.len() as f64;
+    let divergence = divergences.iter().sum::<f64>() / count;
+    divergences.sort_by(f64::total_cmp);
+    let p99 = divergences[(divergences.len() * 99).div_ceil(100).max(1) - 1];
+    let finding = Finding::Likelihood {
+        nats_per_token: nats / count,
+        divergence,
+        divergence_p99: p99,
+        same_likeliest: same as f64 / count,
+    };
+    Ok((finding, cost))
+}
+
+/// Log-probabilities of logits.
+fn log_softmax(logits: &[f32], log_probabilities: &mut [f32]) {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
+    let shift = f64::from(largest) + sum.ln();
+    for (log_probability, &logit) in log_probabilities.iter_mut().zip(logits) {
+        *log_probability = (f64::from(logit) - shift) as f32;
+    }
+}
+
+/// Kullback-Leibler divergence of `other` from `reference`, both log-probabilities, in nats.
+fn divergence(reference: &[f32], other: &[f32]) -> f64 {
+    let terms = reference.iter().zip(other).map(|(&p, &q)| {
+        let p = f64::from(p);
+        if p == f64::NEG_INFINITY { 0.0 } else { p.exp() * (p - f64::from(q)) }
+    });
+    // Rounding of equal distributions may leave a trace below zero.
+    terms.sum::<f64>().max(0.0)
+}
+
+/// The first of the largest.
+fn likeliest(values: &[f32]) -> usize {
+    let best = |best: usize, (index, value): (usize, &f32)| if *value > values[best] { index } else { best };
+    values.iter().enumerate().fold(0, best)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divergences_of_known_distributions() {
+        let log = |p: [f32; 2]| p.map(f32::ln);
+        let known = 0.5 * (0.5f64 / 0.9).ln() + 0.5 * (0.5f64 / 0.1).ln();
+        assert!((divergence(&log([0.5, 0.5]), &log([0.9, 0.1])) - known).abs() < 1e-6);
+        assert_eq!(divergence(&log([0.3, 0.7]), &log([0.3, 0.7])), 0.0);
+        let mut row = [0.0; 3];
+        log_softmax(&[1000.0, 1000.0, -1e30], &mut row);
+        assert!((row[0] - 0.5f32.ln()).abs() < 1e-6 && row[2] < -1e29);
+        assert_eq!(likeliest(&[1.0, 3.0, 3.0]), 1);
+    }
+}

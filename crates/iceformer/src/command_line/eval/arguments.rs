@@ -1,0 +1,149 @@
+//! The arguments of `iceformer eval`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use iceformer_attention::{BudgetSettings, KeyValueType, Method};
+
+use crate::command_line::arguments::{budget, kv_type, method, number, size, threads};
+
+#[derive(Debug, Args)]
+pub struct EvalArguments {
+    #[command(subcommand)]
+    pub what: Eval,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Eval {
+    /// Finds the number of one line in a long record of lines (LongEval).
+    Longeval(LongevalArguments),
+    /// How likely a text is, and how far each method's distributions are from those of exact attention.
+    Perplexity(PerplexityArguments),
+}
+
+impl Eval {
+    /// Name as reports show it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Longeval(_) => "longeval",
+            Self::Perplexity(_) => "perplexity",
+        }
+    }
+
+    /// What all have.
+    pub fn common(&self) -> &EvalCommon {
+        match self {
+            Self::Longeval(arguments) => &arguments.common,
+            Self::Perplexity(arguments) => &arguments.common,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct EvalCommon {
+    /// Hugging Face folder or GGUF file [default: the built-in reference model].
+    #[arg(long, short)]
+    pub model: Option<PathBuf>,
+    /// Text that prompts are made from; may be given several times [default: the built-in novel].
+    #[arg(long, value_name = "FILE")]
+    pub text: Vec<PathBuf>,
+    /// Methods to compare. `perplexity` and `agreement` always run `exact`, which the others are compared with.
+    #[arg(long, value_delimiter = ',', default_value = "exact,budgeted,dci", value_name = "METHODS", value_parser = method)]
+    pub methods: Vec<Method>,
+    /// Share of the softmax mass that a query of method `budgeted` may miss; several are compared [default: 0.05].
+    #[arg(long, value_delimiter = ',', value_name = "SHARES", value_parser = budget, allow_negative_numbers = true)]
+    pub budget: Vec<f32>,
+    /// Seed of generated prompts: the same seed gives the same prompts.
+    #[arg(long, default_value = "0")]
+    pub seed: u64,
+    /// Continues the text as it is, though the model has a chat template.
+    #[arg(long)]
+    pub no_chat: bool,
+    /// Threads [default: the cores this process may use].
+    #[arg(long, short, value_name = "N", value_parser = threads, help_heading = "Machine")]
+    pub threads: Option<usize>,
+    /// Element type of the key/value cache.
+    #[arg(long, default_value = "int8", value_name = "TYPE", value_parser = kv_type, help_heading = "Machine")]
+    pub kv_type: KeyValueType,
+    /// Tokens of the prompt that go through the layers together.
+    #[arg(long, default_value = "512", value_name = "TOKENS", value_parser = size, help_heading = "Machine")]
+    pub chunk: usize,
+    /// Writes one line of JSON for each case, then one for each row of the table.
+    #[arg(long)]
+    pub json: bool,
+    /// Writes no progress to standard error.
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+impl EvalCommon {
+    /// The methods with their settings, each once; `exact` first where it is among them or `needs_exact`.
+    pub fn contestants(&self, needs_exact: bool) -> anyhow::Result<Vec<Method>> {
+        let is_budgeted = |method: &Method| matches!(method, Method::Budgeted(_));
+        anyhow::ensure!(
+            self.budget.is_empty() || self.methods.iter().any(is_budgeted),
+            "--budget is for method budgeted, which is not among --methods"
+        );
+        let mut contestants = Vec::new();
+        if needs_exact || self.methods.contains(&Method::Exact) {
+            contestants.push(Method::Exact);
+        }
+        for &method in &self.methods {
+            let budgets = self.budget.iter().map(|&budget| Method::Budgeted(BudgetSettings { budget }));
+            match is_budgeted(&method) && !self.budget.is_empty() {
+                true => contestants.extend(budgets),
+                false => contestants.push(method),
+            }
+        }
+        let mut once: Vec<Method> = Vec::new();
+        contestants.into_iter().for_each(|method| {
+            if !once.contains(&method) {
+                once.push(method);
+            }
+        });
+        Ok(once)
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct LongevalArguments {
+    /// Published cases: a `.jsonl` file, or a folder of them [default: records are generated].
+    #[arg(long, value_name = "PATH")]
+    pub data: Option<PathBuf>,
+    /// Tokens of generated records: whole numbers, or such as 16k.
+    #[arg(long, value_delimiter = ',', default_value = "4k,8k,16k", value_name = "TOKENS", value_parser = length, conflicts_with = "data")]
+    pub lengths: Vec<usize>,
+    /// Cases of each length; of each file at most.
+    #[arg(long, default_value = "25", value_name = "N", value_parser = size)]
+    pub cases: usize,
+    #[command(flatten)]
+    pub common: EvalCommon,
+}
+
+#[derive(Debug, Args)]
+pub struct PerplexityArguments {
+    /// Tokens of a window: whole numbers, or such as 16k.
+    #[arg(long, visible_alias = "context", value_delimiter = ',', default_value = "4k,16k", value_name = "TOKENS", value_parser = length)]
+    pub lengths: Vec<usize>,
+    /// Tokens from the start of one window to that of the next [default: a window's length].
+    #[arg(long, value_name = "TOKENS", value_parser = size)]
+    pub stride: Option<usize>,
+    /// Tokens at the end of each window that are scored.
+    #[arg(long, default_value_t = iceformer_evaluation::SCORED, value_name = "TOKENS", value_parser = size)]
+    pub scored: usize,
+    /// Most windows of each length.
+    #[arg(long, default_value = "4", value_name = "N", value_parser = size)]
+    pub cases: usize,
+    #[command(flatten)]
+    pub common: EvalCommon,
+}
+
+/// A number of tokens: `16384`, or `16k` for 16 · 1024.
+fn length(text: &str) -> Result<usize, String> {
+    let text = text.trim();
+    match text.strip_suffix(['k', 'K']) {
+        Some(thousands) => number(thousands, 1, 16_384).map(|thousands| thousands * 1024),
+        None => number(text, 1, 1 << 24),
+    }
+    .map_err(|_| "expected a whole number of tokens, or one such as 16k".to_owned())
+}
