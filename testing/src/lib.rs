@@ -5,6 +5,7 @@
 pub mod attention;
 pub mod compare;
 pub mod elementwise;
-pub mod random;
 pub mod recall;
-pub mod synthetic;
+
+// What tests and measurements share.
+pub use iceformer_study::{random, synthetic};

@@ -15,6 +15,7 @@ use iceformer_kernels::rope::{self, RopeTable, Rotations};
 
 use crate::config::{ModelConfig, RopeConfig, RopeScaling};
 use crate::joined_linear::{DecoderError, JoinedLinear, Linear};
+use crate::observer::{AttentionInputs, AttentionObserver};
 use crate::weight_source::WeightSource;
 use crate::weights::{LayerTensor, TensorName};
 
@@ -80,6 +81,7 @@ pub struct DecoderState {
     times: PartTimes,
     /// One for each layer.
     reports: Vec<Report>,
+    observer: Option<Box<dyn AttentionObserver>>,
 }
 
 /// The tokens of a pass whose logits are wanted.
@@ -233,6 +235,7 @@ impl Decoder {
             method: Method::default(),
             times: PartTimes::default(),
             reports: vec![Report::default(); self.layers.len()],
+            observer: None,
         }
     }
 
@@ -240,8 +243,8 @@ impl Decoder {
     /// `[wanted, vocabulary]`.
     ///
     /// # Errors
-    /// [`Cancelled`] when `watch`, which is told before each layer how many are done, breaks; the caches of the first
-    /// layers are then longer than the others, to be truncated by the caller.
+    /// [`Cancelled`] when `watch`, which is told before each layer how many are done, or the state's observer breaks;
+    /// the caches of the first layers are then longer than the others, to be truncated by the caller.
     ///
     /// # Panics
     /// When there are no tokens or more than the state's chunk, or a token is not below the vocabulary.
@@ -276,6 +279,9 @@ impl Decoder {
                 LogitsFor::None => 0,
             };
             layer.append_keys_and_values(&self.config, rows, cache, state, team, &mut clock);
+            if state.show_observer(&self.config, index, cache.len() - rows, rows).is_break() {
+                return Err(Cancelled);
+            }
             if keep < rows {
                 let first = (rows - keep) * hidden_size;
                 state.hidden.copy_within(first..rows * hidden_size, 0);
@@ -453,6 +459,30 @@ impl DecoderState {
     /// How attention chooses keys from the next pass on.
     pub fn set_method(&mut self, method: Method) {
         self.method = method;
+    }
+
+    /// Shows `observer` what attention is given from the next pass on; `None`: nobody looks.
+    pub fn set_observer(&mut self, observer: Option<Box<dyn AttentionObserver>>) {
+        self.observer = observer;
+    }
+
+    /// Shows the observer, where there is one, the queries, keys and values of `rows` tokens.
+    fn show_observer(
+        &mut self,
+        config: &ModelConfig,
+        layer: usize,
+        first_position: usize,
+        rows: usize,
+    ) -> ControlFlow<()> {
+        let Some(observer) = &mut self.observer else { return ControlFlow::Continue(()) };
+        let kv_width = config.kv_heads * config.head_dim;
+        observer.observe(AttentionInputs {
+            layer,
+            first_position,
+            queries: &self.queries[..rows * config.query_heads * config.head_dim],
+            keys: &self.keys[..rows * kv_width],
+            values: &self.values[..rows * kv_width],
+        })
     }
 
     /// What attention did so far, layer by layer, summed over passes.

@@ -9,6 +9,7 @@ use iceformer_kernels::ThreadTeam;
 
 use crate::config::ModelConfig;
 use crate::decoder::{Cancelled, Decoder, DecoderState, LogitsFor, PartTimes};
+use crate::observer::AttentionObserver;
 
 /// How a session reads and keeps tokens.
 #[derive(Clone, Debug, PartialEq)]
@@ -197,6 +198,12 @@ impl Session {
         method.validate()?;
         self.state.set_method(method);
         Ok(())
+    }
+
+    /// Shows `observer` what attention is given for tokens read or generated from here on, until it is replaced; `None`:
+    /// nobody looks. When it breaks, the read ends as cancelled.
+    pub fn set_observer(&mut self, observer: Option<Box<dyn AttentionObserver>>) {
+        self.state.set_observer(observer);
     }
 
     /// The flag that stops this session.

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use iceformer_attention::{BudgetSettings, KeyValueType, Method};
 use iceformer_kernels::linear::WeightType;
+use iceformer_study::synthetic::Kind;
 
 use super::eval::arguments::EvalArguments;
+use super::study::StudyArguments;
 
 /// Runs pretrained Transformers on long inputs on ordinary CPUs.
 ///
@@ -29,6 +31,8 @@ pub enum Command {
     Bench(BenchArguments),
     /// Compares what attention methods keep of a model's accuracy, and their time.
     Eval(EvalArguments),
+    /// Looks at the attention of a model: dumps of its inputs, and what choices of keys would cost.
+    Study(StudyArguments),
 }
 
 #[derive(Debug, Args)]
@@ -227,9 +231,21 @@ pub struct LinearArguments {
 pub struct AttentionArguments {
     #[command(flatten)]
     pub method: MethodArguments,
-    /// Keys in the cache.
-    #[arg(long, default_value = "8192", value_parser = size)]
-    pub tokens: usize,
+    /// Synthetic queries, keys and values.
+    #[arg(long, default_value = "gauss", value_name = "KIND", value_parser = generator)]
+    pub generator: Kind,
+    /// Queries, keys and values of a dump that `iceformer study dump` wrote, repeated to --tokens.
+    #[arg(long, value_name = "DUMP", conflicts_with_all = ["generator", "heads", "kv_heads", "head_dim"])]
+    pub from: Option<PathBuf>,
+    /// Layer of the dump, counted from 0 [default: each in turn, then all together].
+    #[arg(long, requires = "from", value_name = "L")]
+    pub layer: Option<usize>,
+    /// Noise on the repeated keys and values of a dump, in standard deviations of each channel.
+    #[arg(long, requires = "from", default_value = "0", value_name = "SHARE", value_parser = noise, allow_negative_numbers = true)]
+    pub tile_noise: f32,
+    /// Keys in the cache [default: 8192, or as many as the dump has].
+    #[arg(long, value_parser = size)]
+    pub tokens: Option<usize>,
     /// Query heads.
     #[arg(long, default_value = "32", value_parser = size)]
     pub heads: usize,
@@ -245,8 +261,31 @@ pub struct AttentionArguments {
     /// Queries, at the last positions [default: as many as tokens].
     #[arg(long, value_parser = size)]
     pub queries: Option<usize>,
+    /// Which keys a query sees [default: causal, or as the dump says].
+    #[arg(long)]
+    pub mask: Option<MaskKind>,
+    /// Appends and attends to so many tokens at a time, as the engine does [default: all queries in one call].
+    #[arg(long, value_name = "TOKENS", value_parser = size)]
+    pub chunk: Option<usize>,
+    /// Measures this method too, in turn with the other, and tells how much faster the other is.
+    #[arg(long, value_name = "METHOD", value_parser = method)]
+    pub against: Option<Method>,
+    /// (query, head) rows whose true error is taken, against attention in f64; 0: none.
+    #[arg(long, default_value = "256", value_name = "ROWS")]
+    pub samples: usize,
+    /// Seed of inputs, noise and samples.
+    #[arg(long, default_value = "0")]
+    pub seed: u64,
     #[command(flatten)]
     pub common: BenchCommon,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MaskKind {
+    /// No query sees a key behind its position.
+    Causal,
+    /// Every query sees every key.
+    Full,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -324,12 +363,21 @@ pub fn method(text: &str) -> Result<Method, String> {
     choice(text, &Method::ALL, Method::name)
 }
 
+fn generator(text: &str) -> Result<Kind, String> {
+    choice(text, &Kind::ALL, Kind::name)
+}
+
+fn noise(text: &str) -> Result<f32, String> {
+    let noise = text.parse().ok().filter(|noise| (0.0..=1.0).contains(noise));
+    noise.ok_or_else(|| "expected a share of the deviation from 0 to 1, such as 0.05".to_owned())
+}
+
 pub fn budget(text: &str) -> Result<f32, String> {
     let budget = text.parse().map_err(|_| "expected a share such as 0.05".to_owned())?;
     BudgetSettings { budget }.validate().map(|()| budget).map_err(|error| error.to_string())
 }
 
-fn choice<T: Copy>(text: &str, all: &[T], name: impl Fn(T) -> &'static str) -> Result<T, String> {
+pub fn choice<T: Copy>(text: &str, all: &[T], name: impl Fn(T) -> &'static str) -> Result<T, String> {
     all.iter().copied().find(|&value| name(value) == text).ok_or_else(|| {
         let names: Vec<_> = all.iter().map(|&value| name(value)).collect();
         format!("expected one of {}", names.join(", "))

@@ -11,6 +11,7 @@ mod memory;
 mod progress;
 mod report;
 mod run;
+mod study;
 mod text;
 
 use std::io::Write;
@@ -58,6 +59,7 @@ fn execute(arguments: Arguments) -> anyhow::Result<Outcome> {
         Some(Command::Inspect(inspect)) => inspect::run(&inspect),
         Some(Command::Bench(bench)) => bench::run(bench.what),
         Some(Command::Eval(eval)) => eval::run(&eval.what),
+        Some(Command::Study(study)) => study::run(study),
     }
 }
 

@@ -9,10 +9,10 @@ use iceformer_kernels::ceilings::{Ceilings, process_cpu_seconds};
 use iceformer_kernels::linear::WeightType;
 
 /// CPU time one measurement takes at least, so that the clock's grain does not matter.
-const LEAST_SECONDS: f64 = 0.2;
+pub const LEAST_SECONDS: f64 = 0.2;
 
 /// Times of one call.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Times {
     /// CPU time of the process, all threads together.
     pub cpu_seconds: f64,

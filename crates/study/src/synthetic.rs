@@ -3,6 +3,7 @@
 //! All are meant for the usual scale `1/√key_dim`, and values are independent normal numbers.
 
 use crate::random::Random;
+pub use crate::{Inputs, Shape};
 
 /// Deviations of the keys of [`Kind::Peaky`] in the directions that their logits vary in.
 const PEAKY_SPREAD: [f64; 7] = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.7];
@@ -41,34 +42,6 @@ impl Kind {
             Self::Peaky => "peaky",
         }
     }
-}
-
-/// Shape of an input.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    /// Queries.
-    pub query_tokens: usize,
-    /// Keys and values.
-    pub key_tokens: usize,
-    /// Query heads, a multiple of `kv_heads`.
-    pub query_heads: usize,
-    /// Key/value heads.
-    pub kv_heads: usize,
-    /// Width of queries and keys.
-    pub key_dim: usize,
-    /// Width of values.
-    pub value_dim: usize,
-}
-
-/// Queries, keys and values.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Inputs {
-    /// `[query_tokens, query_heads, key_dim]`
-    pub queries: Vec<f32>,
-    /// `[key_tokens, kv_heads, key_dim]`
-    pub keys: Vec<f32>,
-    /// `[key_tokens, kv_heads, value_dim]`
-    pub values: Vec<f32>,
 }
 
 impl Inputs {
@@ -190,7 +163,12 @@ fn orthonormal(count: usize, width: usize, random: &mut Random) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::elementwise::softmax;
+
+    fn softmax(logits: &[f64]) -> Vec<f64> {
+        let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = logits.iter().map(|logit| (logit - largest).exp()).sum();
+        logits.iter().map(|logit| (logit - largest).exp() / sum).collect()
+    }
 
     /// Smallest number of keys that carry `share` of the softmax, averaged over the queries of one head.
     fn keys_that_carry(kind: Kind, share: f64) -> f64 {
