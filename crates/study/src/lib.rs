@@ -1,5 +1,5 @@
 //! What measurements and studies of attention need and the product does not: inputs ([`synthetic`], or a [`Dump`] of a
-//! model, [tiled](tile) to any length), the [true error](error) of sampled rows, and [`replay`]s of choices of keys.
+//! model, [tiled](tile) to any length) and the [true error](error) of sampled rows.
 //!
 //! Everything here is plain loops over slices, and nothing depends on the kernels that it judges.
 

@@ -256,7 +256,8 @@ fn windows(text: &str, layers: usize) -> Result<Vec<Option<usize>>, String> {
 /// Text from a file in quotes, with what cannot be shown escaped, shortened to about 80 characters.
 fn shown(text: &str) -> String {
     const SHOWN: usize = 80;
-    let end = if text.chars().nth(SHOWN).is_some() { "…" } else { "" };
-    let text: String = text.chars().take(SHOWN).flat_map(char::escape_debug).collect();
-    format!("\"{text}{end}\"")
+    let mut escaped = text.chars().flat_map(char::escape_debug);
+    let start: String = escaped.by_ref().take(SHOWN).collect();
+    let end = if escaped.next().is_some() { "…" } else { "" };
+    format!("\"{start}{end}\"")
 }

@@ -170,3 +170,32 @@ fn numbers_that_are_not_finite_are_refused() {
     let error = dump.read(1).unwrap_err().to_string();
     assert!(error.ends_with("layer.1.values holds inf at place 19; expected finite numbers"), "{error}");
 }
+
+#[test]
+fn damaged_files_never_panic() {
+    let (_folder, path) = written(NumberType::F16);
+    let whole = std::fs::read(&path).unwrap();
+    let mut random = crate::random::Random::new(1);
+    let (mut refused, mut read) = (0, 0);
+    for _ in 0..3_000 {
+        let mut bytes = whole.clone();
+        for _ in 0..1 + random.below(3) {
+            // Most of the damage to the header, where what it says is believed.
+            let place = if random.below(8) == 0 { random.below(bytes.len()) } else { random.below(900) };
+            bytes[place] = match random.below(3) {
+                0 => random.bits() as u8,
+                1 => bytes[random.below(900)],
+                _ => b"0123456789[]{}\",:"[random.below(17)],
+            };
+        }
+        std::fs::write(&path, bytes).unwrap();
+        match Dump::open(&path) {
+            Err(error) => {
+                refused += 1;
+                assert_eq!(error.to_string().lines().count(), 1, "{error}");
+            }
+            Ok(dump) => read += (0..dump.layers()).filter(|&layer| dump.read(layer).is_ok()).count(),
+        }
+    }
+    assert!(refused > 1_000 && read > 0, "{refused} refused, {read} layers read");
+}

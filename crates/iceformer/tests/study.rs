@@ -1,0 +1,156 @@
+//! `iceformer study` and `iceformer bench attention` from outside.
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use iceformer_study::Dump;
+use serde_json::Value;
+
+fn iceformer(arguments: &[&str]) -> Output {
+    assert_cmd::Command::cargo_bin("iceformer").unwrap().args(arguments).output().unwrap()
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
+}
+
+/// The JSON lines of an output.
+fn lines(arguments: &[&str]) -> Vec<Value> {
+    let output = iceformer(&[arguments, &["--json"]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = std::str::from_utf8(&output.stdout).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[track_caller]
+fn assert_error(arguments: &[&str], parts: &[&str]) {
+    let output = iceformer(arguments);
+    let told = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.starts_with("error: ") && told.lines().count() == 1, "{told}");
+    for part in parts {
+        assert!(told.contains(part), "{part:?} is not in {told}");
+    }
+}
+
+/// A dump of the reference model on the first tokens of the built-in novel.
+fn dump(folder: &Path, tokens: usize) -> PathBuf {
+    let path = folder.join("dump.safetensors");
+    let (output, count) = (path.to_str().unwrap(), tokens.to_string());
+    let line = &lines(&["study", "dump", "--output", output, "--tokens", &count, "--chunk", "64", "-q"])[0];
+    assert_eq!((line["tokens"].as_u64(), line["layers"].as_u64()), (Some(tokens as u64), Some(4)));
+    assert_eq!(line["bytes"].as_u64().unwrap(), std::fs::metadata(&path).unwrap().len());
+    path
+}
+
+#[test]
+fn a_dump_holds_every_layer() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = dump(folder.path(), 150);
+    let dump = Dump::open(&path).unwrap();
+    let description = dump.description();
+    assert_eq!((dump.layers(), description.scale, description.causal), (4, 0.125, true));
+    assert_eq!(description.model, "models/reference");
+    for layer in 0..4 {
+        let layer = dump.read(layer).unwrap();
+        let shape = layer.shape;
+        assert_eq!((shape.key_tokens, shape.query_heads, shape.kv_heads, shape.key_dim), (150, 4, 2, 64));
+        for part in [&layer.inputs.queries, &layer.inputs.keys, &layer.inputs.values] {
+            assert!(part.chunks(64).all(|head| head.iter().any(|&value| value != 0.0)), "every row was written");
+        }
+    }
+
+    let prompt = folder.path().join("prompt.safetensors");
+    let output = prompt.to_str().unwrap();
+    lines(&["study", "dump", "-o", output, "--prompt", "Milly and Olly", "--type", "f32", "-q"]);
+    assert_eq!(Dump::open(&prompt).unwrap().description().source, "a prompt");
+}
+
+#[test]
+fn dumps_that_cannot_be_made_leave_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("dump.safetensors");
+    let output = path.to_str().unwrap();
+    let nowhere = folder.path().join("no/dump.safetensors");
+    assert_error(&["study", "dump", "-q", "-o", nowhere.to_str().unwrap()], &["no/dump.safetensors"]);
+    assert_error(&["study", "dump", "-q", "-o", output, "--model", "no/model"], &["no/model"]);
+    assert_error(&["study", "dump", "-q", "-o", output, "--prompt", ""], &["the text is empty"]);
+    let long = folder.path().join("long.txt");
+    std::fs::write(&long, "Milly ".repeat(60_000)).unwrap();
+    assert_error(&["study", "dump", "-q", "-o", output, "--file", long.to_str().unwrap()], &["context"]);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "only the text is there");
+}
+
+const ONCE: [&str; 4] = ["--repeat", "1", "--threads", "2"];
+
+#[test]
+fn attention_on_a_dump_is_measured_layer_by_layer() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = dump(folder.path(), 100);
+    let from = ["bench", "attention", "--from", path.to_str().unwrap()];
+    let more = ["--kv-type", "f32", "--against", "exact", "--tokens", "250", "--chunk", "64", "--samples", "40"];
+    let measured = lines(&[&from[..], &more, &ONCE].concat());
+    assert_eq!(measured.len(), 5, "a line for each layer and one for all");
+    for (index, line) in measured.iter().enumerate() {
+        let (layer, layers) = if index < 4 { (Value::from(index), 1) } else { ("all".into(), 4) };
+        assert_eq!(line["layer"], layer);
+        assert_eq!(line["allowed_keys"], 4 * layers * (1..=250).sum::<u64>());
+        assert_eq!(line["samples"].as_u64(), Some(40 * layers));
+        // Exact attention misses nothing.
+        for field in ["missed_mass_p50", "missed_mass_p95", "missed_mass_p99", "relative_error"] {
+            assert!(line[field].as_f64().unwrap() < 1e-5, "{field} of {line}");
+        }
+        assert_eq!((line["kept_share"].as_f64(), line["fallback_share"].as_f64()), (Some(1.0), Some(0.0)));
+        assert_eq!((line["mask"].as_str(), line["heads"].as_u64()), (Some("causal"), Some(4)));
+        assert!(line["exact_cpu_seconds"].as_f64().unwrap() > 0.0 && line["speedup"].as_f64().unwrap() > 0.0);
+        for field in ["estimated_missed_mass_p95", "estimated_missed_mass_p99"] {
+            assert!(line.get(field).is_some_and(Value::is_null), "exact estimates nothing");
+        }
+    }
+
+    let one = ["--layer", "2", "--queries", "1", "--mask", "full", "--tile-noise", "0.05"];
+    let measured = lines(&[&from[..], &one, &ONCE].concat());
+    assert_eq!((measured.len(), measured[0]["allowed_keys"].as_u64()), (1, Some(400)));
+    assert_eq!(measured[0]["samples"], 4, "all rows there are");
+}
+
+#[test]
+fn a_method_that_leaves_keys_out_misses_mass() {
+    let shape = ["--tokens", "600", "--heads", "2", "--kv-heads", "1", "--head-dim", "32", "--kv-type", "f32"];
+    let measure = |generator: &str, method: &str, more: &[&str]| {
+        let call = ["bench", "attention", "--generator", generator, "--method", method];
+        lines(&[&call[..], &shape, &ONCE, more].concat()).remove(0)
+    };
+    let number = |line: &Value, field: &str| line[field].as_f64().unwrap_or_else(|| panic!("{field} in {line}"));
+    for generator in ["gauss", "cluster", "peaky"] {
+        let exact = measure(generator, "exact", &[]);
+        assert!(number(&exact, "missed_mass_p99") < 1e-5 && exact["generator"] == generator);
+        let dci = measure(generator, "dci", &["--chunk", "200"]);
+        assert!(number(&dci, "kept_share") < 0.2, "{dci}");
+        assert!(number(&dci, "missed_mass_p99") > 1e-4 && number(&dci, "relative_error") > 0.0, "{dci}");
+        let masses = ["missed_mass_p50", "missed_mass_p95", "missed_mass_p99"].map(|field| number(&dci, field));
+        assert!(masses.is_sorted() && masses[2] <= 1.0, "{dci}");
+    }
+    // In one call and in chunks the same rows see the same keys.
+    let (whole, chunked) = (measure("peaky", "exact", &[]), measure("peaky", "exact", &["--chunk", "128"]));
+    assert_eq!(whole["allowed_keys"], chunked["allowed_keys"]);
+    assert!(measure("gauss", "exact", &["--samples", "0"])["missed_mass_p50"].is_null());
+}
+
+#[test]
+fn bad_dumps_and_settings_are_told_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = dump(folder.path(), 60);
+    let name = path.to_str().unwrap();
+    assert_error(&["bench", "attention", "--from", name, "--layer", "4"], &["--layer 4", "layers 0 to 3"]);
+    assert_error(&["bench", "attention", "--from", name, "--queries", "61"], &["--queries 61"]);
+    assert_error(&["bench", "attention", "--from", "no/dump"], &["no/dump"]);
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes.pop();
+    std::fs::write(&path, &bytes).unwrap();
+    assert_error(&["bench", "attention", "--from", name], &["dump.safetensors", "was cut"]);
+    let usage = iceformer(&["bench", "attention", "--from", name, "--heads", "4"]);
+    assert_eq!(usage.status.code(), Some(2));
+    assert_eq!(iceformer(&["bench", "attention", "--layer", "1"]).status.code(), Some(2));
+    assert_eq!(iceformer(&["bench", "attention", "--from", name, "--tile-noise", "-1"]).status.code(), Some(2));
+}
