@@ -198,6 +198,23 @@ impl KeyValueCache {
         let tokens = keys.len() / (kv_heads * key_dim);
         assert_eq!(keys.len(), tokens * kv_heads * key_dim, "keys are no whole number of tokens");
         assert_eq!(values.len(), tokens * kv_heads * value_dim, "values for another number of tokens than keys");
+        self.append_rows(
+            tokens,
+            |head, token, row| row.copy_from_slice(&keys[(token * kv_heads + head) * key_dim..][..key_dim]),
+            |head, token, row| row.copy_from_slice(&values[(token * kv_heads + head) * value_dim..][..value_dim]),
+            team,
+        );
+    }
+
+    /// Appends `tokens` tokens; `key` and `value` write the row of a head and a token (of those to append).
+    pub(crate) fn append_rows(
+        &mut self,
+        tokens: usize,
+        key: impl Fn(usize, usize, &mut [f32]) + Sync,
+        value: impl Fn(usize, usize, &mut [f32]) + Sync,
+        team: &ThreadTeam,
+    ) {
+        let CacheShape { key_dim, value_dim, .. } = self.shape;
         let (shape, kind, before) = (self.shape, self.kind, self.len);
         let (padded_key_dim, padded_value_dim) = (shape.padded_key_dim(), shape.padded_value_dim());
         let segments = (before + tokens).div_ceil(SEGMENT_KEYS);
@@ -205,19 +222,23 @@ impl KeyValueCache {
             while head.segments.len() < segments {
                 head.segments.push(Segment::new(kind, padded_key_dim, padded_value_dim));
             }
-            let key = |token: usize| &keys[(token * kv_heads + index) * key_dim..][..key_dim];
+            let mut row = vec![0.0; key_dim.max(value_dim)];
             let mut first = 0;
             if kind == KeyValueType::Int8 && before < MEAN_KEYS && tokens > 0 {
                 first = tokens.min(MEAN_KEYS - before);
-                (0..first).for_each(|token| head.first_keys.extend_from_slice(key(token)));
+                for token in 0..first {
+                    key(index, token, &mut row[..key_dim]);
+                    head.first_keys.extend_from_slice(&row[..key_dim]);
+                }
                 head.centre_first_keys(shape);
             }
             for token in 0..tokens {
                 if token >= first {
-                    head.write_key(before + token, key(token), padded_key_dim);
+                    key(index, token, &mut row[..key_dim]);
+                    head.write_key(before + token, &row[..key_dim], padded_key_dim);
                 }
-                let value = &values[(token * kv_heads + index) * value_dim..][..value_dim];
-                head.write_value(before + token, value, padded_value_dim);
+                value(index, token, &mut row[..value_dim]);
+                head.write_value(before + token, &row[..value_dim], padded_value_dim);
             }
         };
         if tokens < 16 {

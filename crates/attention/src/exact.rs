@@ -80,6 +80,23 @@ pub(crate) fn run(
     team: &ThreadTeam,
     scratch: &mut AttentionScratch,
 ) -> Report {
+    run_capped(attention, None, queries, cache, output, log_sum_exp, team, scratch)
+}
+
+/// As [`run`], with logits soft-capped. A cache of int8 has no use for it: its keys are centred, and a capped logit
+/// minds a shift.
+#[expect(clippy::too_many_arguments, reason = "the arguments of `Attention::run`")]
+pub(crate) fn run_capped(
+    attention: &Attention,
+    soft_cap: Option<f32>,
+    queries: Queries<'_>,
+    cache: &KeyValueCache,
+    output: &mut [f32],
+    log_sum_exp: Option<&mut [f32]>,
+    team: &ThreadTeam,
+    scratch: &mut AttentionScratch,
+) -> Report {
+    assert!(soft_cap.is_none() || cache.kind() != crate::KeyValueType::Int8, "soft-capping over a cache of int8");
     let shape = cache.shape();
     let (heads, kv_heads) = (queries.query_heads, shape.kv_heads);
     let tokens = queries.data.len() / (heads * shape.key_dim);
@@ -104,7 +121,7 @@ pub(crate) fn run(
 
         let mut tile = tiles[worker].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let tile_shape = TileShape { rows, key_dim: shape.padded_key_dim(), value_dim: shape.padded_value_dim() };
-        tile.begin(InstructionSet::current(), tile_shape, cache.kind().empty_block());
+        tile.begin_capped(InstructionSet::current(), tile_shape, cache.kind().empty_block(), soft_cap);
         let (mut low, mut high) = (usize::MAX, 0);
         for row in 0..rows {
             let (head, token) = (kv_head * plan.group + row / tile_tokens, first_token + row % tile_tokens);

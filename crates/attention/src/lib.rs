@@ -15,15 +15,19 @@
 //! assert_eq!(output, [2.0, 3.0]); // equal logits: the mean of both values
 //! ```
 
+mod arrays;
 mod budgeted;
 mod cache;
 mod dci;
 mod exact;
+mod few;
 mod mask;
 mod method;
 mod page;
 mod report;
+mod strided;
 
+pub use arrays::{ArrayScratch, Arrays, ArraysError};
 pub use budgeted::{BudgetError, BudgetSettings};
 pub use cache::{CacheShape, KeyValueCache, KeyValueType};
 pub use dci::{DciSettings, DciSettingsError};
@@ -32,3 +36,4 @@ pub use iceformer_kernels::ThreadTeam;
 pub use mask::Mask;
 pub use method::{Attention, Method, MethodError, Queries, Sequence};
 pub use report::{HeadReport, MassHistogram, Report};
+pub use strided::{Elements, ElementsMut, StridedError, StridedView};

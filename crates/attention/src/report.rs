@@ -34,6 +34,15 @@ impl Report {
         Self { heads: vec![each.clone(); heads] }
     }
 
+    /// Adds up the entries of a batch that ran as heads of one call: head `h` of each becomes head `h`.
+    pub(crate) fn fold_batch(&mut self, batch: usize) {
+        let others = self.heads.split_off(self.heads.len() / batch);
+        for (index, other) in others.iter().enumerate() {
+            let head = index % self.heads.len();
+            self.heads[head] += other;
+        }
+    }
+
     /// All heads together.
     pub fn total(&self) -> HeadReport {
         let mut total = HeadReport::default();

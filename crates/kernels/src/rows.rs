@@ -61,6 +61,19 @@ pub fn add_scaled(output: &mut [f32], weight: f32, row: &[f32]) {
     simd::run(InstructionSet::current(), AddScaled { output, weight, row });
 }
 
+/// `output += Σ weights[row] · rows[row]`
+///
+/// # Panics
+/// When the width (the length of `output`) is no multiple of [`ROW_MULTIPLE`], or there are fewer rows than weights.
+pub fn add_weighted_rows(output: &mut [f32], weights: &[f32], rows: Rows<'_>) {
+    weighted_rows_at(InstructionSet::current(), WeightedRows { output, weights, rows });
+}
+
+fn weighted_rows_at(level: InstructionSet, sums: WeightedRows<'_>) {
+    assert!(sums.output.len().is_multiple_of(ROW_MULTIPLE), "a width that is no multiple of {ROW_MULTIPLE}");
+    simd::run(level, sums);
+}
+
 /// Asks the memory for rows that will be needed soon, up to 8 KiB of them: behind that the hardware sees the pattern.
 pub fn fetch(rows: Rows<'_>) {
     fn lines<T>(values: &[T]) {
@@ -200,6 +213,71 @@ impl Operation for AddScaled<'_> {
     }
 }
 
+struct WeightedRows<'a> {
+    output: &'a mut [f32],
+    weights: &'a [f32],
+    rows: Rows<'a>,
+}
+
+impl Operation for WeightedRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        match self.rows {
+            Rows::F32(rows) => add_rows(simd, self.output, self.weights, rows),
+            Rows::Bf16(rows) => add_rows(simd, self.output, self.weights, rows),
+        }
+    }
+}
+
+#[inline(always)]
+fn add_rows<S: Simd, E: Element>(simd: S, output: &mut [f32], weights: &[f32], rows: &[E]) {
+    let width = output.len() / ROW_MULTIPLE;
+    let (output, rows) = (output.as_chunks_mut::<ROW_MULTIPLE>().0, rows.as_chunks().0);
+    let mut first = 0;
+    while first < width {
+        // As many columns as leave registers for the row: the sums of a column wait for each other.
+        let columns = if S::LANES == 16 && width - first >= 8 {
+            columns::<S, E, 8>(simd, output, weights, rows, first)
+        } else if width - first >= 4 {
+            columns::<S, E, 4>(simd, output, weights, rows, first)
+        } else {
+            columns::<S, E, 1>(simd, output, weights, rows, first)
+        };
+        first += columns;
+    }
+}
+
+/// Adds to `N` · 16 channels from `output[first]` on; returns `N`.
+#[inline(always)]
+fn columns<S: Simd, E: Element, const N: usize>(
+    simd: S,
+    output: &mut [[f32; ROW_MULTIPLE]],
+    weights: &[f32],
+    rows: &[[E; ROW_MULTIPLE]],
+    first: usize,
+) -> usize {
+    let width = output.len();
+    for lane in (0..ROW_MULTIPLE).step_by(S::LANES) {
+        let mut sums = [simd.splat(0.0); N];
+        for n in 0..N {
+            sums[n] = simd.load(&output[first + n][lane..]);
+        }
+        for (index, &weight) in weights.iter().enumerate() {
+            let row = &rows[index * width + first..][..N];
+            let weight = simd.splat(weight);
+            for n in 0..N {
+                sums[n] = simd.mul_add(weight, E::load(simd, &row[n][lane..]), sums[n]);
+            }
+        }
+        for n in 0..N {
+            simd.store(sums[n], &mut output[first + n][lane..]);
+        }
+    }
+    N
+}
+
 #[cfg(test)]
 mod tests {
     use half::bf16;
@@ -257,6 +335,35 @@ mod tests {
                 let mut output = start;
                 simd::run(level, AddScaled { output: &mut output, weight: 0.3, row: &row });
                 assert_close(&output, &expected, 1e-6, format!("{level:?}, {length}"));
+            }
+        }
+    }
+
+    #[test]
+    fn weighted_rows_of_every_count_and_width() {
+        let mut random = Random::new(2);
+        for level in levels() {
+            for width in [0, 16, 48, 64, 80, 128, 192, 256] {
+                for count in 0..=20 {
+                    let (start, weights) = (random.normals(width, 1.0), random.normals(count, 1.0));
+                    let wide = random.normals(width * 20, 1.0);
+                    let narrow: Vec<u16> = wide.iter().map(|&value| bf16::from_f32(value).to_bits()).collect();
+                    let widened: Vec<f32> = narrow.iter().map(|&bits| bf16::from_bits(bits).to_f32()).collect();
+                    for (rows, values) in [(Rows::F32(&wide), &wide), (Rows::Bf16(&narrow), &widened)] {
+                        let expected: Vec<f64> = (0..width)
+                            .map(|column| {
+                                let terms = weights
+                                    .iter()
+                                    .enumerate()
+                                    .map(|(row, &weight)| f64::from(weight) * f64::from(values[row * width + column]));
+                                f64::from(start[column]) + terms.sum::<f64>()
+                            })
+                            .collect();
+                        let mut output = start.clone();
+                        weighted_rows_at(level, WeightedRows { output: &mut output, weights: &weights, rows });
+                        assert_close(&output, &expected, 3e-6, format!("{level:?}, {count} rows of {width}"));
+                    }
+                }
             }
         }
     }

@@ -20,6 +20,16 @@ pub fn softmax_in_place(logits: &mut [f32]) -> f32 {
     softmax_at(InstructionSet::current(), logits)
 }
 
+/// Replaces each value `x` by `limit · tanh(x / limit)`: soft-capping of logits, as in Gemma 2
+/// ([arXiv 2408.00118](https://arxiv.org/abs/2408.00118), §2). Within 3·10⁻⁷ of `limit`; NaN at NaN.
+pub fn soft_cap_in_place(values: &mut [f32], limit: f32) {
+    soft_cap_at(InstructionSet::current(), values, limit);
+}
+
+pub(crate) fn soft_cap_at(level: InstructionSet, values: &mut [f32], limit: f32) {
+    simd::run(level, SoftCap { values, limit });
+}
+
 pub(crate) fn exp_at(level: InstructionSet, values: &mut [f32]) {
     simd::run(level, Exp { values });
 }
@@ -30,6 +40,35 @@ pub(crate) fn log_sum_exp_at(level: InstructionSet, values: &[f32]) -> f32 {
 
 pub(crate) fn softmax_at(level: InstructionSet, logits: &mut [f32]) -> f32 {
     simd::run(level, Softmax { logits })
+}
+
+/// `limit · tanh(x / limit)`
+#[inline(always)]
+pub(crate) fn soft_cap<S: Simd>(simd: S, x: S::Vector, limit: f32) -> S::Vector {
+    // tanh y = 1 − 2 / (e^2y + 1), which neither end overflows.
+    let power = exp(simd, simd.mul(x, simd.splat(2.0 / limit)));
+    let part = simd.div(simd.splat(2.0 * limit), simd.add(power, simd.splat(1.0)));
+    simd.sub(simd.splat(limit), part)
+}
+
+struct SoftCap<'a> {
+    values: &'a mut [f32],
+    limit: f32,
+}
+
+impl Operation for SoftCap<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let limit = self.limit;
+        simd::map_in_place(
+            simd,
+            self.values,
+            #[inline(always)]
+            |x| soft_cap(simd, x, limit),
+        );
+    }
 }
 
 struct Exp<'a> {

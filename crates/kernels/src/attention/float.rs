@@ -5,6 +5,7 @@ use super::tile::MicroTile;
 use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead};
 use crate::simd::exponential::exp;
 use crate::simd::{Operation, Simd};
+use crate::softmax::soft_cap;
 
 /// Runs the rows of a micro-tile against its block.
 ///
@@ -75,6 +76,14 @@ unsafe fn micro_tile<S: Simd, const ROWS: usize, const AHEAD: bool>(simd: S, til
                 _ => scores::<S, ROWS, 1, AHEAD>(simd, tile, key),
             }
             key += if vectors == 3 { 2 } else { vectors } * S::LANES;
+        }
+        if tile.soft_cap != 0.0 {
+            for row in 0..ROWS {
+                for key in (0..keys).step_by(S::LANES) {
+                    let place = tile.scores.add(row * MAX_BLOCK_KEYS + key);
+                    store(simd, soft_cap(simd, load(simd, place), tile.soft_cap), place);
+                }
+            }
         }
         tile.apply_mask::<ROWS>();
         let decay = softmax::<S, ROWS>(simd, tile);

@@ -89,6 +89,8 @@ impl Arithmetic {
 pub struct AttentionTile {
     instruction_set: Option<InstructionSet>,
     arithmetic: Option<Arithmetic>,
+    /// What scores are soft-capped to; 0: nothing.
+    soft_cap: f32,
     shape: TileShape,
     /// `[rows][key_dim]`, one of the three by `arithmetic`; multiplied by the factor on the logits, and for bf16 and
     /// int8 by log2 e too, as their kernels compute powers of two.
@@ -145,6 +147,8 @@ pub(super) struct MicroTile<'a> {
     pub value_factors: *const f32,
     /// Int8: value of one step of weight · value.
     pub value_step: f32,
+    /// What scores are soft-capped to (f32 only); 0: nothing.
+    pub soft_cap: f32,
     /// Where the next block's keys and values lie, to be fetched into the second-level cache meanwhile: byte offsets
     /// from this block's. One micro-tile of a block does it.
     pub ahead: Option<(isize, isize)>,
@@ -173,12 +177,26 @@ impl AttentionTile {
     /// Starts a new tile: all rows empty, nothing accumulated. `kind` is any block of the cache to come (only its type
     /// matters), which decides the arithmetic together with the instruction set.
     pub fn begin(&mut self, instruction_set: InstructionSet, shape: TileShape, kind: KeyBlock<'_>) {
+        self.begin_capped(instruction_set, shape, kind, None);
+    }
+
+    /// As [`begin`](Self::begin); scores `s` become `limit · tanh(s / limit)` where there is a `soft_cap`, and all is
+    /// then computed in f32.
+    pub fn begin_capped(
+        &mut self,
+        instruction_set: InstructionSet,
+        shape: TileShape,
+        kind: KeyBlock<'_>,
+        soft_cap: Option<f32>,
+    ) {
         assert!(instruction_set <= InstructionSet::detected(), "this machine has no {}", instruction_set.name());
         assert_eq!(shape.key_dim % KEY_DIM_MULTIPLE, 0, "key width {} is not padded", shape.key_dim);
         assert_eq!(shape.value_dim % VALUE_DIM_MULTIPLE, 0, "value width {} is not padded", shape.value_dim);
         let TileShape { rows, key_dim, value_dim } = shape;
         self.instruction_set = Some(instruction_set);
+        self.soft_cap = soft_cap.unwrap_or(0.0);
         let arithmetic = match (instruction_set, kind) {
+            _ if soft_cap.is_some() => Arithmetic::F32,
             (InstructionSet::Avx512Bf16, KeyBlock::Bf16 { .. }) => Arithmetic::Bf16,
             (InstructionSet::Avx512Vnni | InstructionSet::Avx512Bf16, KeyBlock::Int8 { .. }) => Arithmetic::Int8,
             _ => Arithmetic::F32,
@@ -360,6 +378,7 @@ impl AttentionTile {
                         std::ptr::null()
                     },
                     value_step,
+                    soft_cap: self.soft_cap,
                     ahead: ahead.take(),
                     mask: partial.then_some((start_key, visible)),
                 }

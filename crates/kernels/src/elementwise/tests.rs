@@ -8,7 +8,7 @@ use crate::activation::{Activation, silu_multiply, silu_multiply_at, silu_multip
 use crate::add::{add, add_at, add_bias_rows};
 use crate::norm::{rms_norm, rms_norm_at, rms_norm_in_place, rms_norm_rows};
 use crate::rope::{RopeScaling, RopeTable, Rotations, rotate_at};
-use crate::softmax::{exp_at, log_sum_exp_at, softmax_at};
+use crate::softmax::{exp_at, log_sum_exp_at, soft_cap_at, softmax_at};
 use crate::{InstructionSet, ThreadTeam};
 
 const LENGTHS: std::ops::RangeInclusive<usize> = 0..=70;
@@ -74,6 +74,25 @@ fn softmax_and_log_sum_exp() {
             assert_close(&output, &reference::softmax(&wide), 1e-6, format!("{level:?} {length}"));
         }
     });
+}
+
+#[test]
+fn soft_caps_of_every_length() {
+    for level in super::levels() {
+        for length in 0..=70 {
+            let values = Random::new(length as u64).normals(length, 40.0);
+            let expected: Vec<f64> = values.iter().map(|&x| 50.0 * (f64::from(x) / 50.0).tanh()).collect();
+            let mut output = values;
+            soft_cap_at(level, &mut output, 50.0);
+            for (actual, expected) in output.iter().zip(&expected) {
+                assert!((f64::from(*actual) - expected).abs() < 1.5e-5, "{level:?}: {actual} for {expected}");
+            }
+        }
+        let mut limits = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 0.0, 1e30, -1e30];
+        soft_cap_at(level, &mut limits, 3.0);
+        assert_eq!((limits[0], limits[1], limits[3], limits[4], limits[5]), (3.0, -3.0, 0.0, 3.0, -3.0));
+        assert!(limits[2].is_nan());
+    }
 }
 
 #[test]
