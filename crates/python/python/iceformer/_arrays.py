@@ -1,0 +1,112 @@
+"""NumPy arrays and torch tensors as the native half takes them: one view of their memory, shape and strides.
+
+Nothing is copied, but for arrays with negative strides and numbers in foreign byte order. torch is never imported
+here: a tensor brings it along.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+#: What the native half is handed: flat memory, element type, shape and strides of four dimensions.
+Operand = tuple[np.ndarray, str, tuple[int, int, int, int], tuple[int, int, int, int]]
+
+_NUMPY_TYPES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16"}
+_FOUR = "expected a NumPy array or a torch tensor"
+
+
+def is_tensor(array: Any) -> bool:
+    """Whether `array` is a torch tensor."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def type_name(name: str, array: Any) -> str:
+    """The element type of `array`: `float32`, `float16` or `bfloat16`."""
+    if is_tensor(array):
+        found = str(array.dtype).removeprefix("torch.")
+        if array.device.type != "cpu":
+            raise ValueError(f"{name} is on {array.device}; expected a tensor on the CPU: move it with .cpu()")
+        if array.layout is not sys.modules["torch"].strided:
+            raise TypeError(f"{name} has layout {array.layout}; expected a dense tensor")
+    elif isinstance(array, np.ndarray):
+        # ml_dtypes calls its own type so.
+        found = "bfloat16" if array.dtype.name == "bfloat16" else _NUMPY_TYPES.get(array.dtype, array.dtype.name)
+    else:
+        raise TypeError(f"{name} is a {type(array).__name__}; {_FOUR}")
+    if found not in ("float32", "float16", "bfloat16"):
+        raise TypeError(f"{name} has numbers of type {found}; expected float32, float16 or bfloat16")
+    return found
+
+
+def operand(name: str, array: Any, dimensions: int = 4) -> Operand:
+    """`array` for the native half, of `dimensions` dimensions (a missing batch counts as one)."""
+    found = type_name(name, array)
+    if array.ndim != dimensions:
+        wanted = "[batch, heads, tokens, width]" if dimensions == 4 else "[heads, tokens, width]"
+        raise ValueError(f"{name} has {array.ndim} dimensions, {tuple(array.shape)}; expected {dimensions}: {wanted}")
+    if is_tensor(array):
+        return _tensor_operand(array, found, dimensions)
+    return _numpy_operand(array, found, dimensions)
+
+
+def _tensor_operand(tensor: Any, found: str, dimensions: int) -> Operand:
+    torch = sys.modules["torch"]
+    tensor = tensor.detach()
+    if tensor.is_neg() or tensor.is_conj():
+        tensor = tensor.resolve_neg().resolve_conj()
+    shape, strides = tuple(tensor.shape), tuple(tensor.stride())
+    flat = tensor.as_strided((_span(shape, strides),), (1,), tensor.storage_offset())
+    if found == "float32":
+        memory = flat.numpy()
+    else:
+        memory = flat.view(torch.int16).numpy().view(np.uint16)
+    return memory, found, *_four(shape, strides, dimensions)
+
+
+def _numpy_operand(array: np.ndarray, found: str, dimensions: int) -> Operand:
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides) or not array.dtype.isnative:
+        array = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("="), copy=False)
+    strides = tuple(stride // array.itemsize for stride in array.strides)
+    span = _span(array.shape, strides)
+    flat = np.lib.stride_tricks.as_strided(array, (span,), (array.itemsize,), writeable=False)
+    # A subclass would come with its own ideas of shape.
+    flat = flat.view(np.ndarray)
+    if found != "float32":
+        flat = flat.view(np.uint16)
+    return flat, found, *_four(array.shape, strides, dimensions)
+
+
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Numbers from the first to the last."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+
+
+def _four(shape: tuple[int, ...], strides: tuple[int, ...], dimensions: int) -> tuple[Any, Any]:
+    return ((1,) * (4 - dimensions) + tuple(shape), (0,) * (4 - dimensions) + tuple(strides))
+
+
+def empty_like(array: Any, shape: tuple[int, ...]) -> tuple[Any, tuple[np.ndarray, str]]:
+    """A new contiguous array of `shape` in the library and element type of `array`, and its memory as the native half
+    writes it."""
+    found = type_name("queries", array)
+    if is_tensor(array):
+        torch = sys.modules["torch"]
+        result = torch.empty(shape, dtype=array.dtype)
+        flat = result.view(-1)
+        memory = flat.numpy() if found == "float32" else flat.view(torch.int16).numpy().view(np.uint16)
+    else:
+        result = np.empty(shape, dtype=array.dtype.newbyteorder("="))
+        flat = result.reshape(-1)
+        memory = flat if found == "float32" else flat.view(np.uint16)
+    return result, (memory, found)
+
+
+def transpose(array: Any, first: int, second: int) -> Any:
+    """`array` with two dimensions swapped, as a view."""
+    return array.transpose(first, second) if is_tensor(array) else np.swapaxes(array, first, second)

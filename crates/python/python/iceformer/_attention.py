@@ -1,0 +1,270 @@
+"""Attention on arrays, and a cache for incremental use."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from iceformer import _arrays, _core
+from iceformer._core import Report
+
+
+def options(
+    *,
+    method: str = "auto",
+    budget: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float,
+    first_position: int = 0,
+    key_ranges: Sequence[tuple[int, int]] | None = None,
+    soft_cap: float | None = None,
+    sinks: Sequence[float] | None = None,
+    kv_type: str = "auto",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Checked settings as the native half takes them."""
+    if window is not None:
+        window = operator.index(window)
+        if window < 1:
+            raise ValueError(f"window is {window}; expected at least 1, or None for no window")
+    return {
+        "method": method,
+        "budget": None if budget is None else float(budget),
+        "causal": bool(causal),
+        "window": window,
+        "scale": float(scale),
+        "first_position": first_position,
+        "key_ranges": key_ranges,
+        "soft_cap": None if soft_cap is None else float(soft_cap),
+        "sinks": sinks,
+        "kv_type": kv_type,
+        "threads": thread_count(threads),
+    }
+
+
+def thread_count(threads: int | None) -> int:
+    """`threads`, or as many as the process may use."""
+    if threads is None:
+        return _core.available_threads()
+    threads = operator.index(threads)
+    if not 1 <= threads <= 1024:
+        raise ValueError(f"threads is {threads}; expected 1 to 1024, or None for all cores")
+    return threads
+
+
+def _key_ranges(key_lengths: Any, batch: int, keys: int) -> list[tuple[int, int]]:
+    """First and one-past-last key of each entry of the batch."""
+    if len(key_lengths) != batch:
+        raise ValueError(f"key_lengths has {len(key_lengths)} entries for a batch of {batch}; expected one for each")
+    ranges = []
+    for index, entry in enumerate(key_lengths):
+        pair = entry if isinstance(entry, (tuple, list)) else (0, entry)
+        if len(pair) != 2:
+            raise ValueError(f"key_lengths[{index}] is {entry!r}; expected a length or (start, end)")
+        start, end = (operator.index(bound) for bound in pair)
+        if not 0 <= start <= end <= keys:
+            raise ValueError(f"key_lengths[{index}] is {entry!r}; expected 0 <= start <= end <= {keys}, the keys given")
+        ranges.append((start, end))
+    return ranges
+
+
+def attention(
+    queries: Any,
+    keys: Any,
+    values: Any,
+    *,
+    method: str = "auto",
+    budget: float | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    key_lengths: Sequence[int | tuple[int, int]] | None = None,
+    first_position: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Any = None,
+    kv_type: str = "auto",
+    threads: int | None = None,
+    return_report: bool = False,
+) -> Any:
+    """Attention: `softmax(scale · queries · keysᵀ + mask) · values`.
+
+    Takes NumPy arrays or torch tensors on the CPU, all of one library, of float32, float16 or bfloat16, with any
+    strides; they are not copied. The interpreter is released while it computes, and several threads may call at once
+    (their calls share the team of threads and take turns).
+
+    Args:
+        queries: `[batch, query_heads, tokens, key_dim]`.
+        keys: `[batch, kv_heads, keys, key_dim]`; `kv_heads` divides `query_heads` (grouped queries).
+        values: `[batch, kv_heads, keys, value_dim]`.
+        method: `"exact"`; `"budgeted"` (the keys that matter, within `budget`); `"dci"` (IceFormer as published,
+            arXiv 2405.02842); `"auto"`: budgeted where a budget is given, else exact.
+        budget: Softmax mass that a row may miss, above 0 up to 1 (method budgeted).
+        causal: A query sees keys up to its own position only. Unlike in torch's SDPA the *last* query stands at the
+            last key, so that a chunk behind a cache needs nothing else.
+        scale: Factor on the logits; `1/√key_dim` unless given.
+        window: A query sees keys less than this many positions away only (behind it, when causal).
+        key_lengths: For each entry of the batch the number of keys that are no padding (padding on the right), or
+            `(start, end)`.
+        first_position: Position of the first query among the keys; `keys − tokens` (or 0, if that is negative) unless
+            given.
+        soft_cap: Logits become `soft_cap · tanh(logit / soft_cap)`, as in Gemma 2.
+        sinks: `[query_heads]`, one more logit for each head that takes its share of the softmax and has no value.
+        kv_type: What keys and values are packed in: `"f32"`, `"bf16"`, `"int8"`, or `"auto"`: bf16 for bfloat16, else
+            f32, so that nothing is rounded. A call of up to four queries (a decode step) reads them in place.
+        threads: Threads to use; all cores that the process may use unless given.
+        return_report: Whether to return `(output, Report)`.
+
+    Returns:
+        `[batch, query_heads, tokens, value_dim]` in the library and type of `queries`: a view of memory in the order
+        `[batch, tokens, query_heads, value_dim]`. A query that sees no key gets zeros. NaN and infinity go where SDPA
+        lets them go.
+
+    Raises:
+        TypeError: For other types of arrays or numbers.
+        ValueError: For shapes that do not fit together or settings out of range.
+    """
+    _one_library(queries=queries, keys=keys, values=values)
+    packed = [_arrays.operand(*pair) for pair in (("queries", queries), ("keys", keys), ("values", values))]
+    batch, heads, tokens, width = packed[0][2]
+    key_count = packed[1][2][2]
+    if scale is None:
+        scale = 1.0 / math.sqrt(width) if width else 1.0
+    if first_position is None:
+        first_position = max(key_count - tokens, 0)
+    else:
+        first_position = operator.index(first_position)
+        if first_position < 0:
+            raise ValueError(f"first_position is {first_position}; expected 0 or more")
+    settings = options(
+        method=method,
+        budget=budget,
+        causal=causal,
+        window=window,
+        scale=scale,
+        first_position=first_position,
+        key_ranges=None if key_lengths is None else _key_ranges(_as_list(key_lengths), batch, key_count),
+        soft_cap=soft_cap,
+        sinks=None if sinks is None else [float(sink) for sink in _as_list(sinks)],
+        kv_type=kv_type,
+        threads=threads,
+    )
+    result, memory = _arrays.empty_like(queries, (batch, tokens, heads, packed[2][2][3]))
+    report = _core.attend(*packed, memory, settings)
+    result = _arrays.transpose(result, 1, 2)
+    return (result, report) if return_report else result
+
+
+def _as_list(values: Any) -> list[Any]:
+    return values.tolist() if hasattr(values, "tolist") else list(values)
+
+
+def _one_library(**arrays: Any) -> None:
+    kinds = {name: _arrays.type_name(name, array) for name, array in arrays.items()}
+    if len({_arrays.is_tensor(array) for array in arrays.values()}) > 1:
+        raise TypeError("some of " + ", ".join(arrays) + " are NumPy arrays, others torch tensors; expected one library")
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{name} of {kind}" for name, kind in kinds.items())
+        raise TypeError(f"{found}; expected one element type")
+
+
+class KeyValueCache:
+    """Packed keys and values of one sequence, for incremental use: append what comes, attend from new queries.
+
+    ```python
+    cache = iceformer.KeyValueCache(kv_heads=8, key_dim=64, kv_type="int8")
+    cache.append(keys, values)              # [8, tokens, 64] each
+    output = cache.attend(queries)          # [32, tokens, 64]
+    ```
+
+    Args:
+        kv_heads: Key/value heads.
+        key_dim: Width of a key (and a query).
+        value_dim: Width of a value; `key_dim` unless given.
+        kv_type: `"f32"` (also `"auto"`), `"bf16"` or `"int8"` (one scale for each key and value; a quarter of the
+            memory).
+    """
+
+    def __init__(self, kv_heads: int, key_dim: int, value_dim: int | None = None, kv_type: str = "auto") -> None:
+        self._cache = _core.Cache(kv_heads, key_dim, key_dim if value_dim is None else value_dim, kv_type)
+
+    def append(self, keys: Any, values: Any, *, threads: int | None = None) -> None:
+        """Appends `keys` `[kv_heads, tokens, key_dim]` and `values` `[kv_heads, tokens, value_dim]`."""
+        _one_library(keys=keys, values=values)
+        packed = (_arrays.operand("keys", keys, 3), _arrays.operand("values", values, 3))
+        self._cache.append(*packed, thread_count(threads))
+
+    def attend(
+        self,
+        queries: Any,
+        *,
+        method: str = "auto",
+        budget: float | None = None,
+        causal: bool = True,
+        scale: float | None = None,
+        window: int | None = None,
+        first_position: int | None = None,
+        threads: int | None = None,
+        return_report: bool = False,
+    ) -> Any:
+        """Attention of `queries` `[query_heads, tokens, key_dim]`, the last of which stands at the last key unless
+        `first_position` says where the first one stands. Gives `[query_heads, tokens, value_dim]`; the other arguments
+        are those of `iceformer.attention`."""
+        packed = _arrays.operand("queries", queries, 3)
+        _, heads, tokens, width = packed[2]
+        settings = options(
+            method=method,
+            budget=budget,
+            causal=causal,
+            window=window,
+            scale=1.0 / math.sqrt(self.key_dim) if scale is None else scale,
+            threads=threads,
+        )
+        result, memory = _arrays.empty_like(queries, (tokens, heads, self.value_dim))
+        report = self._cache.attend(packed, memory, settings, first_position)
+        result = _arrays.transpose(result, 0, 1)
+        return (result, report) if return_report else result
+
+    def truncate(self, length: int) -> None:
+        """Drops all tokens from `length` on; nothing happens when fewer are held."""
+        self._cache.truncate(length)
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, those of pages not yet full included."""
+        return self._cache.nbytes
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self._cache.shape[0]
+
+    @property
+    def key_dim(self) -> int:
+        """Width of a key."""
+        return self._cache.shape[1]
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a value."""
+        return self._cache.shape[2]
+
+    @property
+    def kv_type(self) -> str:
+        """`"f32"`, `"bf16"` or `"int8"`."""
+        return self._cache.kv_type
+
+    def __repr__(self) -> str:
+        heads, key_dim, value_dim = self._cache.shape
+        return (
+            f"KeyValueCache(kv_heads={heads}, key_dim={key_dim}, value_dim={value_dim}, kv_type={self.kv_type!r}, "
+            f"tokens={len(self)})"
+        )
+
+
+__all__ = ["KeyValueCache", "Report", "attention"]

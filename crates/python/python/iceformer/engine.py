@@ -1,0 +1,203 @@
+"""Whole models without torch: a Hugging Face folder or a GGUF file, read and run by the native engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+from iceformer import _core
+from iceformer._attention import thread_count
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished generation."""
+
+    #: Text without stop string and end token.
+    text: str
+    #: Tokens sampled, an end token included.
+    tokens: list[int]
+    #: Why it ended: `end`, `stop`, `length`, `context` or `cancelled`.
+    finish: str
+    #: Tokens of the prompt, and how many of them an earlier call had read already.
+    prompt_tokens: int
+    kept_tokens: int
+    #: Wall time.
+    prompt_seconds: float
+    decode_seconds: float
+
+
+class Stream(Iterator[str]):
+    """Pieces of text as they come. `answer` is there once the last piece was taken; `close()` stops early, as does a
+    `with` block that is left."""
+
+    def __init__(self, generation: _core.Generation, progress: Callable[[int, int], object] | None) -> None:
+        self._generation = generation
+        self._progress = progress
+        #: The finished generation; None while it runs.
+        self.answer: Answer | None = None
+
+    def __next__(self) -> str:
+        while True:
+            event = self._generation.next_event()
+            if event is None:
+                raise StopIteration
+            kind, *content = event
+            if kind == "text":
+                return content[0]
+            if kind == "done":
+                self.answer = Answer(**content[0])
+                raise StopIteration
+            if self._progress is not None:
+                self._progress(*content)
+
+    def close(self) -> None:
+        """Stops the generation at the next layer."""
+        self._generation.cancel()
+        for _ in self:
+            pass
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Engine:
+    """A model ready to generate.
+
+    ```python
+    engine = iceformer.Engine("MODEL")
+    print(engine.generate("Once upon a time").text)
+    for piece in engine.generate("Once upon a time", stream=True):
+        print(piece, end="", flush=True)
+    ```
+
+    What a prompt shares with the one before (a chat that goes on, a document asked about again) is not read again.
+
+    Args:
+        model: A folder with `config.json`, `tokenizer.json` and `*.safetensors`, or a `.gguf` file.
+        threads: All cores that the process may use unless given.
+        context: Most tokens of prompt and answer; what the model is made for unless given.
+        chunk: Tokens of one pass through the layers.
+        kv_type: Type of the key/value cache: `"int8"` (also `"auto"`), `"bf16"` or `"f32"`.
+        method: How attention chooses keys; see `iceformer.attention`.
+        budget: Softmax mass that a row may miss (method budgeted).
+        progress: Called with `(done, total)` layers while the model is loaded.
+
+    Raises:
+        ValueError: When a file is missing or malformed, or a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        chunk: int = 512,
+        kv_type: str = "auto",
+        method: str = "auto",
+        budget: float | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        count = thread_count(threads)
+        self._engine = _core.Engine(os.fspath(model), count, context, chunk, kv_type, method, budget, progress)
+
+    @overload
+    def generate(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]], *, stream: Literal[False] = False, **settings: object) -> Answer: ...
+    @overload
+    def generate(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]], *, stream: Literal[True], **settings: object) -> Stream: ...
+    def generate(  # type: ignore[misc]
+        self,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, str]],
+        *,
+        stream: bool = False,
+        max_tokens: int | None = 512,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        ignore_end: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Answer | Stream:
+        """Continues `prompt`: a text as it is, tokens, or messages (`[{"role": "user", "content": ...}]`) through the
+        model's chat template.
+
+        Args:
+            stream: Whether to return a `Stream` of pieces of text instead of an `Answer`.
+            max_tokens: Most tokens to generate; None: until the context is full.
+            temperature: Divisor of the logits; 0 takes the most probable token always.
+            top_k: Keep the `top_k` most probable tokens; 0 keeps all.
+            top_p: Keep the most probable tokens that add up to this share.
+            min_p: Keep tokens at least this share as probable as the most probable one.
+            repetition_penalty: Divides the logits of recent tokens; 1 leaves them.
+            seed: The same seed gives the same text, on any number of threads.
+            stop: Strings that end the text and are no part of it.
+            ignore_end: Goes on at end tokens.
+            progress: Called with `(done, total)` tokens while the prompt is read.
+
+        Raises:
+            ValueError: When the prompt is empty or does not fit the context, or a setting is out of range.
+        """
+        tokens, chat = self._encode(prompt)
+        request = {
+            "max_tokens": max_tokens,
+            "stop": [stop] if isinstance(stop, str) else list(stop),
+            "ignore_end": ignore_end,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
+        pieces = Stream(self._engine.generate(tokens, chat, request), progress)
+        if stream:
+            return pieces
+        for _ in pieces:
+            pass
+        assert pieces.answer is not None
+        return pieces.answer
+
+    def _encode(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> tuple[list[int], bool]:
+        if isinstance(prompt, str):
+            return self._engine.encode(prompt), False
+        parts = list(prompt)
+        if parts and all(isinstance(part, Mapping) for part in parts):
+            for index, part in enumerate(parts):
+                if not {"role", "content"} <= part.keys():  # type: ignore[union-attr]
+                    raise ValueError(f"message {index} has the keys {sorted(part)}; expected role and content")
+            return self._engine.encode_chat([(part["role"], part["content"]) for part in parts]), True  # type: ignore[index]
+        if all(isinstance(part, int) for part in parts):
+            return parts, False  # type: ignore[return-value]
+        raise TypeError("the prompt is a list of neither tokens nor messages; expected a text, tokens or messages")
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of `text`, with the model's own first token where it has one."""
+        return self._engine.encode(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`."""
+        return self._engine.decode(list(tokens))
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._engine.context
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be given."""
+        return self._engine.has_chat_template
+
+    @property
+    def threads(self) -> int:
+        """Threads in use."""
+        return self._engine.threads

@@ -1,0 +1,64 @@
+"""IceFormer in sentence-transformers.
+
+Any model whose transformer takes an attention implementation works with
+
+```python
+import iceformer.transformers
+SentenceTransformer(NAME, model_kwargs={"attn_implementation": "iceformer"})
+```
+
+which is all that `load` does, beside a check that the model does take one: families without transformers' attention
+interface (MPNet, DeBERTa, Longformer) would go on with their own attention and say nothing. The torch backend only;
+ONNX and OpenVINO models bring their attention along.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from iceformer import transformers as _hook
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def load(name: str, **settings: Any) -> SentenceTransformer:
+    """A `SentenceTransformer` whose attention IceFormer computes.
+
+    Args:
+        name: Name or folder of the model.
+        **settings: Settings of `SentenceTransformer`.
+
+    Raises:
+        ValueError: When the model's family takes no attention implementation, or another backend is asked for.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    if settings.get("backend", "torch") != "torch":
+        raise ValueError(f"backend is {settings['backend']!r}; expected \"torch\": the others bring their own attention")
+    arguments = {**settings.pop("model_kwargs", {}), "attn_implementation": _hook.NAME}
+    model = SentenceTransformer(name, model_kwargs=arguments, **settings)
+    return check(model)
+
+
+def check(model: SentenceTransformer) -> SentenceTransformer:
+    """`model`, when its transformer does hand its attention over.
+
+    Raises:
+        ValueError: When it does not.
+    """
+    transformer = getattr(model[0], "auto_model", None) or getattr(model[0], "model", None)
+    family = type(transformer).__name__
+    chosen = getattr(getattr(transformer, "config", None), "_attn_implementation", None)
+    supported = getattr(transformer, "_supports_attention_backend", False) or getattr(
+        transformer, "_supports_sdpa", False
+    )
+    if chosen != _hook.NAME or not supported:
+        raise ValueError(
+            f"{family} does not take an attention implementation (it has {chosen!r}); expected a family with "
+            "transformers' attention interface, as BERT, RoBERTa, XLM-R, ModernBERT or a decoder"
+        )
+    return model
+
+
+__all__ = ["check", "load"]

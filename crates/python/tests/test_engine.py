@@ -1,0 +1,86 @@
+"""`iceformer.Engine` on the reference model and the golden models."""
+
+from pathlib import Path
+
+import iceformer
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+REFERENCE = ROOT / "models" / "reference"
+CHAT = ROOT / "testing" / "golden" / "parity" / "qwen3-tied"
+
+
+@pytest.fixture(scope="module")
+def engine():
+    layers = []
+    loaded = iceformer.Engine(REFERENCE, threads=2, progress=lambda done, total: layers.append((done, total)))
+    assert layers and layers[-1][0] == layers[-1][1]
+    return loaded
+
+
+def test_generates_and_streams_the_same(engine):
+    answer = engine.generate("Once upon a time", max_tokens=12)
+    assert answer.finish in ("length", "end") and answer.prompt_tokens == len(engine.encode("Once upon a time"))
+    with engine.generate("Once upon a time", stream=True, max_tokens=12) as stream:
+        text = "".join(stream)
+    assert text == answer.text == stream.answer.text
+    assert stream.answer.tokens == answer.tokens and len(answer.tokens) <= 12
+    # The prompt of the second call was held from the first, but for the token that is always read.
+    assert stream.answer.kept_tokens == answer.prompt_tokens - 1
+
+
+def test_seeds_and_threads(engine):
+    settings = {"max_tokens": 12, "temperature": 1.0, "ignore_end": True}
+    one = engine.generate("It was", seed=3, **settings)
+    assert engine.generate("It was", seed=3, **settings).text == one.text
+    assert engine.generate("It was", seed=4, **settings).text != one.text
+    assert iceformer.Engine(REFERENCE, threads=1).generate("It was", seed=3, **settings).text == one.text
+
+
+def test_prompts_of_every_kind(engine):
+    tokens = engine.encode("Once upon a time")
+    assert engine.generate(tokens, max_tokens=4).text == engine.generate("Once upon a time", max_tokens=4).text
+    assert "Once upon a time" in engine.decode(tokens)
+    seen = []
+    engine.generate("A long text. " * 100, max_tokens=1, progress=lambda done, total: seen.append((done, total)))
+    assert seen and seen[-1][0] == seen[-1][1]
+
+
+def test_a_stream_stops_early(engine):
+    with engine.generate("Once upon a time", stream=True, ignore_end=True, max_tokens=None) as stream:
+        next(stream)
+    assert stream.answer.finish == "cancelled"
+    assert engine.generate("Once upon a time", max_tokens=2).tokens
+    dropped = engine.generate("Once upon a time", stream=True, ignore_end=True, max_tokens=None)
+    next(dropped)
+    del dropped
+    assert engine.generate("Once upon a time", max_tokens=2).tokens
+
+
+@pytest.mark.skipif(not (CHAT / "tokenizer_config.json").exists(), reason="no golden chat model")
+def test_messages_need_a_template():
+    engine = iceformer.Engine(CHAT, threads=1)
+    if engine.has_chat_template:
+        assert engine.generate([{"role": "user", "content": "Hello"}], max_tokens=2).prompt_tokens > 1
+    else:
+        with pytest.raises(ValueError, match="no chat template"):
+            engine.generate([{"role": "user", "content": "Hello"}])
+
+
+def test_what_does_not_fit_is_named(engine, tmp_path):
+    with pytest.raises(ValueError, match="config.json"):
+        iceformer.Engine(tmp_path)
+    with pytest.raises(ValueError, match="context of 10000000 tokens"):
+        iceformer.Engine(REFERENCE, context=10_000_000)
+    with pytest.raises(ValueError, match='kv_type is "q4"'):
+        iceformer.Engine(REFERENCE, kv_type="q4")
+    with pytest.raises(ValueError, match="no tokens"):
+        engine.generate([])
+    with pytest.raises(ValueError, match="the context takes"):
+        iceformer.Engine(REFERENCE, context=8).generate("one two three four five six seven eight nine ten")
+    with pytest.raises(ValueError, match="temperature is -1"):
+        engine.generate("a", temperature=-1.0)
+    with pytest.raises(TypeError, match="neither tokens nor messages"):
+        engine.generate([1.5])
+    with pytest.raises(ValueError, match=r"message 0 has the keys \['text'\]"):
+        engine.generate([{"text": "a"}])
