@@ -30,6 +30,9 @@ pub struct PlannedCase<'a> {
     pub make: Box<dyn Fn() -> Result<Case, EvaluationError> + 'a>,
 }
 
+/// A prompt with its tokens; `None` where not even the least of it fits.
+pub(crate) type Fitted = Result<Option<(Prompt, PromptTokens)>, EvaluationError>;
+
 /// A prompt of at most `length` tokens, as large as it can be: `write(units)` writes it with so many sentences, rows or
 /// words, up to `most` of them, and `estimate(units)` tells about how many tokens those have by themselves, growing with
 /// `units`. Gives `None` where even one unit is too much.
@@ -39,7 +42,7 @@ pub(crate) fn fit(
     most: usize,
     estimate: impl Fn(usize) -> f64,
     write: impl Fn(usize) -> Prompt,
-) -> Result<Option<(Prompt, PromptTokens)>, EvaluationError> {
+) -> Fitted {
     // The largest number of units whose estimate stays within `tokens`, at least 1.
     let units_of = |tokens: f64| {
         let (mut low, mut high) = (1, 2);

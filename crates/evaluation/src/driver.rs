@@ -9,7 +9,7 @@ use iceformer_engine::{
 
 use crate::EvaluationError;
 use crate::case::{Case, PlannedCase};
-use crate::measurement::{Cost, Finding, Measurement, Setup, budget};
+use crate::measurement::{Cost, Finding, Measurement, Place, Setup};
 use crate::prompt::Question;
 use crate::score::share_found;
 
@@ -51,9 +51,9 @@ pub(crate) struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// Progress of reading `tokens` behind `held` ones, which counts as `length` tokens in the whole.
-    pub fn reading(&mut self, held: usize, done: usize) {
-        self.observer.progress(self.done + weight(held + done), self.total);
+    /// `tokens` of the piece in hand are read.
+    pub fn reading(&mut self, tokens: usize) {
+        self.observer.progress(self.done + weight(tokens), self.total);
     }
 
     /// A piece of `tokens` is done.
@@ -95,70 +95,61 @@ impl Driver<'_> {
         let mut work = Work { observer, done: 0.0, total };
         for planned in cases {
             let case = (planned.make)()?;
-            for &method in self.methods {
-                self.run_case(evaluation, &case, method, &mut work)?;
-                work.finish(planned.tokens);
-            }
-        }
-        Ok(())
-    }
-
-    fn run_case(
-        &self,
-        evaluation: &'static str,
-        case: &Case,
-        method: Method,
-        work: &mut Work<'_>,
-    ) -> Result<(), EvaluationError> {
-        let mut session = self.session(method)?;
-        let text = &case.tokens.text;
-        let ((), text_cost) = Cost::of(|| {
-            if !text.is_empty() {
-                session.read(text, |done, _| work.reading(0, done))?;
-            }
-            Ok::<_, EvaluationError>(((), text.len()))
-        })?;
-        let after_text = session.reports().to_vec();
-        for &setup in Self::setups(method) {
-            session.set_method(match setup {
-                Setup::Everything => method,
-                Setup::QuestionExact => Method::Exact,
-            })?;
-            let mut measurement = Measurement {
+            let place = Place {
                 evaluation,
                 task: case.task.clone(),
                 group: case.group.clone(),
                 case: case.number,
                 tokens: case.tokens.longest(),
                 depth: case.depth,
-                method: method.name().into(),
-                budget: budget(method),
-                setup,
-                finding: Finding::Answer { score: 0.0, answers: Vec::new(), expected: Vec::new() },
-                text: text_cost,
-                question: Cost::default(),
-                answer: Cost::default(),
-                kept_share: 1.0,
-                fallback_share: 0.0,
-                estimated_missed_mass_p99: None,
-                audited_missed_mass_p99: None,
             };
-            let mut answers = Vec::new();
+            for &method in self.methods {
+                self.run_case(&place, &case, method, &mut work)?;
+                work.finish(planned.tokens);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads `text` from the start of a session of its own.
+    pub(crate) fn read_text(
+        &self,
+        method: Method,
+        text: &[u32],
+        work: &mut Work<'_>,
+    ) -> Result<(Session, Cost), EvaluationError> {
+        let mut session = self.session(method)?;
+        let ((), cost) = Cost::of(|| {
+            if !text.is_empty() {
+                session.read(text, |done, _| work.reading(done))?;
+            }
+            Ok::<_, EvaluationError>(((), text.len()))
+        })?;
+        Ok((session, cost))
+    }
+
+    fn run_case(&self, place: &Place, case: &Case, method: Method, work: &mut Work<'_>) -> Result<(), EvaluationError> {
+        let text = &case.tokens.text;
+        let (mut session, text_cost) = self.read_text(method, text, work)?;
+        let after_text = session.reports().to_vec();
+        for &setup in Self::setups(method) {
+            session.set_method(setup.method(method))?;
+            let (mut answers, mut scores) = (Vec::new(), 0.0);
+            let (mut question_cost, mut answer_cost) = (Cost::default(), Cost::default());
             for (question, tokens) in case.prompt.questions.iter().zip(&case.tokens.questions) {
-                let (answer, question_cost, answer_cost) = self.ask(&mut session, question, tokens)?;
-                measurement.question.add(&question_cost);
-                measurement.answer.add(&answer_cost);
+                let (answer, costs) = self.ask(&mut session, question, tokens)?;
+                question_cost.add(&costs[0]);
+                answer_cost.add(&costs[1]);
+                scores += share_found(&answer, &question.expected);
                 answers.push(answer);
                 session.truncate(text.len());
             }
             let questions = &case.prompt.questions;
-            let scores =
-                questions.iter().zip(&answers).map(|(question, answer)| share_found(answer, &question.expected));
-            measurement.finding = Finding::Answer {
-                score: scores.sum::<f64>() / questions.len().max(1) as f64,
-                answers,
-                expected: questions.iter().map(|question| question.expected.clone()).collect(),
-            };
+            let score = scores / questions.len().max(1) as f64;
+            let expected = questions.iter().map(|question| question.expected.clone()).collect();
+            let finding = Finding::Answer { score, answers, expected };
+            let mut measurement = Measurement::new(place, method, setup, text_cost, finding);
+            (measurement.question, measurement.answer) = (question_cost, answer_cost);
             // What exact attention did for the question is no part of what the method did.
             let reports = if setup == Setup::Everything { session.reports() } else { &after_text };
             measurement.observe(reports);
@@ -173,7 +164,7 @@ impl Driver<'_> {
         session: &mut Session,
         question: &Question,
         tokens: &[u32],
-    ) -> Result<(String, Cost, Cost), EvaluationError> {
+    ) -> Result<(String, [Cost; 2]), EvaluationError> {
         let ((), question_cost) = Cost::of(|| {
             session.read(tokens, |_, _| {})?;
             Ok::<_, EvaluationError>(((), tokens.len()))
@@ -194,6 +185,6 @@ impl Driver<'_> {
                 _ => Ok((answer.text, session.tokens().len() - before)),
             }
         })?;
-        Ok((answer, question_cost, answer_cost))
+        Ok((answer, [question_cost, answer_cost]))
     }
 }

@@ -4,11 +4,13 @@
 //! set-ups ([`Setup`]). Cases come from files or are generated with a seed from any text ([`SourceText`]); who is told
 //! what was measured is an [`Observer`].
 
+mod agreement;
 mod case;
 mod driver;
 mod error;
 pub mod longeval;
 mod measurement;
+pub mod needle;
 mod perplexity;
 mod prompt;
 mod random;
@@ -16,10 +18,11 @@ mod score;
 mod summary;
 mod text;
 
+pub use agreement::{AgreementSettings, QUESTION, run_agreement};
 pub use case::{Case, PlannedCase};
 pub use driver::{Driver, Observer};
 pub use error::EvaluationError;
-pub use measurement::{Cost, Finding, Measurement, Setup};
+pub use measurement::{Cost, Finding, Measurement, Place, Setup};
 pub use perplexity::{PerplexitySettings, SCORED, run_perplexity};
 pub use prompt::{Encoder, Prompt, PromptTokens, Question};
 pub use score::share_found;

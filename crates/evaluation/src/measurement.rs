@@ -24,6 +24,14 @@ impl Setup {
             Self::QuestionExact => "text only",
         }
     }
+
+    /// What reads question and answer where `method` read the text.
+    pub(crate) fn method(self, method: Method) -> Method {
+        match self {
+            Self::Everything => method,
+            Self::QuestionExact => Method::Exact,
+        }
+    }
 }
 
 /// Time of one part of the work.
@@ -89,9 +97,9 @@ pub enum Finding {
     },
 }
 
-/// What one method did with one case in one set-up.
+/// What is measured: a case of a task.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Measurement {
+pub struct Place {
     /// `longeval`, `needle`, `perplexity` or `agreement`.
     pub evaluation: &'static str,
     /// The task within it.
@@ -102,9 +110,17 @@ pub struct Measurement {
     pub case: usize,
     /// Tokens of the prompt, or of the window.
     pub tokens: usize,
-    /// Where in the text the answer stands, 0 to 1.
+    /// Where in the text the answer stands, 0 to 1; `None` where it stands in many places or in none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub depth: Option<f64>,
+}
+
+/// What one method did with one case in one set-up.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Measurement {
+    /// The case.
+    #[serde(flatten)]
+    pub place: Place,
     /// Name of the method.
     pub method: String,
     /// Missed mass that a row may have, of method `budgeted`.
@@ -132,6 +148,24 @@ pub struct Measurement {
 }
 
 impl Measurement {
+    /// What `finding` is about; the costs of question and answer and what attention tells are still to come.
+    pub(crate) fn new(place: &Place, method: Method, setup: Setup, text: Cost, finding: Finding) -> Self {
+        Self {
+            place: place.clone(),
+            method: method.name().into(),
+            budget: budget(method),
+            setup,
+            finding,
+            text,
+            question: Cost::default(),
+            answer: Cost::default(),
+            kept_share: 1.0,
+            fallback_share: 0.0,
+            estimated_missed_mass_p99: None,
+            audited_missed_mass_p99: None,
+        }
+    }
+
     /// Fills in what attention tells of all that the method read.
     pub(crate) fn observe(&mut self, reports: &[Report]) {
         let mut total = HeadReport::default();
@@ -149,7 +183,7 @@ impl Measurement {
 }
 
 /// Missed mass that a row of the method may have, where it has such a setting.
-pub(crate) fn budget(method: Method) -> Option<f32> {
+fn budget(method: Method) -> Option<f32> {
     match method {
         Method::Budgeted(settings) => Some(settings.budget),
         Method::Exact | Method::Dci(_) => None,

@@ -8,7 +8,7 @@ use iceformer_engine::Session;
 
 use crate::EvaluationError;
 use crate::driver::{Driver, Observer, Work, weight};
-use crate::measurement::{Cost, Finding, Measurement, Setup, budget};
+use crate::measurement::{Cost, Finding, Measurement, Place, Setup};
 
 /// Windows of a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,39 +99,23 @@ fn run_window(
     exact: &mut Vec<f32>,
     work: &mut Work<'_>,
 ) -> Result<(), EvaluationError> {
-    let mut session = driver.session(method)?;
     let (text, scored) = window.tokens.split_at(window.tokens.len() - window.scored - 1);
-    let ((), text_cost) = Cost::of(|| {
-        session.read(text, |done, _| work.reading(0, done))?;
-        Ok::<_, EvaluationError>(((), text.len()))
-    })?;
+    let (mut session, text_cost) = driver.read_text(method, text, work)?;
     let after_text = session.reports().to_vec();
+    let place = Place {
+        evaluation: "perplexity",
+        task: window.task.into(),
+        group: window.tokens.len().to_string(),
+        case: window.number,
+        tokens: window.tokens.len(),
+        depth: None,
+    };
     for &setup in Driver::setups(method) {
-        session.set_method(match setup {
-            Setup::Everything => method,
-            Setup::QuestionExact => Method::Exact,
-        })?;
+        session.set_method(setup.method(method))?;
         session.truncate(text.len());
         let (finding, question) = score(&mut session, scored, method == Method::Exact, exact)?;
-        let mut measurement = Measurement {
-            evaluation: "perplexity",
-            task: window.task.into(),
-            group: window.tokens.len().to_string(),
-            case: window.number,
-            tokens: window.tokens.len(),
-            depth: None,
-            method: method.name().into(),
-            budget: budget(method),
-            setup,
-            finding,
-            text: text_cost,
-            question,
-            answer: Cost::default(),
-            kept_share: 1.0,
-            fallback_share: 0.0,
-            estimated_missed_mass_p99: None,
-            audited_missed_mass_p99: None,
-        };
+        let mut measurement = Measurement::new(&place, method, setup, text_cost, finding);
+        measurement.question = question;
         let reports = if setup == Setup::Everything { session.reports() } else { &after_text };
         measurement.observe(reports);
         work.observer.measured(measurement, reports);

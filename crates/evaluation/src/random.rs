@@ -1,6 +1,7 @@
 //! Draws that depend on nothing but the seed and the case.
 
 use rand::Rng;
+use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
@@ -35,7 +36,17 @@ impl Random {
         &items[self.index(items.len())]
     }
 
-    /// Two different words with a hyphen between, one that `taken` does not hold, and then does.
+    /// Another order.
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        items.shuffle(&mut self.0);
+    }
+
+    /// A word of `letters` letters from `a` to `z`.
+    pub fn letters(&mut self, letters: usize) -> String {
+        (0..letters).map(|_| char::from(b'a' + self.number(0, 25) as u8)).collect()
+    }
+
+    /// Two words with a hyphen between, one that `taken` does not hold, and then does.
     pub fn key(&mut self, words: &[String], taken: &mut std::collections::BTreeSet<String>) -> String {
         loop {
             let key = format!("{}-{}", self.choose(words), self.choose(words));

@@ -1,11 +1,15 @@
 //! Whether an answer holds what it should.
 
-/// Share of `expected` that stands in `answer` as a whole word or number, whatever its case; commas that group the
-/// digits of a number do not matter. RULER (arXiv 2404.06654) scores the same way but takes parts of words too, so that
-/// 416 would be found in 2416.
+/// Share of `expected` that stands in `answer`: a word as a whole, whatever its case; a number as the start of a number,
+/// because small models find the digits but not their end. Commas that group digits do not matter. RULER (arXiv
+/// 2404.06654) is more lenient: it takes any part of a word or number, so that 416 would be found in 2416.
 pub fn share_found(answer: &str, expected: &[String]) -> f64 {
     let words = words(answer);
-    let found = expected.iter().filter(|wanted| words.contains(&wanted.to_lowercase())).count();
+    let stands = |wanted: &&String| match wanted.bytes().all(|byte| byte.is_ascii_digit()) {
+        true => words.iter().any(|word| word.starts_with(wanted.as_str())),
+        false => words.contains(&wanted.to_lowercase()),
+    };
+    let found = expected.iter().filter(stands).count();
     if expected.is_empty() { 1.0 } else { found as f64 / expected.len() as f64 }
 }
 
@@ -34,10 +38,11 @@ mod tests {
     }
 
     #[test]
-    fn whole_numbers_count() {
+    fn numbers_count_from_their_start() {
         assert_eq!(score("2416>\nline", &["2416"]), 1.0);
         assert_eq!(score("The number is 42,527.", &["42527"]), 1.0);
-        assert_eq!(score("12416 and 24160", &["2416"]), 0.0);
+        assert_eq!(score("12416 and 2415", &["2416"]), 0.0);
+        assert_eq!(score("24168282", &["2416"]), 1.0, "the model did not end the number");
         assert_eq!(score("", &["2416"]), 0.0);
         assert_eq!(score("9312021,4410002, 77", &["9312021", "4410002", "77"]), 1.0, "commas of a list");
     }

@@ -4,7 +4,7 @@ use iceformer_attention::Report;
 use serde::Serialize;
 
 use crate::driver::Observer;
-use crate::measurement::{Cost, Finding, Measurement, Setup};
+use crate::measurement::{Cost, Finding, Measurement, Place, Setup};
 
 /// Tasks that exact attention does less well than this say nothing about a method.
 pub const LEAST_ACCURACY: f64 = 0.5;
@@ -151,13 +151,15 @@ impl Results {
         let exact: Vec<&Measurement> = self
             .measurements
             .iter()
-            .filter(|m| m.method == "exact" && m.is_beside(first) && group.iter().any(|other| other.case == m.case))
+            .filter(|m| {
+                m.method == "exact" && m.is_beside(first) && group.iter().any(|other| other.place.case == m.place.case)
+            })
             .collect();
         Summary {
-            evaluation: first.evaluation,
-            task: first.task.clone(),
-            group: first.group.clone(),
-            tokens: mean(&|m| m.tokens as f64),
+            evaluation: first.place.evaluation,
+            task: first.place.task.clone(),
+            group: first.place.group.clone(),
+            tokens: mean(&|m| m.place.tokens as f64),
             method: first.label(),
             setup: first.setup,
             cases: group.len(),
@@ -218,7 +220,8 @@ impl Observer for Results {
 impl Measurement {
     /// Whether both are of one task and group.
     fn is_beside(&self, other: &Self) -> bool {
-        (self.evaluation, &self.task, &self.group) == (other.evaluation, &other.task, &other.group)
+        let key = |place: &Place| (place.evaluation, place.task.clone(), place.group.clone());
+        key(&self.place) == key(&other.place)
     }
 }
 

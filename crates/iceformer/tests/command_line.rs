@@ -344,6 +344,37 @@ fn eval_measures_perplexity_and_divergence() {
 }
 
 #[test]
+fn eval_plants_needles() {
+    let arguments = ["eval", "needle", "--tasks", "single,multi-query", "--lengths", "600", "--cases", "2"];
+    let more = ["--depths", "10,90", "--methods", "exact,budgeted", "--budget", "0.02,0.1", "--json", "-q"];
+    let lines = json_lines(&iceformer(&[&arguments[..], &more].concat()));
+    let cases = records(&lines, "case");
+    assert_eq!(cases.len(), 2 * 2 * 5, "exact, and two budgets in two set-ups");
+    assert_eq!((cases[0]["depth"].as_f64(), cases[5]["depth"].as_f64()), (Some(0.1), Some(0.9)));
+    assert_eq!(cases[19]["answers"].as_array().unwrap().len(), 4, "{}", cases[19]);
+    let summaries = records(&lines, "summary");
+    assert!(summaries[0]["accuracy"].as_f64().unwrap() >= 0.5, "the reference model finds needles: {}", summaries[0]);
+    let methods: Vec<_> = summaries[..5].iter().map(|summary| summary["method"].as_str().unwrap()).collect();
+    assert_eq!(methods, ["exact", "budgeted 0.02", "budgeted 0.02", "budgeted 0.1", "budgeted 0.1"]);
+    let retentions = records(&lines, "retention");
+    assert!((0.0..=1.5).contains(&retentions[0]["mean"].as_f64().unwrap()), "{}", retentions[0]);
+}
+
+#[test]
+fn eval_compares_continuations() {
+    let arguments = ["eval", "agreement", "--lengths", "500", "--cases", "2", "--generate", "10", "--methods", "dci"];
+    let lines = json_lines(&iceformer(&[&arguments[..], &["--json", "-q"]].concat()));
+    let cases = records(&lines, "case");
+    assert_eq!(cases.len(), 2 * 3);
+    for case in &cases {
+        assert_eq!(case["same"].as_bool().unwrap(), case["first_difference"].is_null(), "{case}");
+        assert_eq!(case["text"]["tokens"].as_u64().unwrap() + case["question"]["tokens"].as_u64().unwrap(), 500);
+        assert_eq!(case["answer"]["tokens"], 9);
+    }
+    assert_eq!(records(&lines, "summary")[0]["same_share"], 1.0, "exact is compared with itself");
+}
+
+#[test]
 fn what_eval_cannot_do_is_told_in_one_line() {
     let folder = tempfile::tempdir().unwrap();
     let short = folder.path().join("short.txt");
@@ -351,6 +382,12 @@ fn what_eval_cannot_do_is_told_in_one_line() {
     let short = short.to_str().unwrap();
     for (arguments, code, parts) in [
         (&["eval", "longeval", "--methods", "none"][..], 2, &["expected one of exact, budgeted, dci"][..]),
+        (&["eval", "needle", "--tasks", "many"], 2, &["expected one of single, multi-key"]),
+        (&["eval", "needle", "--depths", "101"], 2, &["a number from 0 to 100, in percent"]),
+        (&["eval", "needle", "--lengths", "30"], 1, &["a length of 30 tokens has no room for task single"]),
+        (&["eval", "agreement", "--lengths", "64"], 1, &["a length of 64 tokens leaves no text"]),
+        (&["eval", "agreement", "--lengths", "64k"], 1, &["the context takes 65536"]),
+        (&["eval", "agreement", "--text", short, "--lengths", "2k"], 1, &["short:", "needs more text"]),
         (&["eval", "longeval", "--lengths", "x"], 2, &["a whole number of tokens, or one such as 16k"]),
         (&["eval", "longeval", "--budget", "0.1", "--methods", "exact"], 1, &["--budget is for method budgeted"]),
         (&["eval", "longeval", "--lengths", "64k", "--cases", "1"], 1, &["65536", "context of 65536"]),

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use iceformer_attention::{BudgetSettings, KeyValueType, Method};
+use iceformer_evaluation::needle::Task;
 
-use crate::command_line::arguments::{budget, kv_type, method, number, size, threads};
+use crate::command_line::arguments::{budget, choice, kv_type, method, number, size, threads};
 
 #[derive(Debug, Args)]
 pub struct EvalArguments {
@@ -17,8 +18,12 @@ pub struct EvalArguments {
 pub enum Eval {
     /// Finds the number of one line in a long record of lines (LongEval).
     Longeval(LongevalArguments),
+    /// Finds what is planted in a text, or counts words (RULER): seven tasks at any length and depth.
+    Needle(NeedleArguments),
     /// How likely a text is, and how far each method's distributions are from those of exact attention.
     Perplexity(PerplexityArguments),
+    /// Whether each method continues a text by the same tokens as exact attention.
+    Agreement(AgreementArguments),
 }
 
 impl Eval {
@@ -26,7 +31,9 @@ impl Eval {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Longeval(_) => "longeval",
+            Self::Needle(_) => "needle",
             Self::Perplexity(_) => "perplexity",
+            Self::Agreement(_) => "agreement",
         }
     }
 
@@ -34,7 +41,9 @@ impl Eval {
     pub fn common(&self) -> &EvalCommon {
         match self {
             Self::Longeval(arguments) => &arguments.common,
+            Self::Needle(arguments) => &arguments.common,
             Self::Perplexity(arguments) => &arguments.common,
+            Self::Agreement(arguments) => &arguments.common,
         }
     }
 }
@@ -121,6 +130,39 @@ pub struct LongevalArguments {
 }
 
 #[derive(Debug, Args)]
+pub struct NeedleArguments {
+    /// Tasks: single, multi-key, multi-value, multi-query, variable-tracking, common-words, frequent-words [default: all].
+    #[arg(long, value_delimiter = ',', value_name = "TASKS", value_parser = task)]
+    pub tasks: Vec<Task>,
+    /// Tokens of a prompt: whole numbers, or such as 16k.
+    #[arg(long, value_delimiter = ',', default_value = "4k,8k,16k", value_name = "TOKENS", value_parser = length)]
+    pub lengths: Vec<usize>,
+    /// Where in the text the answer of `single` and `multi-key` stands, in percent; the cases take them in turn.
+    #[arg(long, value_delimiter = ',', default_value = "0,25,50,75,100", value_name = "PERCENT", value_parser = depth)]
+    pub depths: Vec<f64>,
+    /// Cases of each task and length.
+    #[arg(long, default_value = "10", value_name = "N", value_parser = size)]
+    pub cases: usize,
+    #[command(flatten)]
+    pub common: EvalCommon,
+}
+
+#[derive(Debug, Args)]
+pub struct AgreementArguments {
+    /// Tokens of a prompt: whole numbers, or such as 16k.
+    #[arg(long, value_delimiter = ',', default_value = "16k", value_name = "TOKENS", value_parser = length)]
+    pub lengths: Vec<usize>,
+    /// Tokens that each prompt is continued by.
+    #[arg(long, default_value = "50", value_name = "TOKENS", value_parser = size)]
+    pub generate: usize,
+    /// Prompts of each length.
+    #[arg(long, default_value = "50", value_name = "N", value_parser = size)]
+    pub cases: usize,
+    #[command(flatten)]
+    pub common: EvalCommon,
+}
+
+#[derive(Debug, Args)]
 pub struct PerplexityArguments {
     /// Tokens of a window: whole numbers, or such as 16k.
     #[arg(long, visible_alias = "context", value_delimiter = ',', default_value = "4k,16k", value_name = "TOKENS", value_parser = length)]
@@ -136,6 +178,16 @@ pub struct PerplexityArguments {
     pub cases: usize,
     #[command(flatten)]
     pub common: EvalCommon,
+}
+
+fn task(text: &str) -> Result<Task, String> {
+    choice(text, &Task::ALL, Task::name)
+}
+
+/// A share given in percent.
+fn depth(text: &str) -> Result<f64, String> {
+    let percent = text.parse().ok().filter(|percent| (0.0..=100.0).contains(percent));
+    percent.map(|percent: f64| percent / 100.0).ok_or_else(|| "expected a number from 0 to 100, in percent".to_owned())
 }
 
 /// A number of tokens: `16384`, or `16k` for 16 · 1024.

@@ -9,16 +9,17 @@ use std::sync::Arc;
 
 use iceformer_attention::{Method, Report, ThreadTeam};
 use iceformer_engine::{Cancel, Model, ModelFiles, SessionSettings};
+use iceformer_evaluation::needle::{NeedleSettings, Task};
 use iceformer_evaluation::{
-    Driver, Encoder, EvaluationError, Measurement, Observer, PerplexitySettings, Results, SourceText, longeval,
-    run_perplexity,
+    AgreementSettings, Driver, Encoder, EvaluationError, Measurement, Observer, PerplexitySettings, Results,
+    SourceText, longeval, needle, run_agreement, run_perplexity,
 };
 use serde::Serialize;
 
 use super::progress::Progress;
 use super::text::read_text;
 use super::{Outcome, embedded, interrupt, print_json};
-use arguments::{Eval, EvalCommon, LongevalArguments, PerplexityArguments};
+use arguments::{AgreementArguments, Eval, EvalCommon, LongevalArguments, NeedleArguments, PerplexityArguments};
 
 /// Takes in measurements as they come: to the results, and with `--json` to standard output.
 struct Told {
@@ -60,7 +61,7 @@ impl Observer for Told {
 /// Runs the command.
 pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
     let common = what.common();
-    let methods = common.contestants(matches!(what, Eval::Perplexity(_)))?;
+    let methods = common.contestants(matches!(what, Eval::Perplexity(_) | Eval::Agreement(_)))?;
     let settings =
         SessionSettings { context: None, chunk: common.chunk, key_value_type: common.kv_type, method: Method::Exact };
     let source = source(common)?;
@@ -86,7 +87,9 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
     };
     let outcome = match what {
         Eval::Longeval(arguments) => run_longeval(arguments, &driver, encoder, &source, &mut told),
+        Eval::Needle(arguments) => run_needle(arguments, &driver, encoder, &source, &mut told),
         Eval::Perplexity(arguments) => perplexity(arguments, &driver, &source, &mut told),
+        Eval::Agreement(arguments) => agreement(arguments, &driver, &source, &mut told),
     };
     told.progress.finish();
     if let Some(failure) = told.failure {
@@ -133,6 +136,39 @@ fn run_longeval(
     let plan = |&length: &usize| longeval::plan(&source, encoder, seed, length, arguments.cases);
     let cases: Vec<_> = arguments.lengths.iter().flat_map(plan).collect();
     driver.run_cases("longeval", &cases, told)
+}
+
+fn run_needle(
+    arguments: &NeedleArguments,
+    driver: &Driver<'_>,
+    encoder: Encoder<'_>,
+    source: &Source,
+    told: &mut Told,
+) -> Result<(), EvaluationError> {
+    let source = SourceText::new(&source.name, &source.text)?;
+    let settings = NeedleSettings {
+        tasks: if arguments.tasks.is_empty() { Task::ALL.to_vec() } else { arguments.tasks.clone() },
+        lengths: arguments.lengths.clone(),
+        depths: arguments.depths.clone(),
+        cases: arguments.cases,
+        seed: arguments.common.seed,
+    };
+    driver.run_cases("needle", &needle::plan(&source, encoder, &settings)?, told)
+}
+
+fn agreement(
+    arguments: &AgreementArguments,
+    driver: &Driver<'_>,
+    source: &Source,
+    told: &mut Told,
+) -> Result<(), EvaluationError> {
+    let settings = AgreementSettings {
+        lengths: arguments.lengths.clone(),
+        cases: arguments.cases,
+        generate: arguments.generate,
+        seed: arguments.common.seed,
+    };
+    run_agreement(driver, &source.name, &source.text, &settings, told)
 }
 
 fn perplexity(
