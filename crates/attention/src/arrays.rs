@@ -12,6 +12,7 @@ use iceformer_kernels::half::{bf16, f16};
 use crate::exact;
 use crate::few::{self, FewScratch};
 use crate::strided::FromF32;
+use crate::tiles::Call;
 use crate::{
     Attention, AttentionScratch, CacheShape, Elements, ElementsMut, KeyValueCache, KeyValueType, Queries, Report,
     StridedView, ThreadTeam,
@@ -451,7 +452,10 @@ impl Attention {
             let (output, buffers) = (&mut scratch.output, &mut scratch.attention);
             report += &match call.soft_cap {
                 None => self.run(queries, cache, output, log_sum_exp, team, buffers),
-                cap => exact::run_capped(self, cap, queries, cache, output, log_sum_exp, team, buffers),
+                soft_cap => {
+                    let call = Call { attention: self, queries, cache, soft_cap };
+                    exact::run(&call, output, log_sum_exp, team, buffers)
+                }
             };
             add_sinks(call.sinks, &mut scratch.output, &scratch.log_sum_exp, value_dim);
             target.write(first, &scratch.output, batch, team);

@@ -5,15 +5,13 @@
 
 use std::sync::{PoisonError, RwLock};
 
-use iceformer_kernels::AlignedBuffer;
 use iceformer_kernels::attention::{KEY_DIM_MULTIPLE, KeyBlock, VALUE_DIM_MULTIPLE};
 
 use crate::ThreadTeam;
+use crate::budgeted::ClusterIndex;
 use crate::dci::DciIndex;
 use crate::page::{self, Int8Slot};
-
-/// Keys of one segment: 16 pages.
-pub(crate) const SEGMENT_KEYS: usize = 256;
+use crate::segment::{SEGMENT_KEYS, Segment};
 
 /// Keys from which an int8 cache takes the channel mean that it centres keys on. Their originals are kept, so the mean
 /// does not depend on how the keys came (at once, in chunks, one by one).
@@ -74,41 +72,6 @@ impl CacheShape {
     /// Value width in a page: padded with zeros.
     pub(crate) fn padded_value_dim(self) -> usize {
         self.value_dim.next_multiple_of(VALUE_DIM_MULTIPLE)
-    }
-}
-
-/// [`SEGMENT_KEYS`] keys and values of one head, in pages.
-enum Segment {
-    F32 { keys: AlignedBuffer<f32>, values: AlignedBuffer<f32> },
-    Bf16 { keys: AlignedBuffer<u16>, values: AlignedBuffer<u16> },
-    Int8 { keys: AlignedBuffer<u8>, key_scales: Vec<f32>, values: AlignedBuffer<i8>, value_scales: Vec<f32> },
-}
-
-impl Segment {
-    fn new(kind: KeyValueType, key_dim: usize, value_dim: usize) -> Self {
-        let (keys, values) = (SEGMENT_KEYS * key_dim, SEGMENT_KEYS * value_dim);
-        match kind {
-            KeyValueType::F32 => Self::F32 { keys: AlignedBuffer::zeroed(keys), values: AlignedBuffer::zeroed(values) },
-            KeyValueType::Bf16 => {
-                Self::Bf16 { keys: AlignedBuffer::zeroed(keys), values: AlignedBuffer::zeroed(values) }
-            }
-            KeyValueType::Int8 => Self::Int8 {
-                keys: AlignedBuffer::zeroed(keys),
-                key_scales: vec![0.0; SEGMENT_KEYS],
-                values: AlignedBuffer::zeroed(values),
-                value_scales: vec![0.0; SEGMENT_KEYS],
-            },
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Self::F32 { keys, values } => keys.bytes() + values.bytes(),
-            Self::Bf16 { keys, values } => keys.bytes() + values.bytes(),
-            Self::Int8 { keys, key_scales, values, value_scales } => {
-                keys.bytes() + values.bytes() + 4 * (key_scales.len() + value_scales.len())
-            }
-        }
     }
 }
 
@@ -174,6 +137,7 @@ pub struct KeyValueCache {
     len: usize,
     heads: Vec<Head>,
     search_index: RwLock<Option<DciIndex>>,
+    clusters: RwLock<ClusterIndex>,
 }
 
 impl KeyValueCache {
@@ -186,7 +150,7 @@ impl KeyValueCache {
         let mean = if kind == KeyValueType::Int8 { vec![0.0; shape.key_dim] } else { Vec::new() };
         let head = || Head { segments: Vec::new(), mean: mean.clone(), first_keys: Vec::new() };
         let heads = (0..shape.kv_heads).map(|_| head()).collect();
-        Self { shape, kind, len: 0, heads, search_index: RwLock::default() }
+        Self { shape, kind, len: 0, heads, search_index: RwLock::default(), clusters: RwLock::default() }
     }
 
     /// Appends `keys` `[tokens, kv_heads, key_dim]` and `values` `[tokens, kv_heads, value_dim]`.
@@ -285,6 +249,8 @@ impl KeyValueCache {
             Some(index) if keys_are_final => index.truncate(len),
             _ => *index = None,
         }
+        let clusters = self.clusters.get_mut().unwrap_or_else(PoisonError::into_inner);
+        clusters.truncate(if keys_are_final { len } else { 0 });
     }
 
     /// Bytes held for keys and values, those of pages not yet full included.
@@ -351,9 +317,17 @@ impl KeyValueCache {
         &self.search_index
     }
 
-    /// Bytes held by the search index of method `dci`, beside [`bytes`](Self::bytes); 0 before its first call.
+    /// The clusters of method `budgeted` over these keys, kept from call to call.
+    pub(crate) fn clusters(&self) -> &RwLock<ClusterIndex> {
+        &self.clusters
+    }
+
+    /// Bytes held by what methods `budgeted` and `dci` find keys with, beside [`bytes`](Self::bytes); 0 before their
+    /// first call.
     pub fn index_bytes(&self) -> usize {
-        self.search_index.read().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, DciIndex::bytes)
+        let search = self.search_index.read().unwrap_or_else(PoisonError::into_inner);
+        let clusters = self.clusters.read().unwrap_or_else(PoisonError::into_inner);
+        search.as_ref().map_or(0, DciIndex::bytes) + clusters.bytes()
     }
 
     /// What head `head` subtracts from its keys (empty: nothing); their logits lack `scale · query · mean`.
@@ -363,19 +337,12 @@ impl KeyValueCache {
 
     /// `keys` keys of head `head` from `first` on, both multiples of [`PAGE_KEYS`], within one segment.
     pub(crate) fn block(&self, head: usize, first: usize, keys: usize) -> KeyBlock<'_> {
-        let (key_dim, value_dim) = (self.shape.padded_key_dim(), self.shape.padded_value_dim());
         let slots = first % SEGMENT_KEYS..first % SEGMENT_KEYS + keys;
-        let key_range = slots.start * key_dim..slots.end * key_dim;
-        let value_range = slots.start * value_dim..slots.end * value_dim;
-        match &self.heads[head].segments[first / SEGMENT_KEYS] {
-            Segment::F32 { keys, values } => KeyBlock::F32 { keys: &keys[key_range], values: &values[value_range] },
-            Segment::Bf16 { keys, values } => KeyBlock::Bf16 { keys: &keys[key_range], values: &values[value_range] },
-            Segment::Int8 { keys, key_scales, values, value_scales } => KeyBlock::Int8 {
-                keys: &keys[key_range],
-                key_scales: &key_scales[slots.clone()],
-                values: &values[value_range],
-                value_scales: &value_scales[slots],
-            },
-        }
+        self.segment(head, first).block(slots, self.shape)
+    }
+
+    /// The segment of head `head` that holds key `index`.
+    pub(crate) fn segment(&self, head: usize, index: usize) -> &Segment {
+        &self.heads[head].segments[index / SEGMENT_KEYS]
     }
 }

@@ -25,7 +25,9 @@ mod mask;
 mod method;
 mod page;
 mod report;
+mod segment;
 mod strided;
+mod tiles;
 
 pub use arrays::{ArrayScratch, Arrays, ArraysError};
 pub use budgeted::{BudgetError, BudgetSettings};

@@ -1,7 +1,10 @@
 //! One attention call: queries against a cache under a mask, by a method.
 
 use crate::exact::{self, AttentionScratch};
-use crate::{BudgetError, BudgetSettings, DciSettings, DciSettingsError, KeyValueCache, Mask, Report, ThreadTeam, dci};
+use crate::tiles::Call;
+use crate::{
+    BudgetError, BudgetSettings, DciSettings, DciSettingsError, KeyValueCache, Mask, Report, ThreadTeam, budgeted, dci,
+};
 
 /// How the keys of a query are chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -138,8 +141,10 @@ impl Attention {
             assert_eq!(log_sum_exp.len(), tokens * heads, "log_sum_exp is [tokens, query_heads]");
         }
         self.method.validate().unwrap_or_else(|error| panic!("{error}"));
+        let call = Call { attention: self, queries, cache, soft_cap: None };
         match self.method {
-            Method::Exact | Method::Budgeted(_) => exact::run(self, queries, cache, output, log_sum_exp, team, scratch),
+            Method::Exact => exact::run(&call, output, log_sum_exp, team, scratch),
+            Method::Budgeted(settings) => budgeted::run(&call, &settings, output, log_sum_exp, team, scratch),
             Method::Dci(settings) => {
                 dci::run(self, &settings, queries, cache, output, log_sum_exp, team, &mut scratch.dci)
             }

@@ -2,6 +2,7 @@
 //!
 //! `slot` counts keys from the start of the buffer; widths are the padded ones, and shorter input leaves zeros.
 
+use bytemuck::Pod;
 use iceformer_kernels::attention::PAGE_KEYS;
 use iceformer_kernels::half::bf16;
 use iceformer_kernels::nearest_integer;
@@ -109,6 +110,26 @@ pub(crate) fn read_value_int8(values: &[i8], scale: f32, slot: usize, value_dim:
     let pairs = values[slot / 2 * 2 * value_dim..][..2 * value_dim].chunks_exact(2);
     for (target, pair) in value.iter_mut().zip(pairs) {
         *target = f32::from(pair[slot % 2]) * scale;
+    }
+}
+
+/// Copies the key at slot `from` of `source` to slot `slot`; it takes `bytes` bytes, padding included. A page of keys is
+/// `[bytes / 4][16][4]` bytes whatever its type.
+pub(crate) fn copy_key<T: Pod>(keys: &mut [T], slot: usize, source: &[T], from: usize, bytes: usize) {
+    let page = |slot: usize| slot / PAGE_KEYS * PAGE_KEYS * bytes / 4..(slot / PAGE_KEYS + 1) * PAGE_KEYS * bytes / 4;
+    let source = &bytemuck::cast_slice::<T, u32>(source)[page(from)];
+    let target = &mut bytemuck::cast_slice_mut::<T, u32>(keys)[page(slot)];
+    for (target, source) in target.as_chunks_mut::<PAGE_KEYS>().0.iter_mut().zip(source.as_chunks::<PAGE_KEYS>().0) {
+        target[slot % PAGE_KEYS] = source[from % PAGE_KEYS];
+    }
+}
+
+/// Copies the value at slot `from` of `source` to slot `slot`, in pages of `[8][value_dim][2]`.
+pub(crate) fn copy_paired_value<T: Pod>(values: &mut [T], slot: usize, source: &[T], from: usize, value_dim: usize) {
+    let source = &source[from / 2 * 2 * value_dim..][..2 * value_dim];
+    let target = &mut values[slot / 2 * 2 * value_dim..][..2 * value_dim];
+    for (target, source) in target.as_chunks_mut::<2>().0.iter_mut().zip(source.as_chunks::<2>().0) {
+        target[slot % 2] = source[from % 2];
     }
 }
 

@@ -1,5 +1,131 @@
-//! Budgeted attention: the keys that matter, within an error budget that the user sets.
+//! Budgeted attention: the keys that matter one by one, all others by what is known of their clusters, within an error
+//! that the user sets.
+//!
+//! Older keys are grouped into clusters of 64 that lie close together ([`index`], [`clustering`]). For six neighbouring
+//! queries at a time, the mass of every cluster is estimated from its mean and its channel variances, and with it the
+//! error that taking all its values as one would make; these errors are independent from cluster to cluster, so their
+//! squares add up. The clusters with the largest are computed exactly, as few as keep the sum within the budget
+//! ([`selection`]); the others enter the softmax with their estimated mass and their mean value ([`tile`]). How large
+//! the sum may be is measured for each head on a few of its queries, and again as the keys grow in number
+//! ([`calibration`]). The first keys, recent ones and those not clustered yet are always exact. Where more than half of
+//! the clusters would be computed, exact attention is faster and takes over.
+//!
+//! *Missed mass* of a row is the share of softmax mass that would have to move from one typical value to another,
+//! independent one to make the row's error: `‖ô − o‖ / (√2 · σ)`, with the exact output `o`, the method's `ô`, and the
+//! root mean square distance σ of the values from their mean.
 
+mod calibration;
+mod clustering;
+mod index;
+mod selection;
 mod settings;
+mod tile;
 
+use std::sync::{Mutex, PoisonError, RwLockWriteGuard};
+
+pub(crate) use index::ClusterIndex;
 pub use settings::{BudgetError, BudgetSettings};
+
+use crate::exact::{self, AttentionScratch};
+use crate::tiles::{Call, Part, Plan};
+use crate::{HeadReport, Report, ThreadTeam};
+use calibration::{Calibration, CalibrationScratch};
+use index::IndexScratch;
+use tile::{Budgeted, TileScratch};
+
+/// Keys from which clusters are made: below, they do not pay.
+const LEAST_KEYS: usize = 4096;
+
+/// Buffers reused from call to call.
+#[derive(Default)]
+pub(crate) struct BudgetScratch {
+    /// One per thread.
+    index: Vec<Mutex<IndexScratch>>,
+    /// One per thread.
+    calibration: Vec<Mutex<CalibrationScratch>>,
+    /// One per thread.
+    tiles: Vec<Mutex<TileScratch>>,
+    /// One per task: reports of its query heads.
+    reports: Vec<Vec<HeadReport>>,
+}
+
+/// What a task leaves.
+struct Outcome<'a> {
+    part: &'a mut Part,
+    reports: &'a mut Vec<HeadReport>,
+}
+
+/// Runs `call` within a budget. Shapes and settings were checked by the caller.
+pub(crate) fn run(
+    call: &Call<'_>,
+    settings: &BudgetSettings,
+    output: &mut [f32],
+    log_sum_exp: Option<&mut [f32]>,
+    team: &ThreadTeam,
+    scratch: &mut AttentionScratch,
+) -> Report {
+    let cache = call.cache;
+    if cache.len() < LEAST_KEYS || call.tokens() == 0 {
+        return exact::run(call, output, log_sum_exp, team, scratch);
+    }
+    scratch.budgeted.index.resize_with(team.threads(), Mutex::default);
+    let mut guard = cache.clusters().write().unwrap_or_else(PoisonError::into_inner);
+    guard.extend(cache, team, &scratch.budgeted.index);
+    if guard.regions() > 0 && guard.wants_calibration(settings.budget) {
+        let measured =
+            calibrate(&Budgeted { call: *call, settings: *settings, index: &guard }, team, &mut scratch.budgeted);
+        guard.take(settings.budget, measured.into_iter());
+    }
+    // Other calls may use the clusters from here on, but none may add some.
+    let index = RwLockWriteGuard::downgrade(guard);
+
+    let budgeted = Budgeted { call: *call, settings: *settings, index: &index };
+    let plan = Plan::new(call, false);
+    let mut tasks = (0..plan.tasks()).map(|task| plan.task(task, cache.len()));
+    if tasks.all(|task| budgeted.is_exact(&task)) {
+        let mut report = exact::run(call, output, log_sum_exp, team, scratch);
+        if index.regions() > 0 {
+            report.heads.iter_mut().for_each(|head| head.fallback_rows = head.rows);
+        }
+        return report;
+    }
+
+    let AttentionScratch { tiles, parts, budgeted: BudgetScratch { tiles: own, reports, .. }, .. } = scratch;
+    tiles.resize_with(team.threads(), Mutex::default);
+    own.resize_with(team.threads(), Mutex::default);
+    if parts.len() < plan.tasks() {
+        parts.resize_with(plan.tasks(), Part::default);
+    }
+    reports.resize_with(reports.len().max(plan.tasks()), Vec::new);
+    let parts = &mut parts[..plan.tasks()];
+    let mut outcomes: Vec<_> =
+        parts.iter_mut().zip(reports.iter_mut()).map(|(part, reports)| Outcome { part, reports }).collect();
+    team.run_chunks(&mut outcomes, 1, |task, outcome, worker| {
+        let mut tile = tiles[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut own = own[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        let task = plan.task(task, cache.len());
+        let Outcome { part, reports } = &mut outcome[0];
+        budgeted.run(&task, &mut tile, &mut own, reports);
+        part.fill(&tile, call.group() * task.tokens.len(), cache.shape().value_dim);
+    });
+    drop(outcomes);
+    plan.collect(call, parts, output, log_sum_exp, team);
+
+    let mut report = Report::of_heads(call.queries.query_heads, &HeadReport::default());
+    for (index, reports) in reports[..plan.tasks()].iter().enumerate() {
+        let first = plan.task(index, cache.len()).kv_head * call.group();
+        report.heads[first..].iter_mut().zip(reports).for_each(|(head, part)| *head += part);
+    }
+    report
+}
+
+/// Measures every query head.
+fn calibrate(budgeted: &Budgeted<'_>, team: &ThreadTeam, scratch: &mut BudgetScratch) -> Vec<Calibration> {
+    scratch.calibration.resize_with(team.threads(), Mutex::default);
+    let mut measured = vec![Vec::new(); budgeted.call.cache.shape().kv_heads];
+    team.run_chunks(&mut measured, 1, |kv_head, measured, worker| {
+        let mut scratch = scratch.calibration[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        measured[0] = calibration::calibrate(budgeted, kv_head, &mut scratch);
+    });
+    measured.concat()
+}

@@ -15,6 +15,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+mod clusters;
 mod float;
 #[cfg(target_arch = "x86_64")]
 mod int8;
@@ -22,6 +23,10 @@ mod int8;
 mod softmax;
 mod tile;
 
+pub use clusters::{
+    ClusterQueries, ClusterSummaries, PANEL_CLUSTERS, add_squared_errors, add_weighted_clusters, largest,
+    masses_in_place,
+};
 pub use tile::{AttentionTile, KeyBlock, TileShape};
 
 /// Keys in a page.
@@ -33,7 +38,7 @@ pub const VALUE_DIM_MULTIPLE: usize = 16;
 /// Most keys of one block.
 pub const MAX_BLOCK_KEYS: usize = 256;
 /// Query rows of a micro-tile: 6 rows × 4 vectors fill 24 of 32 registers with sums.
-const MICRO_ROWS: usize = 6;
+pub const MICRO_ROWS: usize = 6;
 
 /// Asks for the cache line `offset` bytes from `address`. Only a hint: any address may be given.
 #[inline(always)]

@@ -2,6 +2,7 @@
 
 use half::bf16;
 
+use super::clusters::WeightedClusters;
 use super::float::FloatMicroTile;
 use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE};
 #[cfg(target_arch = "x86_64")]
@@ -222,6 +223,13 @@ impl AttentionTile {
         self.weights.grow(MICRO_ROWS * MAX_BLOCK_KEYS);
     }
 
+    /// Empties all rows, which keep their queries.
+    pub fn clear(&mut self) {
+        self.maxima.fill(NOTHING_SEEN);
+        self.sums.fill(0.0);
+        self.output.fill(0.0);
+    }
+
     /// Name of the kernel that [`accumulate`](Self::accumulate) runs, as reports print it.
     pub fn kernel_name(instruction_set: InstructionSet, kind: KeyBlock<'_>) -> &'static str {
         match (instruction_set, kind) {
@@ -288,6 +296,21 @@ impl AttentionTile {
     /// When the slices of the block are no whole number of pages of this tile's shape, have more than
     /// [`MAX_BLOCK_KEYS`] keys, or the block is of another type than [`begin`](Self::begin) was told.
     pub fn accumulate(&mut self, first_key: usize, block: KeyBlock<'_>, next: Option<KeyBlock<'_>>) {
+        self.accumulate_in(first_key, block, next, |_| true);
+    }
+
+    /// As [`accumulate`](Self::accumulate), for the micro-tiles that `wanted` names: number `i` holds the rows from
+    /// `i ·` [`MICRO_ROWS`] on.
+    ///
+    /// # Panics
+    /// As [`accumulate`](Self::accumulate).
+    pub fn accumulate_in(
+        &mut self,
+        first_key: usize,
+        block: KeyBlock<'_>,
+        next: Option<KeyBlock<'_>>,
+        wanted: impl Fn(usize) -> bool,
+    ) {
         let TileShape { rows, key_dim, value_dim } = self.shape;
         let (key_elements, value_elements) = match block {
             KeyBlock::F32 { keys, values } => (keys.len(), values.len()),
@@ -340,7 +363,7 @@ impl AttentionTile {
                 let (next_keys, next_values) = next.addresses();
                 (next_keys.wrapping_sub(keys.addr()) as isize, next_values.wrapping_sub(values.addr()) as isize)
             });
-        for row in (0..rows).step_by(MICRO_ROWS) {
+        for row in (0..rows).step_by(MICRO_ROWS).filter(|row| wanted(row / MICRO_ROWS)) {
             let visible = &self.visible[row..rows.min(row + MICRO_ROWS)];
             // Only the pages that some row sees; a row that sees nothing here does not widen them.
             let seeing = visible.iter().filter(|(start, end)| start < end && *start < end_key && *end > first_key);
@@ -406,6 +429,52 @@ impl AttentionTile {
         self.value_factors.resize(scales.len(), 0.0);
         self.value_factors.iter_mut().zip(scales).for_each(|(factor, scale)| *factor = scale * inverse);
         largest / WEIGHT_STEPS
+    }
+
+    /// Largest logit of row `row` so far, in nats; very low when it has seen none.
+    pub fn maximum(&self, row: usize) -> f32 {
+        self.maxima[row] * self.arithmetic.expect("begin was called").nats()
+    }
+
+    /// Softmax sum of row `row` so far, relative to `e^maximum`.
+    pub fn sum(&self, row: usize) -> f32 {
+        self.sums[row * PAGE_KEYS..(row + 1) * PAGE_KEYS].iter().sum()
+    }
+
+    /// Lets later masses of row `row` be given relative to `e^reference`, which becomes its largest logit unless a
+    /// larger one was seen.
+    pub fn raise_maximum(&mut self, row: usize, reference: f32) {
+        let nats = self.arithmetic.expect("begin was called").nats();
+        let (before, after) = (self.maxima[row], reference / nats);
+        if after > before {
+            let decay = ((before - after) * nats).exp();
+            self.maxima[row] = after;
+            let value_dim = self.shape.value_dim;
+            self.sums[row * PAGE_KEYS..(row + 1) * PAGE_KEYS].iter_mut().for_each(|sum| *sum *= decay);
+            self.output[row * value_dim..(row + 1) * value_dim].iter_mut().for_each(|value| *value *= decay);
+        }
+    }
+
+    /// Adds clusters to the `rows` rows from `first_row` on: row `r` of `masses` (rows of `stride`) holds the mass of
+    /// each cluster relative to `e^maximum` of its row, `values` `[clusters][value_dim]` their mean values as brain
+    /// floats.
+    ///
+    /// # Panics
+    /// When a slice is too short, or there are more than [`MICRO_ROWS`] rows.
+    pub fn add_clusters(&mut self, first_row: usize, rows: usize, masses: &[f32], stride: usize, values: &[u16]) {
+        assert!(rows <= MICRO_ROWS, "{rows} rows are more than a micro-tile has");
+        let value_dim = self.shape.value_dim;
+        let clusters = values.len() / value_dim;
+        for row in 0..rows {
+            let sums = &mut self.sums[(first_row + row) * PAGE_KEYS..][..PAGE_KEYS];
+            let (chunks, rest) = masses[row * stride..][..clusters].as_chunks::<PAGE_KEYS>();
+            for chunk in chunks.iter().map(<[f32; PAGE_KEYS]>::as_slice).chain([rest]) {
+                sums.iter_mut().zip(chunk).for_each(|(sum, mass)| *sum += mass);
+            }
+        }
+        let output = &mut self.output[first_row * value_dim..(first_row + rows) * value_dim];
+        let level = self.instruction_set.expect("begin was called");
+        simd::run(level, WeightedClusters { masses, stride, rows, values, value_dim, output });
     }
 
     /// Writes the output of row `row` (`output` may be narrower than the padded width) and returns its log-sum-exp in

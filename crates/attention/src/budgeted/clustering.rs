@@ -1,0 +1,138 @@
+//! Clusters of keys: balanced bisection along the direction in which the keys of a group differ most.
+
+use iceformer_kernels::rows::{Rows, add_scaled, dot_chosen_rows, dot_rows};
+
+/// Keys that a group's direction is found from.
+const SAMPLE: usize = 64;
+/// Steps of the power iteration. The direction need not be exact: it only orders the keys.
+const STEPS: usize = 3;
+
+/// Buffers of [`bisect`].
+#[derive(Default)]
+pub(super) struct BisectionScratch {
+    /// `[SAMPLE][width]`
+    sample: Vec<f32>,
+    mean: Vec<f32>,
+    direction: Vec<f32>,
+    next_direction: Vec<f32>,
+    projections: Vec<f32>,
+    ranked: Vec<(f32, u32)>,
+}
+
+/// Orders the rows of `keys` `[keys][width]` so that each `cluster` consecutive ones lie close together: `order` becomes
+/// their row numbers. A group is cut in half at the median along its main direction until groups have `cluster` keys.
+/// `keys` is `cluster` times a power of two, and the width a multiple of 16.
+pub(super) fn bisect(keys: &[f32], width: usize, cluster: usize, order: &mut Vec<u32>, scratch: &mut BisectionScratch) {
+    let count = keys.len() / width;
+    debug_assert!(count.is_multiple_of(cluster) && (count / cluster).is_power_of_two());
+    order.clear();
+    order.extend(0..count as u32);
+    let mut group = count;
+    while group > cluster {
+        for members in order.chunks_exact_mut(group) {
+            scratch.cut(keys, width, members);
+        }
+        group /= 2;
+    }
+}
+
+impl BisectionScratch {
+    /// Puts the half of `members` with the smaller projections first.
+    fn cut(&mut self, keys: &[f32], width: usize, members: &mut [u32]) {
+        self.find_direction(keys, width, members);
+        self.projections.resize(members.len(), 0.0);
+        dot_chosen_rows(&self.direction, Rows::F32(keys), members, &mut self.projections);
+        self.ranked.clear();
+        self.ranked.extend(self.projections.iter().copied().zip(members.iter().copied()));
+        let middle = members.len() / 2;
+        // Equal projections keep the order of their keys, so that the result is one and the same.
+        let compare = |a: &(f32, u32), b: &(f32, u32)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
+        self.ranked.select_nth_unstable_by(middle, compare);
+        members.iter_mut().zip(&self.ranked).for_each(|(member, (_, row))| *member = *row);
+        // The selection leaves the halves in an order of its own; sorted, keys are also read in the order they lie in.
+        let (low, high) = members.split_at_mut(middle);
+        low.sort_unstable();
+        high.sort_unstable();
+    }
+
+    /// Leaves the main direction of a sample of `members` in `self.direction`.
+    fn find_direction(&mut self, keys: &[f32], width: usize, members: &[u32]) {
+        let sampled = members.len().min(SAMPLE);
+        self.sample.clear();
+        for index in 0..sampled {
+            let row = members[index * members.len() / sampled] as usize;
+            self.sample.extend_from_slice(&keys[row * width..][..width]);
+        }
+        self.mean.clear();
+        self.mean.resize(width, 0.0);
+        for key in self.sample.chunks_exact(width) {
+            add_scaled(&mut self.mean, 1.0 / sampled as f32, key);
+        }
+        // The key farthest from the mean points somewhere along the main direction, and is never zero unless all are.
+        let (mut farthest, mut distance) = (0, -1.0);
+        for (index, key) in self.sample.chunks_exact_mut(width).enumerate() {
+            add_scaled(key, -1.0, &self.mean);
+            let square: f32 = key.iter().map(|value| value * value).sum();
+            if square > distance {
+                (farthest, distance) = (index, square);
+            }
+        }
+        self.direction.clear();
+        self.direction.extend_from_slice(&self.sample[farthest * width..][..width]);
+        self.projections.resize(sampled, 0.0);
+        for _ in 0..STEPS {
+            dot_rows(&self.direction, Rows::F32(&self.sample), &mut self.projections[..sampled]);
+            self.next_direction.clear();
+            self.next_direction.resize(width, 0.0);
+            for (key, &projection) in self.sample.chunks_exact(width).zip(&self.projections) {
+                add_scaled(&mut self.next_direction, projection, key);
+            }
+            let length = self.next_direction.iter().map(|value| value * value).sum::<f32>().sqrt();
+            if !(length > 0.0 && length.is_finite()) {
+                break;
+            }
+            self.next_direction.iter_mut().for_each(|value| *value /= length);
+            std::mem::swap(&mut self.direction, &mut self.next_direction);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use iceformer_testing::random::Random;
+
+    use super::*;
+
+    #[test]
+    fn every_key_is_in_one_cluster_and_clusters_are_tight() {
+        let (width, count, cluster) = (32, 512, 32);
+        let mut random = Random::new(7);
+        // Sixteen centres, far apart, met in turn.
+        let centres = random.normals(16 * width, 4.0);
+        let noise = random.normals(count * width, 0.3);
+        let keys: Vec<f32> = (0..count * width)
+            .map(|index| centres[index / width % 16 * width + index % width] + noise[index])
+            .collect();
+        let (mut order, mut scratch) = (Vec::new(), BisectionScratch::default());
+        bisect(&keys, width, cluster, &mut order, &mut scratch);
+        let mut seen = order.clone();
+        seen.sort_unstable();
+        assert!(seen.iter().enumerate().all(|(index, &row)| index == row as usize));
+        let pure = order.chunks_exact(cluster).filter(|members| members.iter().all(|row| row % 16 == members[0] % 16));
+        assert!(pure.count() >= 10, "most clusters hold one centre");
+        let mut again = Vec::new();
+        bisect(&keys, width, cluster, &mut again, &mut BisectionScratch::default());
+        assert_eq!(order, again);
+    }
+
+    #[test]
+    fn equal_and_broken_keys_are_ordered_too() {
+        for value in [0.0, f32::NAN, f32::INFINITY] {
+            let keys = vec![value; 128 * 16];
+            let mut order = Vec::new();
+            bisect(&keys, 16, 16, &mut order, &mut BisectionScratch::default());
+            order.sort_unstable();
+            assert!(order.iter().enumerate().all(|(index, &row)| index == row as usize), "{value}");
+        }
+    }
+}

@@ -1,0 +1,438 @@
+//! Clusters of keys that a softmax sees as one: their mass estimated from two moments, their values by the mean.
+//!
+//! For a query `q` (times the factor on the logits) and the `n` keys of a cluster with mean `c` and channel variances
+//! `s`, the mass `Σ exp(q · k)` is about `n · exp(q · c + ½ Σ qᵢ² sᵢ)`: the mean of a lognormal distribution whose
+//! variance takes the channels as uncorrelated.
+
+use super::MICRO_ROWS;
+use crate::simd::exponential::exp;
+use crate::simd::{self, Operation, Simd};
+use crate::{AlignedBuffer, InstructionSet};
+
+/// Clusters of a panel: the lanes of a vector, as keys are in a page.
+pub const PANEL_CLUSTERS: usize = 16;
+
+/// Largest half variance of logits that is believed: the mass of a cluster is at most e⁶ times what its mean says. Where
+/// more would be needed, a few keys outweigh the rest and no estimate from moments holds.
+const MOST_HALF_VARIANCE: f32 = 6.0;
+
+/// Summaries of whole panels of clusters, as brain floats.
+#[derive(Clone, Copy)]
+pub struct ClusterSummaries<'a> {
+    /// Mean key of each cluster. `[panels][key_dim][16]`
+    pub means: &'a [u16],
+    /// Variance of the keys of each cluster, channel by channel. `[panels][key_dim][16]`
+    pub variances: &'a [u16],
+    /// Mean value of each cluster. `[panels · 16][value_dim]`
+    pub values: &'a [u16],
+}
+
+/// Queries of a micro-tile as the estimate wants them: times the factor on the logits, and half their squares.
+#[derive(Default)]
+pub struct ClusterQueries {
+    rows: usize,
+    key_dim: usize,
+    /// `[rows][key_dim]`
+    queries: AlignedBuffer<f32>,
+    /// `[rows][key_dim]`
+    half_squares: AlignedBuffer<f32>,
+}
+
+impl ClusterQueries {
+    /// Starts anew for up to six rows of keys of width `key_dim` (as padded in a page).
+    ///
+    /// # Panics
+    /// When there are more rows.
+    pub fn begin(&mut self, rows: usize, key_dim: usize) {
+        assert!(rows <= MICRO_ROWS, "{rows} rows are more than a micro-tile has");
+        (self.rows, self.key_dim) = (rows, key_dim);
+        self.queries.grow(rows * key_dim);
+        self.half_squares.grow(rows * key_dim);
+    }
+
+    /// Sets row `row`: its query (at most `key_dim` long, the rest counts as zero) and the factor on its logits.
+    pub fn set_row(&mut self, row: usize, query: &[f32], scale: f32) {
+        let range = row * self.key_dim..(row + 1) * self.key_dim;
+        let (queries, half_squares) = (&mut self.queries[range.clone()], &mut self.half_squares[range]);
+        queries[query.len()..].fill(0.0);
+        half_squares[query.len()..].fill(0.0);
+        for ((target, half_square), value) in queries.iter_mut().zip(half_squares).zip(query) {
+            *target = value * scale;
+            *half_square = 0.5 * *target * *target;
+        }
+    }
+
+    /// Writes for every row and cluster the logarithm of the estimated mass of a key (that of the cluster, less the
+    /// logarithm of its number of keys) and half the variance of its logits, to column `first` and on of matrices with
+    /// rows of `stride`. A dot product does not depend on the other rows, to the last bit.
+    ///
+    /// # Panics
+    /// When the summaries are no whole panels of this width, or the matrices are too small.
+    pub fn estimate(
+        &self,
+        summaries: ClusterSummaries<'_>,
+        log_masses: &mut [f32],
+        half_variances: &mut [f32],
+        stride: usize,
+        first: usize,
+    ) {
+        self.estimate_at(InstructionSet::current(), summaries, log_masses, half_variances, stride, first);
+    }
+
+    fn estimate_at(
+        &self,
+        level: InstructionSet,
+        summaries: ClusterSummaries<'_>,
+        log_masses: &mut [f32],
+        half_variances: &mut [f32],
+        stride: usize,
+        first: usize,
+    ) {
+        let panel = PANEL_CLUSTERS * self.key_dim;
+        assert!(summaries.means.len().is_multiple_of(panel), "means are whole panels");
+        assert_eq!(summaries.means.len(), summaries.variances.len(), "as many variances as means");
+        let clusters = summaries.means.len() / self.key_dim;
+        assert!(first + clusters <= stride && log_masses.len() >= self.rows * stride, "the clusters fit the matrix");
+        assert_eq!(log_masses.len(), half_variances.len(), "both matrices are of one size");
+        simd::run(level, Estimate { queries: self, summaries, log_masses, half_variances, stride, first, clusters });
+    }
+}
+
+struct Estimate<'a> {
+    queries: &'a ClusterQueries,
+    summaries: ClusterSummaries<'a>,
+    log_masses: &'a mut [f32],
+    half_variances: &'a mut [f32],
+    stride: usize,
+    first: usize,
+    clusters: usize,
+}
+
+impl Operation for Estimate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(mut self, simd: S) {
+        match self.queries.rows {
+            1 => self.rows::<S, 1>(simd),
+            2 => self.rows::<S, 2>(simd),
+            3 => self.rows::<S, 3>(simd),
+            4 => self.rows::<S, 4>(simd),
+            5 => self.rows::<S, 5>(simd),
+            _ => self.rows::<S, 6>(simd),
+        }
+    }
+}
+
+impl Estimate<'_> {
+    #[inline(always)]
+    fn rows<S: Simd, const ROWS: usize>(&mut self, simd: S) {
+        let mut cluster = 0;
+        while cluster < self.clusters {
+            // Two vectors of sums for means and variances of six rows fill 24 of the 32 registers of AVX-512.
+            if S::LANES == PANEL_CLUSTERS && self.clusters - cluster >= 2 * PANEL_CLUSTERS {
+                self.vectors::<S, ROWS, 2>(simd, cluster);
+                cluster += 2 * S::LANES;
+            } else {
+                self.vectors::<S, ROWS, 1>(simd, cluster);
+                cluster += S::LANES;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn vectors<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, simd: S, cluster: usize) {
+        if self.queries.rows < ROWS {
+            return;
+        }
+        let width = self.queries.key_dim;
+        let means = self.summaries.means.as_chunks::<PANEL_CLUSTERS>().0;
+        let variances = self.summaries.variances.as_chunks::<PANEL_CLUSTERS>().0;
+        let mut queries = [&self.queries.queries[..0]; ROWS];
+        let mut half_squares = [&self.queries.half_squares[..0]; ROWS];
+        for row in 0..ROWS {
+            queries[row] = &self.queries.queries[row * width..][..width];
+            half_squares[row] = &self.queries.half_squares[row * width..][..width];
+        }
+        let mut panels = [(&means[..0], &variances[..0], 0); VECTORS];
+        for (vector, panel) in panels.iter_mut().enumerate() {
+            let place = cluster + vector * S::LANES;
+            let channels = place / PANEL_CLUSTERS * width;
+            *panel = (&means[channels..][..width], &variances[channels..][..width], place % PANEL_CLUSTERS);
+        }
+        let mut logits = [[simd.splat(0.0); VECTORS]; ROWS];
+        let mut halves = [[simd.splat(0.0); VECTORS]; ROWS];
+        for channel in 0..width {
+            for vector in 0..VECTORS {
+                let (means, variances, lane) = panels[vector];
+                let mean = simd.load_brain(&means[channel][lane..]);
+                let variance = simd.load_brain(&variances[channel][lane..]);
+                for row in 0..ROWS {
+                    logits[row][vector] = simd.mul_add(simd.splat(queries[row][channel]), mean, logits[row][vector]);
+                    halves[row][vector] =
+                        simd.mul_add(simd.splat(half_squares[row][channel]), variance, halves[row][vector]);
+                }
+            }
+        }
+        for row in 0..ROWS {
+            for vector in 0..VECTORS {
+                let place = row * self.stride + self.first + cluster + vector * S::LANES;
+                // The half variance is the second operand of `min`, so that a NaN stays.
+                let half = simd.min(simd.splat(MOST_HALF_VARIANCE), halves[row][vector]);
+                simd.store(half, &mut self.half_variances[place..]);
+                simd.store(simd.add(logits[row][vector], half), &mut self.log_masses[place..]);
+            }
+        }
+    }
+}
+
+/// Replaces the logarithms of masses of one row by masses relative to `e^reference`, times `factor`; returns their sum.
+pub fn masses_in_place(log_masses: &mut [f32], reference: f32, factor: f32) -> f32 {
+    simd::run(InstructionSet::current(), Masses { log_masses, reference, factor })
+}
+
+struct Masses<'a> {
+    log_masses: &'a mut [f32],
+    reference: f32,
+    factor: f32,
+}
+
+impl Operation for Masses<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) -> f32 {
+        let (reference, factor) = (simd.splat(self.reference), simd.splat(self.factor));
+        simd::map_in_place(
+            simd,
+            self.log_masses,
+            #[inline(always)]
+            |value| simd.mul(factor, exp(simd, simd.sub(value, reference))),
+        );
+        simd::sum_of(
+            simd,
+            self.log_masses,
+            0.0,
+            #[inline(always)]
+            |value| value,
+        ) as f32
+    }
+}
+
+/// Largest of `values`; −∞ of none. A NaN may be passed over.
+pub fn largest(values: &[f32]) -> f32 {
+    let mut largest = [f32::NEG_INFINITY; 16];
+    let (chunks, rest) = values.as_chunks::<16>();
+    for chunk in chunks {
+        for (largest, value) in largest.iter_mut().zip(chunk) {
+            *largest = if *value > *largest { *value } else { *largest };
+        }
+    }
+    largest.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// `errors += factor · masses² · half_variances`, all of one length: what each cluster of a row adds to the square of
+/// the row's error.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn add_squared_errors(masses: &[f32], half_variances: &[f32], factor: f32, errors: &mut [f32]) {
+    assert!(masses.len() == errors.len() && half_variances.len() == errors.len(), "one error for each mass");
+    // Plain enough for the compiler to vectorise.
+    for ((error, mass), half_variance) in errors.iter_mut().zip(masses).zip(half_variances) {
+        *error += factor * mass * mass * half_variance;
+    }
+}
+
+/// `outputs += masses · values` for `rows` rows: row `r` of `masses` (rows of `stride`) meets `values`
+/// `[clusters][value_dim]`, brain floats; `outputs` is `[rows][value_dim]`.
+///
+/// # Panics
+/// When a slice is too short, or there are more than [`MICRO_ROWS`] rows.
+pub fn add_weighted_clusters(
+    rows: usize,
+    masses: &[f32],
+    stride: usize,
+    values: &[u16],
+    value_dim: usize,
+    output: &mut [f32],
+) {
+    assert!((1..=MICRO_ROWS).contains(&rows), "a micro-tile has 1 to {MICRO_ROWS} rows");
+    simd::run(InstructionSet::current(), WeightedClusters { masses, stride, rows, values, value_dim, output });
+}
+
+/// Weighted sums of cluster values for the rows of a micro-tile: `output += masses · values`.
+pub(super) struct WeightedClusters<'a> {
+    /// Rows of `stride`, from the first cluster on.
+    pub masses: &'a [f32],
+    pub stride: usize,
+    pub rows: usize,
+    /// `[clusters][value_dim]`
+    pub values: &'a [u16],
+    pub value_dim: usize,
+    /// `[rows][value_dim]`
+    pub output: &'a mut [f32],
+}
+
+impl Operation for WeightedClusters<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(mut self, simd: S) {
+        match self.rows {
+            1 => self.rows::<S, 1>(simd),
+            2 => self.rows::<S, 2>(simd),
+            3 => self.rows::<S, 3>(simd),
+            4 => self.rows::<S, 4>(simd),
+            5 => self.rows::<S, 5>(simd),
+            _ => self.rows::<S, 6>(simd),
+        }
+    }
+}
+
+impl WeightedClusters<'_> {
+    #[inline(always)]
+    fn rows<S: Simd, const ROWS: usize>(&mut self, simd: S) {
+        let mut column = 0;
+        while column < self.value_dim {
+            if S::LANES == 16 && self.value_dim - column >= 4 * S::LANES {
+                self.columns::<S, ROWS, 4>(simd, column);
+                column += 4 * S::LANES;
+            } else {
+                self.columns::<S, ROWS, 1>(simd, column);
+                column += S::LANES;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn columns<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, simd: S, column: usize) {
+        let clusters = self.values.len() / self.value_dim;
+        let mut masses = [&self.masses[..0]; ROWS];
+        for (row, masses) in masses.iter_mut().enumerate() {
+            *masses = &self.masses[row * self.stride..][..clusters];
+        }
+        let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
+        for (row, sums) in sums.iter_mut().enumerate() {
+            for (vector, sum) in sums.iter_mut().enumerate() {
+                *sum = simd.load(&self.output[row * self.value_dim + column + vector * S::LANES..]);
+            }
+        }
+        for cluster in 0..clusters {
+            let source = &self.values[cluster * self.value_dim + column..][..VECTORS * S::LANES];
+            for vector in 0..VECTORS {
+                let value = simd.load_brain(&source[vector * S::LANES..]);
+                for row in 0..ROWS {
+                    sums[row][vector] = simd.mul_add(simd.splat(masses[row][cluster]), value, sums[row][vector]);
+                }
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            for (vector, sum) in sums.iter().enumerate() {
+                simd.store(*sum, &mut self.output[row * self.value_dim + column + vector * S::LANES..]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+    use iceformer_testing::compare::assert_close;
+    use iceformer_testing::random::Random;
+
+    use super::*;
+    use crate::elementwise::levels;
+
+    fn brain(values: &[f32]) -> (Vec<u16>, Vec<f64>) {
+        let bits: Vec<u16> = values.iter().map(|&value| bf16::from_f32(value).to_bits()).collect();
+        let widened = bits.iter().map(|&bits| f64::from(bf16::from_bits(bits).to_f32())).collect();
+        (bits, widened)
+    }
+
+    #[test]
+    fn estimates_of_every_shape() {
+        for level in levels() {
+            for (rows, width, panels) in [(1, 64, 1), (2, 4, 2), (3, 128, 3), (4, 20, 2), (5, 64, 4), (6, 36, 3)] {
+                let mut random = Random::new(rows as u64);
+                let clusters = panels * PANEL_CLUSTERS;
+                let (means, mean_values) = brain(&random.normals(clusters * width, 1.0));
+                let squares: Vec<f32> =
+                    random.normals(clusters * width, 0.3).iter().map(|value| value * value).collect();
+                let (variances, variance_values) = brain(&squares);
+                let data = random.normals(rows * width, 1.0);
+                let mut queries = ClusterQueries::default();
+                queries.begin(rows, width);
+                // One channel fewer than the padded width.
+                (0..rows).for_each(|row| queries.set_row(row, &data[row * width..][..width - 1], 0.3));
+                let (stride, first) = (clusters + 5, 3);
+                let (mut masses, mut halves) = (vec![0.0; rows * stride], vec![0.0; rows * stride]);
+                let summaries = ClusterSummaries { means: &means, variances: &variances, values: &[] };
+                queries.estimate_at(level, summaries, &mut masses, &mut halves, stride, first);
+                for row in 0..rows {
+                    for cluster in 0..clusters {
+                        let place = |channel: usize| {
+                            (cluster / PANEL_CLUSTERS * width + channel) * PANEL_CLUSTERS + cluster % PANEL_CLUSTERS
+                        };
+                        let query = |channel: usize| f64::from(data[row * width + channel] * 0.3);
+                        let logit: f64 =
+                            (0..width - 1).map(|channel| query(channel) * mean_values[place(channel)]).sum();
+                        let half: f64 = (0..width - 1)
+                            .map(|channel| 0.5 * query(channel).powi(2) * variance_values[place(channel)])
+                            .sum();
+                        let half = half.min(6.0);
+                        let at = row * stride + first + cluster;
+                        assert!((f64::from(halves[at]) - half).abs() < 1e-5 * (1.0 + half), "{level:?}");
+                        assert!((f64::from(masses[at]) - logit - half).abs() < 1e-4, "{level:?}");
+                    }
+                }
+                assert!(masses[..first].iter().all(|&value| value == 0.0), "nothing before the first column");
+            }
+        }
+    }
+
+    #[test]
+    fn sums_of_cluster_values() {
+        for level in levels() {
+            for (rows, clusters, value_dim) in
+                [(1, 16, 16), (2, 32, 64), (6, 16, 128), (5, 48, 80), (3, 7, 48), (4, 1, 256)]
+            {
+                let mut random = Random::new(clusters as u64);
+                let stride = clusters + 3;
+                let masses: Vec<f32> = random.normals(rows * stride, 1.0);
+                let (values, wide) = brain(&random.normals(clusters * value_dim, 1.0));
+                let mut output = random.normals(rows * value_dim, 1.0);
+                let expected: Vec<f64> = (0..rows * value_dim)
+                    .map(|index| {
+                        let (row, column) = (index / value_dim, index % value_dim);
+                        let terms = (0..clusters).map(|cluster| {
+                            f64::from(masses[row * stride + cluster]) * wide[cluster * value_dim + column]
+                        });
+                        f64::from(output[index]) + terms.sum::<f64>()
+                    })
+                    .collect();
+                let operation =
+                    WeightedClusters { masses: &masses, stride, rows, values: &values, value_dim, output: &mut output };
+                simd::run(level, operation);
+                assert_close(&output, &expected, 1e-5, format!("{level:?}, {rows} × {clusters} × {value_dim}"));
+            }
+        }
+    }
+
+    #[test]
+    fn masses_and_their_errors() {
+        let mut row: Vec<f32> = (0..37).map(|index| index as f32 * 0.1).collect();
+        let highest = largest(&row);
+        assert!((highest - 3.6).abs() < 1e-6);
+        assert_eq!(largest(&[]), f32::NEG_INFINITY);
+        let sum = masses_in_place(&mut row, highest, 64.0);
+        let expected: f64 = (0..37).map(|index| 64.0 * (f64::from(index) * 0.1 - 3.6).exp()).sum();
+        assert!((f64::from(sum) / expected - 1.0).abs() < 1e-5);
+        assert!((row[36] - 64.0).abs() < 1e-4);
+        let mut errors = vec![1.0; 37];
+        add_squared_errors(&row, &[0.5; 37], 0.25, &mut errors);
+        assert!((errors[36] - (1.0 + 64.0 * 64.0 * 0.125)).abs() < 1e-2);
+        let mut poisoned = vec![f32::NAN; 20];
+        assert!(masses_in_place(&mut poisoned, 0.0, 1.0).is_nan());
+    }
+}
