@@ -89,6 +89,10 @@ def main():
     with tempfile.TemporaryDirectory(dir=arguments.output.resolve().parent, prefix=".iceformer-dump-") as scratch:
         whole = Path(scratch) / "dump.safetensors"
         save_file(tensors, whole, metadata=metadata)
+        # Readable as any new file, which safetensors' own are not.
+        mask = os.umask(0)
+        os.umask(mask)
+        whole.chmod(0o666 & ~mask)
         whole.replace(arguments.output)
     tokens = inputs["input_ids"].shape[1]
     print(f"{arguments.output}: {tokens} tokens, {len(layers)} layers ({arguments.type})")

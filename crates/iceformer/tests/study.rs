@@ -154,3 +154,48 @@ fn bad_dumps_and_settings_are_told_in_one_line() {
     assert_eq!(iceformer(&["bench", "attention", "--layer", "1"]).status.code(), Some(2));
     assert_eq!(iceformer(&["bench", "attention", "--from", name, "--tile-noise", "-1"]).status.code(), Some(2));
 }
+
+#[test]
+fn a_replay_compares_choices() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = dump(folder.path(), 100);
+    let name = path.to_str().unwrap();
+    assert_error(&["study", "replay", name], &["100 tokens", "2704", "--tokens"]);
+    assert_error(&["study", "replay", name, "--layer", "4"], &["--layer 4", "layers 0 to 3"]);
+    assert_error(&["study", "replay", "no/dump"], &["no/dump"]);
+    assert_eq!(iceformer(&["study", "replay", name, "--share", "1.5"]).status.code(), Some(2));
+
+    let replay = ["study", "replay", name, "--layer", "1", "--tokens", "2750", "--tiles", "1", "--share", "0.1,0.3"];
+    let measured = lines(&replay);
+    let (limits, choices) = measured.split_last().unwrap();
+    let of = |scorer: &str, share: f64| {
+        let wanted = |line: &&Value| {
+            line["scorer"] == scorer && line["share"] == share && line["tail"] == "none" && line["tile"] == 1
+        };
+        choices.iter().find(wanted).unwrap_or_else(|| panic!("{scorer} at {share}"))
+    };
+    let scorers = ["oracle-keys", "page-mean", "centroid", "min-max", "four-bit", "second-order", "second-order-error"];
+    for scorer in scorers {
+        let (few, many) = (of(scorer, 0.1), of(scorer, 0.3));
+        let number = |line: &Value, field: &str| line[field].as_f64().unwrap_or_else(|| panic!("{field} in {line}"));
+        assert_eq!(few["rows"], 16, "four tokens of each tile, four heads");
+        assert!(number(many, "retained_p50") >= number(few, "retained_p50"), "{few} {many}");
+        assert!(
+            number(many, "touched") > number(few, "touched") && number(many, "operations") > number(few, "operations")
+        );
+        for field in
+            ["retained_p1", "retained_p5", "missed_mass_p50", "missed_mass_p95", "missed_mass_p99", "relative_error"]
+        {
+            assert!((0.0..=1.0 + 1e-6).contains(&number(few, field)), "{field} of {few}");
+        }
+    }
+    for scorer in ["antidiagonal", "representatives", "dci"] {
+        assert!(choices.iter().any(|line| line["scorer"] == scorer), "{scorer}");
+    }
+    assert_eq!(limits["needed_share"].as_array().unwrap().len(), 3);
+    assert!(limits["far_keys"].as_f64().unwrap() >= 1024.0);
+
+    let output = iceformer(&["study", "replay", name, "--layer", "1", "--tokens", "2750", "--tiles", "1"]);
+    let table = std::str::from_utf8(&output.stdout).unwrap();
+    assert!(table.starts_with("scorer") && table.contains("second-order-error") && table.contains("an oracle needs"));
+}

@@ -367,7 +367,7 @@ fn generator(text: &str) -> Result<Kind, String> {
     choice(text, &Kind::ALL, Kind::name)
 }
 
-fn noise(text: &str) -> Result<f32, String> {
+pub fn noise(text: &str) -> Result<f32, String> {
     let noise = text.parse().ok().filter(|noise| (0.0..=1.0).contains(noise));
     noise.ok_or_else(|| "expected a share of the deviation from 0 to 1, such as 0.05".to_owned())
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use iceformer_study::dump::NumberType;
 
-use crate::command_line::arguments::{choice, size, threads};
+use crate::command_line::arguments::{choice, noise, size, threads};
 
 #[derive(Debug, Args)]
 pub struct StudyArguments {
@@ -17,6 +17,8 @@ pub struct StudyArguments {
 pub enum Study {
     /// Runs a model on a text and writes the queries, keys and values of every layer to a file.
     Dump(DumpArguments),
+    /// Replays choices of keys on a dump: what they keep, how far off they are, what they cost.
+    Replay(ReplayArguments),
 }
 
 #[derive(Debug, Args)]
@@ -52,6 +54,41 @@ pub struct DumpArguments {
     /// Writes no progress to standard error.
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ReplayArguments {
+    /// File that `iceformer study dump` or `bench/dump_encoder.py` wrote.
+    pub dump: PathBuf,
+    /// Layer of the dump, counted from 0 [default: all together].
+    #[arg(long, value_name = "L")]
+    pub layer: Option<usize>,
+    /// Repeats the dump to so many tokens [default: as many as it has].
+    #[arg(long, value_name = "N", value_parser = size)]
+    pub tokens: Option<usize>,
+    /// Noise on the repeated keys and values, in standard deviations of each channel.
+    #[arg(long, default_value = "0", value_name = "SHARE", value_parser = noise, allow_negative_numbers = true)]
+    pub tile_noise: f32,
+    /// Shares of the far keys to keep, with commas between.
+    #[arg(long, default_value = "0.1", value_name = "SHARES", value_delimiter = ',', value_parser = share)]
+    pub share: Vec<f64>,
+    /// Tiles of 128 tokens to look at in each layer, spread over the tokens that have far keys; four rows of each.
+    #[arg(long, default_value = "8", value_name = "N", value_parser = size)]
+    pub tiles: usize,
+    /// Seed of the places of tiles and of the noise.
+    #[arg(long, default_value = "0")]
+    pub seed: u64,
+    /// Threads [default: the cores this process may use].
+    #[arg(long, short, value_name = "N", value_parser = threads)]
+    pub threads: Option<usize>,
+    /// Writes one line of JSON for each choice.
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "expected a share from 0 to 1, such as 0.1".to_owned())
 }
 
 fn number_type(text: &str) -> Result<NumberType, String> {

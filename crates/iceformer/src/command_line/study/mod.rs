@@ -2,6 +2,7 @@
 
 mod arguments;
 mod dump;
+mod replay;
 
 use arguments::Study;
 pub use arguments::StudyArguments;
@@ -12,5 +13,6 @@ use super::Outcome;
 pub fn run(arguments: StudyArguments) -> anyhow::Result<Outcome> {
     match arguments.what {
         Study::Dump(arguments) => dump::run(&arguments),
+        Study::Replay(arguments) => replay::run(&arguments),
     }
 }
