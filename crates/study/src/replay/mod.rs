@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use choice::{Choice, Scorer, Tail, standard_choices};
-pub use limits::Limits;
+pub use limits::{DROPPED_MASS, Limits};
 
 use crate::error::{Row, RowError, Truth, quantile};
 use crate::random::Random;
