@@ -79,6 +79,36 @@ fn json_holds_text_and_figures() {
 }
 
 #[test]
+fn the_report_tells_what_attention_kept() {
+    let text = (0..420).map(|line| format!("Line {line} tells of the {} hill.\n", line * 37 % 101)).collect::<String>();
+    let run = |more: &[&str]| with_input(&[&["run", "-n", "2", "--threads", "2"], more].concat(), &text);
+    let output = run(&["--method", "budgeted", "--budget", "0.2", "--json"]);
+    assert!(stderr(&output).contains("budgeted kept "), "{}", stderr(&output));
+    let value = json(&output);
+    let tokens = value["prompt_tokens"].as_u64().unwrap();
+    assert!(tokens > 4_700, "{tokens} tokens are too few for clusters");
+    let attention = &value["attention"];
+    assert_eq!((&attention["method"], &attention["layers"].as_array().unwrap().len()), (&"budgeted".into(), &4));
+    let kept = attention["kept_share"].as_f64().unwrap();
+    assert!(kept < 1.0, "kept {kept}");
+    let of_heads: Vec<f64> = attention["layers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|layer| layer.as_array().unwrap())
+        .map(|head| head["kept_share"].as_f64().unwrap())
+        .collect();
+    assert_eq!(of_heads.len(), 16);
+    assert!(of_heads.iter().any(|&of_head| of_head <= kept) && of_heads.iter().any(|&of_head| of_head >= kept));
+    assert!(attention["estimated_missed_mass_p99"].as_f64().unwrap() < 0.5);
+
+    let exact = json(&on_reference(&["--prompt", "Once", "-n", "1", "--json", "-q"]));
+    assert_eq!((&exact["attention"]["kept_share"], &exact["attention"]["layers"]), (&1.0.into(), &Value::Null));
+    assert_error(&run(&["--budget", "0.1"]), 1, &["--budget is for --method budgeted"]);
+    assert_error(&run(&["--method", "budgeted", "--budget", "7"]), 2, &["--budget", "above 0 and up to 1"]);
+}
+
+#[test]
 fn files_prompt_and_standard_input_are_one_text() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("text.txt");

@@ -1,6 +1,7 @@
 //! The commands, one file each, and what they share.
 
 mod arguments;
+mod attention_figures;
 mod bench;
 mod chat;
 mod embedded;

@@ -7,6 +7,7 @@ use iceformer_engine::{Decoder, Finish, PartTimes};
 use iceformer_kernels::InstructionSet;
 use serde::Serialize;
 
+use super::attention_figures::AttentionFigures;
 use super::memory::peak_resident_bytes;
 use super::text::{bytes, grouped, rate, seconds};
 
@@ -31,6 +32,8 @@ pub struct Figures {
     pub attention_share: f64,
     pub linear_share: f64,
     pub rest_share: f64,
+    /// What attention kept and missed.
+    pub attention: AttentionFigures,
     pub peak_resident_bytes: Option<u64>,
     pub weight_bytes: usize,
     pub cache_bytes: usize,
@@ -81,6 +84,9 @@ impl Figures {
             100.0 * self.linear_share,
             100.0 * self.rest_share
         );
+        if let Some(line) = self.attention.line() {
+            table += &format!("attention {line}\n");
+        }
         let peak = self.peak_resident_bytes.map_or("unknown".into(), bytes);
         table += &format!(
             "memory    {peak} at most; weights {}, cache {} ({})\n",

@@ -14,6 +14,7 @@ use iceformer_engine::{
 };
 
 use super::arguments::{MachineArguments, RunArguments, SamplingArguments};
+use super::attention_figures::AttentionFigures;
 use super::embedded::{self, Example};
 use super::progress::Progress;
 use super::report::{Figures, per_second};
@@ -197,6 +198,7 @@ fn answer(plan: &Plan, model: &Model, tokens: &[u32], chat: bool, load_seconds: 
         attention_share: 0.0,
         linear_share: 0.0,
         rest_share: 0.0,
+        attention: AttentionFigures::new(plan.session.method, session.reports()),
         peak_resident_bytes: None,
         weight_bytes: 0,
         cache_bytes: session.cache_bytes(),
