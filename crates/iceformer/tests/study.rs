@@ -112,6 +112,7 @@ fn attention_on_a_dump_is_measured_layer_by_layer() {
     let measured = lines(&[&from[..], &one, &ONCE].concat());
     assert_eq!((measured.len(), measured[0]["allowed_keys"].as_u64()), (1, Some(400)));
     assert_eq!(measured[0]["samples"], 4, "all rows there are");
+    assert_eq!(measured[0]["tile_noise"], 0.05);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What a choice is made of, and the choices that a study compares.
 
 use super::pages::{Page, Pages, dot};
-use super::{BLOCK_KEYS, PAGE_KEYS, Tile};
+use super::{BLOCK_KEYS, LARGE_PAGE_KEYS, PAGE_KEYS, Tile};
 
 /// Who tells which keys matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,18 +60,10 @@ impl Scorer {
         }
     }
 
-    /// The pages that it chooses among; those that choose single keys have them for the tail only.
-    pub(super) fn pages<'a>(self, tile: &Tile<'a>) -> &'a Pages {
-        match self {
-            Self::Antidiagonal => tile.blocks,
-            Self::PageMean | Self::MinMax | Self::Representatives => tile.neighbours,
-            _ => tile.clusters,
-        }
-    }
-
-    /// Multiply-adds of choosing for each (query, far key), with keys of `key_dim` and choices shared by `tile` tokens.
-    pub(super) fn operations(self, key_dim: f64, tile: usize) -> f64 {
-        let page = PAGE_KEYS as f64;
+    /// Multiply-adds of choosing for each (query, far key), with keys of `key_dim`, pages of `page` keys and choices
+    /// shared by `tile` tokens.
+    fn operations(self, key_dim: f64, page: usize, tile: usize) -> f64 {
+        let page = page as f64;
         match self {
             Self::OracleKeys | Self::OraclePages | Self::FourBit => key_dim,
             Self::Antidiagonal => key_dim / ANTIDIAGONAL_STRIDE as f64,
@@ -139,7 +131,9 @@ pub struct Choice {
     pub scorer: Scorer,
     /// Share of the far keys that is kept.
     pub share: f64,
-    /// Consecutive tokens that share their keys: a divisor of [`TILE`](super::TILE).
+    /// Keys of a page of close keys, [`PAGE_KEYS`] or [`LARGE_PAGE_KEYS`]; scorers of other pages have their own.
+    pub page: usize,
+    /// Consecutive tokens that share their keys, at most [`TILE`](super::TILE).
     pub tile: usize,
     /// Whether the query heads of a key/value head share their keys.
     pub shares_group: bool,
@@ -149,11 +143,39 @@ pub struct Choice {
     pub delta: Option<usize>,
 }
 
+impl Choice {
+    /// The pages that are chosen among; scorers of single keys have them for nothing but their name.
+    pub(super) fn pages<'a>(&self, tile: &Tile<'a>) -> &'a Pages {
+        match self.scorer {
+            Scorer::Antidiagonal => tile.blocks,
+            Scorer::PageMean | Scorer::MinMax | Scorer::Representatives => tile.neighbours,
+            _ if self.page == LARGE_PAGE_KEYS => tile.large_clusters,
+            _ => tile.clusters,
+        }
+    }
+
+    /// Keys that are kept or left out together.
+    pub fn page_keys(&self) -> usize {
+        match self.scorer {
+            Scorer::OracleKeys | Scorer::FourBit => 1,
+            Scorer::Antidiagonal => BLOCK_KEYS,
+            Scorer::PageMean | Scorer::MinMax | Scorer::Representatives => PAGE_KEYS,
+            _ => self.page,
+        }
+    }
+
+    /// Multiply-adds of choosing for each (query, far key), with keys of `key_dim`.
+    pub(super) fn operations(&self, key_dim: f64) -> f64 {
+        self.scorer.operations(key_dim, self.page_keys(), self.tile)
+    }
+}
+
 /// The choices that a study compares when each keeps `share` of the far keys: scorers, tails, tiles, group sharing and
 /// delta rows, one varied at a time; and what estimates alone do, keeping no far key. Scorers that need rows of a tile
 /// have a tile.
 pub fn standard_choices(share: f64) -> Vec<Choice> {
-    let plain = |scorer| Choice { scorer, share, tile: 1, shares_group: false, tail: Tail::None, delta: None };
+    let plain =
+        |scorer| Choice { scorer, share, page: PAGE_KEYS, tile: 1, shares_group: false, tail: Tail::None, delta: None };
     let mut choices: Vec<Choice> = Scorer::ALL.map(plain).into();
     for choice in &mut choices {
         if matches!(choice.scorer, Scorer::Antidiagonal | Scorer::Representatives) {
@@ -168,9 +190,13 @@ pub fn standard_choices(share: f64) -> Vec<Choice> {
     choices.push(Choice { tail: Tail::SecondOrder, ..plain(Scorer::SecondOrder) });
     choices.push(chosen);
     choices.push(Choice { shares_group: true, ..chosen });
-    for tile in [16, 64, 128] {
+    for tile in [6, 16, 64, 128] {
         choices.push(Choice { tile, shares_group: true, ..chosen });
     }
+    let large = Choice { page: LARGE_PAGE_KEYS, ..chosen };
+    choices.push(large);
+    choices.push(Choice { tile: 6, shares_group: true, ..large });
+    choices.push(Choice { share: 0.0, ..large });
     choices.push(Choice { tile: 128, shares_group: true, tail: Tail::None, ..chosen });
     choices.push(Choice { tile: 128, shares_group: true, delta: Some(64), tail: Tail::None, ..chosen });
     choices.push(Choice { tile: 128, shares_group: true, delta: Some(64), ..chosen });

@@ -29,6 +29,8 @@ pub const NEAR_KEYS: usize = 512;
 pub const SEGMENT_KEYS: usize = 1024;
 /// Keys of a page.
 pub const PAGE_KEYS: usize = 16;
+/// Keys of a large page.
+pub const LARGE_PAGE_KEYS: usize = 64;
 /// Keys of a block of the antidiagonal scorer.
 pub const BLOCK_KEYS: usize = 128;
 /// Tokens of a tile; choices share their keys among as many or fewer.
@@ -154,10 +156,11 @@ struct Tile<'a> {
     start: usize,
     /// Keys that are chosen from.
     far: Range<usize>,
-    /// Neighbours, neighbours in blocks, and keys that lie close together.
+    /// Neighbours, neighbours in blocks, and keys that lie close together in small and large pages.
     neighbours: &'a Pages,
     blocks: &'a Pages,
     clusters: &'a Pages,
+    large_clusters: &'a Pages,
     rows: Vec<ExactRow>,
 }
 
@@ -232,15 +235,15 @@ impl<'a> Layer<'a> {
         let first = if self.causal { SINK_KEYS } else { 0 };
         let heads: Vec<Head<'_>> = (0..kv_heads).map(|kv_head| Head { layer: self, kv_head }).collect();
         let in_pages = |head: &Head<'_>| {
-            [(PAGE_KEYS, None), (BLOCK_KEYS, None), (PAGE_KEYS, Some(SEGMENT_KEYS))]
+            let close = Some(SEGMENT_KEYS);
+            [(PAGE_KEYS, None), (BLOCK_KEYS, None), (PAGE_KEYS, close), (LARGE_PAGE_KEYS, close)]
                 .map(|(size, segment)| Pages::new(head, first..end, size, segment))
         };
         let pages = in_parallel(kv_heads, threads, |head| in_pages(&heads[head]), |_| {});
         let tasks = starts.len() * kv_heads;
         let replay_tile = |task: usize| {
             let (start, kv_head) = (starts[task / kv_heads], task % kv_heads);
-            let [neighbours, blocks, clusters] = &pages[kv_head];
-            let tile = Tile::new(&heads[kv_head], start, [neighbours, blocks, clusters]);
+            let tile = Tile::new(&heads[kv_head], start, &pages[kv_head]);
             let outcomes: Vec<Vec<Outcome>> = choices.iter().map(|choice| tile.outcomes(choice)).collect();
             (outcomes, tile.limits())
         };
@@ -281,7 +284,7 @@ fn in_parallel<T: Send>(
 }
 
 impl<'a> Tile<'a> {
-    fn new(head: &'a Head<'a>, start: usize, [neighbours, blocks, clusters]: [&'a Pages; 3]) -> Self {
+    fn new(head: &'a Head<'a>, start: usize, pages: &'a [Pages; 4]) -> Self {
         let layer = head.layer;
         let mut rows = Vec::new();
         for token in LOOKED_AT.map(|offset| start + offset) {
@@ -293,7 +296,8 @@ impl<'a> Tile<'a> {
                 rows.push(ExactRow { row, weights, truth });
             }
         }
-        Self { head, start, far: layer.far(start), neighbours, blocks, clusters, rows }
+        let [neighbours, blocks, clusters, large_clusters] = pages;
+        Self { head, start, far: layer.far(start), neighbours, blocks, clusters, large_clusters, rows }
     }
 
     /// Number of `pages` that this tile chooses from.
@@ -342,7 +346,7 @@ impl<'a> Tile<'a> {
         let far_share = self.far.len() as f64 / visible as f64;
         let (key_dim, value_dim) = (key_dim as f64, value_dim as f64);
         let mut operations = touched * (key_dim + value_dim);
-        operations += far_share * choice.scorer.operations(key_dim, choice.tile);
+        operations += far_share * choice.operations(key_dim);
         operations += kept.dropped.len() as f64 / visible as f64
             * match choice.tail {
                 Tail::None => 0.0,
@@ -369,7 +373,7 @@ impl<'a> Tile<'a> {
         let visible = self.head.layer.visible(row.token);
         let keys = kept.keys.iter().copied().chain(self.always_kept(visible));
         let exact = keys.map(|key| (dot(&query, self.head.key(key)), self.head.value(key)));
-        let pages = choice.scorer.pages(self);
+        let pages = choice.pages(self);
         let estimated = kept.dropped.iter().filter_map(|&page| {
             let page = &pages.pages[page];
             let mass = choice.tail.log_mass(page, pages.size, &query)?;
@@ -384,7 +388,10 @@ impl<'a> Tile<'a> {
             total += weight;
             output.iter_mut().zip(value).for_each(|(output, value)| *output += weight * value);
         }
-        output.iter_mut().for_each(|output| *output /= total);
+        // Where nothing is kept and nothing estimated, nothing is said.
+        if total > 0.0 {
+            output.iter_mut().for_each(|output| *output /= total);
+        }
         output
     }
 }

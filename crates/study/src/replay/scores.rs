@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::choice::{ANTIDIAGONAL_STRIDE, Choice, Scorer, Tail, representatives, spread};
 use super::pages::{Pages, dot};
-use super::{Row, Tile, logits, softmax};
+use super::{Row, TILE, Tile, logits, softmax};
 
 /// What was chosen.
 pub struct Kept {
@@ -17,15 +17,16 @@ pub struct Kept {
 impl Tile<'_> {
     /// The far keys that the tokens from `first` on and the query heads `heads` share.
     pub(super) fn choose(&self, choice: &Choice, first: usize, heads: Range<usize>) -> Kept {
-        let rows: Vec<Row> =
-            (first..first + choice.tile).flat_map(|token| heads.clone().map(move |head| Row { token, head })).collect();
+        let rows: Vec<Row> = (first..(first + choice.tile).min(self.start + TILE))
+            .flat_map(|token| heads.clone().map(move |head| Row { token, head }))
+            .collect();
         let scorer = choice.scorer;
         if matches!(scorer, Scorer::OracleKeys | Scorer::FourBit) {
             let scores = self.key_scores(scorer, &rows);
             let best = best(&scores, choice.share);
             return Kept { keys: best.iter().map(|&key| self.far.start + key).collect(), dropped: Vec::new() };
         }
-        let pages = scorer.pages(self);
+        let pages = choice.pages(self);
         let scores = match scorer {
             Scorer::Antidiagonal => self.antidiagonal(pages, &rows, heads.len()),
             Scorer::OraclePages => self.true_masses(pages, &rows),

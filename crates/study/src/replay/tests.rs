@@ -36,7 +36,11 @@ fn the_oracle_retains_most_and_the_tail_helps() {
     let summaries = summaries(&layer, &choices);
     let of = |scorer, tail| {
         let found = choices.iter().position(|choice| {
-            choice.scorer == scorer && choice.tail == tail && choice.delta.is_none() && !choice.shares_group
+            choice.scorer == scorer
+                && choice.tail == tail
+                && choice.page == PAGE_KEYS
+                && choice.delta.is_none()
+                && !choice.shares_group
         });
         &summaries[found.unwrap()]
     };
@@ -69,11 +73,28 @@ fn delta_takes_off_an_error_that_rows_share() {
     let (first, rest) = inputs.queries.split_at_mut(2 * 16);
     rest.chunks_exact_mut(2 * 16).for_each(|queries| queries.copy_from_slice(first));
     let layer = Layer { inputs: &inputs, shape: shape(512), scale: 1.0, causal: false };
-    let plain =
-        Choice { scorer: Scorer::PageMean, share: 0.1, tile: 128, shares_group: false, tail: Tail::None, delta: None };
+    let plain = Choice {
+        scorer: Scorer::PageMean,
+        share: 0.1,
+        page: PAGE_KEYS,
+        tile: 128,
+        shares_group: false,
+        tail: Tail::None,
+        delta: None,
+    };
     let summaries = summaries(&layer, &[plain, Choice { delta: Some(64), ..plain }]);
     assert!(summaries[0].missed_mass[0] > 0.01, "{:?}", summaries[0]);
     assert!(summaries[1].missed_mass[2] < 1e-5, "{:?}", summaries[1]);
+}
+
+#[test]
+fn a_row_that_keeps_nothing_says_nothing() {
+    let inputs = Inputs::new(Kind::Gauss, shape(256), 6);
+    let layer = Layer { inputs: &inputs, shape: shape(256), scale: 0.25, causal: false };
+    let nothing = Choice { share: 0.0, tail: Tail::None, ..standard_choices(0.0)[0] };
+    let summary = summaries(&layer, &[nothing])[0];
+    assert_eq!((summary.retained, summary.touched), ([0.0; 3], 0.0));
+    assert!((summary.relative_error - 1.0).abs() < 1e-9, "{summary:?}");
 }
 
 #[test]

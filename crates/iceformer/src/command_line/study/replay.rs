@@ -68,8 +68,7 @@ pub fn run(arguments: &ReplayArguments) -> anyhow::Result<End> {
     for (choice, outcomes) in choices.iter().zip(&all.outcomes) {
         rows.extend(Summary::new(outcomes).map(|summary| (describe(choice), summary)));
     }
-    let settings =
-        json!({ "scorer": "dci", "share": null, "tile": 1, "shares_group": false, "tail": "none", "delta": null });
+    let settings = json!({ "scorer": "dci", "share": null, "page": null, "tile": 1, "shares_group": false, "tail": "none", "delta": null });
     rows.extend(Summary::new(&dci).map(|summary| (settings, summary)));
     if arguments.json {
         print_lines(arguments, &rows, &all.limits)?
@@ -120,6 +119,7 @@ fn describe(choice: &Choice) -> Value {
     json!({
         "scorer": choice.scorer.name(),
         "share": choice.share,
+        "page": choice.page_keys(),
         "tile": choice.tile,
         "shares_group": choice.shares_group,
         "tail": choice.tail.name(),
@@ -178,9 +178,10 @@ fn print_tables(rows: &[(Value, Summary)], limits: &[Limits]) -> anyhow::Result<
     let mut output = std::io::stdout().lock();
     writeln!(
         output,
-        "{:20}{:>6}{:>6}{:>7}  {:13}{:>6}{:>21}{:>21}{:>10}{:>9}{:>8}",
+        "{:20}{:>6}{:>6}{:>6}{:>7}  {:13}{:>6}{:>21}{:>21}{:>10}{:>9}{:>8}",
         "scorer",
         "share",
+        "page",
         "tile",
         "group",
         "tail",
@@ -201,9 +202,10 @@ fn print_tables(rows: &[(Value, Summary)], limits: &[Limits]) -> anyhow::Result<
         let three = |values: [f64; 3]| values.map(|value| format!("{value:.3}")).join(" ");
         writeln!(
             output,
-            "{:20}{:>6}{:>6}{:>7}  {:13}{:>6}{:>21}{:>21}{:>10.3}{:>9.3}{:>8.3}",
+            "{:20}{:>6}{:>6}{:>6}{:>7}  {:13}{:>6}{:>21}{:>21}{:>10.3}{:>9.3}{:>8.3}",
             text("scorer"),
             text("share"),
+            text("page"),
             text("tile"),
             text("shares_group"),
             text("tail"),

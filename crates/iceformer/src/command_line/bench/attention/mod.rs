@@ -207,7 +207,7 @@ impl Bench<'_> {
             "bench": "attention",
             "method": self.method.name(),
             "budget": match self.method {
-                Method::Budgeted(settings) => Some(settings.budget),
+                Method::Budgeted(settings) => Some(as_typed(settings.budget)),
                 _ => None,
             },
         });
@@ -215,7 +215,7 @@ impl Bench<'_> {
             None => line["generator"] = arguments.generator.name().into(),
             Some(path) => {
                 line["from"] = path.display().to_string().into();
-                line["tile_noise"] = arguments.tile_noise.into();
+                line["tile_noise"] = as_typed(arguments.tile_noise).into();
             }
         }
         let rest = json!({
@@ -267,6 +267,11 @@ impl Bench<'_> {
             Ok(())
         }
     }
+}
+
+/// The number as it was typed: 0.05, where the nearest f32 is 0.0500000007.
+fn as_typed(number: f32) -> f64 {
+    number.to_string().parse().unwrap_or_else(|_| f64::from(number))
 }
 
 /// Medians are taken over measurements, each of as many passes as make it long enough.
