@@ -4,8 +4,8 @@
     python bench/python_attention.py long-range-arena --batch 1
     python bench/python_attention.py models --models modernbert xlm-r llama-1b --lengths 8192
 
-Needs the package with torch and transformers (`pip install "./crates/python[transformers]"`). Figures are CPU seconds of
-the whole process (all its threads, those that wait spinning included) and wall seconds, medians of the rounds; ratios
+Needs the package with torch and transformers (`pip install "./crates/python[transformers]"`). Figures are CPU seconds
+of the whole process (all its threads, those that wait spinning included) and wall seconds, medians of the rounds; ratios
 are medians of the ratios within a round. Contestants take turns, so that what else the machine does hits all of them.
 """
 
@@ -21,10 +21,9 @@ import time
 from collections.abc import Callable
 from datetime import date
 
-import torch
-
 import iceformer
 import iceformer.transformers as hook
+import torch
 from iceformer._operator import eager
 
 # name: (batch entries that one example is, tokens, seconds of the paper's eager attention, seconds of IceFormer) of the
@@ -39,7 +38,9 @@ ARENA = {
 MOST_EAGER_BYTES = 4 << 30
 
 
-def measure(contestants: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, list[tuple[float, float]]]:
+def measure(
+    contestants: dict[str, Callable[[], object]], rounds: int, seconds: float
+) -> dict[str, list[tuple[float, float]]]:
     """`(CPU seconds, wall seconds)` of a call, by contestant and round. A short call is repeated within its turn until
     the turn takes `seconds`."""
     repeats = {}
@@ -77,13 +78,11 @@ def row(label: dict[str, object], times: dict[str, list[tuple[float, float]]], a
         return
     columns = {
         **label,
-        **{
-            name.removesuffix(" cpu s"): f"{value:.4g} s"
-            for name, value in found.items() if name.endswith(" cpu s")
-        },
+        **{name.removesuffix(" cpu s"): f"{value:.4g} s" for name, value in found.items() if name.endswith(" cpu s")},
         **{
             name.removesuffix(" / iceformer cpu") + " / iceformer": f"{value:.2f}x"
-            for name, value in found.items() if name.endswith(" / iceformer cpu")
+            for name, value in found.items()
+            if name.endswith(" / iceformer cpu")
         },
     }
     if tuple(columns) != getattr(arguments, "header", None):
@@ -157,14 +156,26 @@ def random_model(name: str, layers: int | None):
         config, kind = tf.XLMRobertaConfig(vocab_size=32000, max_position_embeddings=8194, **token), tf.XLMRobertaModel
     elif name == "llama-1b":
         config = tf.LlamaConfig(
-            vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-            num_key_value_heads=8, max_position_embeddings=131072, **token,
+            vocab_size=32000,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=131072,
+            **token,
         )
         kind = tf.LlamaModel
     else:
         config = tf.LlamaConfig(
-            vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=131072, **token,
+            vocab_size=1000,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=131072,
+            **token,
         )
         kind = tf.LlamaModel
     if layers is not None:
@@ -224,8 +235,12 @@ def parse() -> argparse.Namespace:
     arena.add_argument("--most-tokens", type=int, help="cut the tasks, to try the script")
     arena.set_defaults(run=long_range_arena)
     whole = commands.add_parser("models", parents=[common], help="whole models of random weights in transformers")
-    whole.add_argument("--models", nargs="+", default=["modernbert", "xlm-r", "llama-1b"],
-                       choices=["modernbert", "xlm-r", "llama-1b", "tiny"])
+    whole.add_argument(
+        "--models",
+        nargs="+",
+        default=["modernbert", "xlm-r", "llama-1b"],
+        choices=["modernbert", "xlm-r", "llama-1b", "tiny"],
+    )
     whole.add_argument("--lengths", type=int, nargs="+", default=[8192])
     whole.add_argument("--layers", type=int, help="fewer layers than the model has")
     whole.add_argument("--dtypes", nargs="+", default=["float32"])
@@ -238,8 +253,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     kernels = {name: iceformer.kernel(name) for name in ("f32", "bf16")}
     facts = {
-        "command": " ".join(sys.argv), "date": str(date.today()), "processor": processor(), "cores": os.cpu_count(),
-        "threads": arguments.threads, "torch": torch.__version__, "iceformer": iceformer.__version__, "kernels": kernels,
+        "command": " ".join(sys.argv),
+        "date": str(date.today()),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "iceformer": iceformer.__version__,
+        "kernels": kernels,
     }
     if arguments.json:
         print(json.dumps(facts))

@@ -32,7 +32,8 @@ pub struct Arrays<'a> {
     pub keys: StridedView<'a>,
     /// `[batch, kv_heads, keys, value_dim]`
     pub values: StridedView<'a>,
-    /// Type that keys and values are packed in; `None`: bf16 for bf16, else f32, so that nothing is rounded.
+    /// Type that keys and values are packed in, where they are; `None`: bf16 for bf16, else f32, so that nothing is
+    /// rounded.
     pub key_value_type: Option<KeyValueType>,
     /// Position of the first query among the keys.
     pub first_position: usize,

@@ -30,14 +30,15 @@ pub(crate) struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// The arrays, when there are few queries and every head's keys and values lie row behind row.
+    /// The arrays, when there are few queries and every head's keys and values lie row behind row. A type to pack in is
+    /// passed over: nothing is packed, and nothing rounded.
     pub(crate) fn new(arrays: &Arrays<'a>) -> Option<Self> {
         let [_, heads, tokens, key_dim] = arrays.queries.shape();
         let [_, kv_heads, _, value_dim] = arrays.values.shape();
         let few = tokens <= MOST_TOKENS && tokens * (heads / kv_heads) <= MOST_ROWS;
         let whole_vectors = key_dim.is_multiple_of(ROW_MULTIPLE) && value_dim.is_multiple_of(ROW_MULTIPLE);
         let in_place = arrays.keys.head_rows(0).is_some() && arrays.values.head_rows(0).is_some();
-        (few && whole_vectors && in_place && arrays.key_value_type.is_none()).then_some(Self { arrays: *arrays })
+        (few && whole_vectors && in_place).then_some(Self { arrays: *arrays })
     }
 }
 

@@ -1,6 +1,6 @@
 """Continues a text with any decoder of Hugging Face transformers, its attention computed by IceFormer.
 
-    python continue_with_transformers.py MODEL "Once upon a time"
+python continue_with_transformers.py MODEL "Once upon a time"
 """
 
 import argparse

@@ -26,10 +26,17 @@ def main() -> None:
     start = time.perf_counter()
     with iceformer.transformers.settings(budget=arguments.budget):
         vectors = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
-    print(f"{len(texts)} documents in {time.perf_counter() - start:.2f} s; last call: {iceformer.transformers.last_report()}")
+    seconds = time.perf_counter() - start
+    print(f"{len(texts)} documents in {seconds:.2f} s; last call: {iceformer.transformers.last_report()}")
     for index, path in enumerate(arguments.files):
-        likeness = sorted(((float(vectors[index] @ vectors[other]), arguments.files[other]) for other in range(len(texts))
-                           if other != index), reverse=True)
+        likeness = sorted(
+            (
+                (float(vectors[index] @ vectors[other]), arguments.files[other])
+                for other in range(len(texts))
+                if other != index
+            ),
+            reverse=True,
+        )
         nearest = f"nearest {likeness[0][1].name} ({likeness[0][0]:.3f})" if likeness else "alone"
         print(f"{path.name}: {nearest}")
 

@@ -37,7 +37,10 @@ def decoders():
         "gemma3": (
             tf.Gemma3ForCausalLM,
             tf.Gemma3TextConfig(
-                **window, **TOKENS, head_dim=16, query_pre_attn_scalar=16,
+                **window,
+                **TOKENS,
+                head_dim=16,
+                query_pre_attn_scalar=16,
                 layer_types=["sliding_attention", "full_attention"],
             ),
         ),
@@ -45,7 +48,11 @@ def decoders():
         "gpt-oss": (
             tf.GptOssForCausalLM,
             tf.GptOssConfig(
-                **window, **TOKENS, head_dim=16, num_local_experts=2, num_experts_per_tok=1,
+                **window,
+                **TOKENS,
+                head_dim=16,
+                num_local_experts=2,
+                num_experts_per_tok=1,
                 layer_types=["sliding_attention", "full_attention"],
             ),
         ),
@@ -60,8 +67,13 @@ def encoders():
         "modernbert": (
             tf.ModernBertModel,
             tf.ModernBertConfig(
-                **{**bert, "num_hidden_layers": 4}, local_attention=12, global_attn_every_n_layers=2, cls_token_id=1,
-                sep_token_id=2, bos_token_id=1, eos_token_id=2,
+                **{**bert, "num_hidden_layers": 4},
+                local_attention=12,
+                global_attn_every_n_layers=2,
+                cls_token_id=1,
+                sep_token_id=2,
+                bos_token_id=1,
+                eos_token_id=2,
             ),
         ),
     }

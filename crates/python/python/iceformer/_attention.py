@@ -127,7 +127,11 @@ def attention(
         ValueError: For shapes that do not fit together or settings out of range.
     """
     _one_library(queries=queries, keys=keys, values=values)
-    packed = [_arrays.operand(*pair) for pair in (("queries", queries), ("keys", keys), ("values", values))]
+    packed = (
+        _arrays.operand("queries", queries),
+        _arrays.operand("keys", keys),
+        _arrays.operand("values", values),
+    )
     batch, heads, tokens, width = packed[0][2]
     key_count = packed[1][2][2]
     if scale is None:
@@ -164,7 +168,9 @@ def _as_list(values: Any) -> list[Any]:
 def _one_library(**arrays: Any) -> None:
     kinds = {name: _arrays.type_name(name, array) for name, array in arrays.items()}
     if len({_arrays.is_tensor(array) for array in arrays.values()}) > 1:
-        raise TypeError("some of " + ", ".join(arrays) + " are NumPy arrays, others torch tensors; expected one library")
+        raise TypeError(
+            "some of " + ", ".join(arrays) + " are NumPy arrays, others torch tensors; expected one library"
+        )
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{name} of {kind}" for name, kind in kinds.items())
         raise TypeError(f"{found}; expected one element type")

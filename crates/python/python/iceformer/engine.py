@@ -5,10 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from iceformer import _core
 from iceformer._attention import thread_count
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+#: A text as it is, tokens, or messages for the chat template.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+class GenerateSettings(TypedDict, total=False):
+    """Settings of `Engine.generate`, described there."""
+
+    max_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    stop: Sequence[str]
+    ignore_end: bool
+    progress: Callable[[int, int], object] | None
 
 
 @dataclass(frozen=True)
@@ -108,12 +129,14 @@ class Engine:
         self._engine = _core.Engine(os.fspath(model), count, context, chunk, kv_type, method, budget, progress)
 
     @overload
-    def generate(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]], *, stream: Literal[False] = False, **settings: object) -> Answer: ...
+    def generate(
+        self, prompt: Prompt, *, stream: Literal[False] = False, **settings: Unpack[GenerateSettings]
+    ) -> Answer: ...
     @overload
-    def generate(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]], *, stream: Literal[True], **settings: object) -> Stream: ...
-    def generate(  # type: ignore[misc]
+    def generate(self, prompt: Prompt, *, stream: Literal[True], **settings: Unpack[GenerateSettings]) -> Stream: ...
+    def generate(
         self,
-        prompt: str | Sequence[int] | Sequence[Mapping[str, str]],
+        prompt: Prompt,
         *,
         stream: bool = False,
         max_tokens: int | None = 512,
@@ -166,17 +189,17 @@ class Engine:
         assert pieces.answer is not None
         return pieces.answer
 
-    def _encode(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> tuple[list[int], bool]:
+    def _encode(self, prompt: Prompt) -> tuple[list[int], bool]:
         if isinstance(prompt, str):
             return self._engine.encode(prompt), False
-        parts = list(prompt)
+        parts: list[Any] = list(prompt)
         if parts and all(isinstance(part, Mapping) for part in parts):
             for index, part in enumerate(parts):
-                if not {"role", "content"} <= part.keys():  # type: ignore[union-attr]
+                if not {"role", "content"} <= part.keys():
                     raise ValueError(f"message {index} has the keys {sorted(part)}; expected role and content")
-            return self._engine.encode_chat([(part["role"], part["content"]) for part in parts]), True  # type: ignore[index]
+            return self._engine.encode_chat([(part["role"], part["content"]) for part in parts]), True
         if all(isinstance(part, int) for part in parts):
-            return parts, False  # type: ignore[return-value]
+            return parts, False
         raise TypeError("the prompt is a list of neither tokens nor messages; expected a text, tokens or messages")
 
     def encode(self, text: str) -> list[int]:

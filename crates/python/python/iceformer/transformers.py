@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -102,7 +103,7 @@ def current_settings() -> Settings:
 
 @contextlib.contextmanager
 def settings(**changes: Any) -> Iterator[Settings]:
-    """Changes settings inside a `with` block: `with iceformer.transformers.settings(method="budgeted", budget=0.02):`"""
+    """Changes settings inside a block: `with iceformer.transformers.settings(method="budgeted", budget=0.02):`"""
     changed = replace(current_settings(), **changes)
     changed.check()
     token = _settings.set(changed)
@@ -193,7 +194,7 @@ class ToldMask(torch.Tensor):
         return self
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -204,12 +205,7 @@ class ToldMask(torch.Tensor):
 
 
 _METADATA = {
-    torch.Tensor.shape.__get__,
-    torch.Tensor.ndim.__get__,
-    torch.Tensor.dtype.__get__,
-    torch.Tensor.device.__get__,
-    torch.Tensor.layout.__get__,
-    torch.Tensor.requires_grad.__get__,
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad")),
     torch.Tensor.dim,
     torch.Tensor.size,
     torch.Tensor.is_contiguous,
@@ -239,7 +235,7 @@ def mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=q_offset,  # type: ignore[arg-type]
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
@@ -266,6 +262,7 @@ def mask(
     padding = None
     if attention_mask is not None:
         padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        assert padding is not None
         padding = padding[:, kv_offset : kv_offset + kv_length]
     if compiling:
         offset, first = (q_offset, -kv_offset) if isinstance(q_offset, torch.Tensor) else (None, q_offset - kv_offset)
@@ -299,24 +296,21 @@ def _bounds(function: Callable[..., Any]) -> tuple[int | None, int | None] | Non
         return None, 1
     if function is masking_utils.bidirectional_mask_function:
         return None, None
-    if getattr(function, "__module__", None) != masking_utils.__name__ or not getattr(function, "__closure__", None):
+    if not isinstance(function, types.FunctionType) or function.__module__ != masking_utils.__name__:
         return None
-    names = function.__code__.co_freevars  # type: ignore[attr-defined]
-    cells = dict(zip(names, (cell.cell_contents for cell in function.__closure__)))  # type: ignore[attr-defined]
+    cells = {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ())}
     maker = function.__qualname__.partition(".")[0]
     if maker == "sliding_window_overlay":
         return cells["sliding_window"], None
     if maker == "sliding_window_bidirectional_overlay":
         return cells["sliding_window"] + 1, cells["sliding_window"] + 1
     if maker == "and_masks":
-        parts = [_bounds(part) for part in cells["mask_functions"]]
-        if any(part is None for part in parts):
+        parts = [bounds for bounds in map(_bounds, cells["mask_functions"]) if bounds is not None]
+        if len(parts) < len(cells["mask_functions"]):
             return None
-
-        def least(side: int) -> int | None:
-            return min((part[side] for part in parts if part[side] is not None), default=None)  # type: ignore[index,type-var]
-
-        return least(0), least(1)
+        behind = [part[0] for part in parts if part[0] is not None]
+        ahead = [part[1] for part in parts if part[1] is not None]
+        return min(behind, default=None), min(ahead, default=None)
     return None
 
 
