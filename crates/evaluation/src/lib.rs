@@ -2,7 +2,7 @@
 //!
 //! [`Driver`] runs methods on cases and on windows of a text: each text is read once by each method, then asked in two
 //! set-ups ([`Setup`]). Cases come from files or are generated with a seed from any text ([`SourceText`]); who is told
-//! what was measured is an [`Observer`].
+//! what was measured is an [`Observer`]. [`Results`] sums up, and [`page`] shows it.
 
 mod agreement;
 mod case;
@@ -11,6 +11,7 @@ mod error;
 pub mod longeval;
 mod measurement;
 pub mod needle;
+pub mod page;
 mod perplexity;
 mod prompt;
 mod random;

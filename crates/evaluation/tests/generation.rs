@@ -128,3 +128,26 @@ fn asked(answer_start: &str) -> &str {
     let from = answer_start.find("line ").unwrap();
     answer_start[from..].strip_suffix(" is <").unwrap()
 }
+
+#[test]
+fn chat_templates_are_split_in_front_of_the_question() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(repository().join("models/reference").join(name), folder.path().join(name)).unwrap();
+    }
+    let template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>";
+    std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+    let files = ModelFiles::open(folder.path()).unwrap();
+    let (tokenizer, template, source) = (files.tokenizer().unwrap(), files.chat_template().unwrap(), novel());
+    let encoder = Encoder { tokenizer: &tokenizer, template: template.as_ref() };
+    let settings = NeedleSettings { tasks: vec![Task::MultiQuery], lengths: vec![900], ..settings(5) };
+    let case = (needle::plan(&source, encoder, &settings).unwrap()[0].make)().unwrap();
+    assert_eq!((case.prompt.questions.len(), case.prompt.questions[0].expected.len()), (1, 4), "asked at once");
+    assert!((700..=900).contains(&case.tokens.longest()), "{}", case.tokens.longest());
+    let (text, question) = (tokenizer.decode(&case.tokens.text), tokenizer.decode(&case.tokens.questions[0]));
+    assert!(text.starts_with("Some special magic numbers are hidden") && !text.contains("What are all"), "{text}");
+    assert!(question.trim_start().starts_with("What are all") && question.ends_with("text are:"), "{question}");
+    let special = ["<|user|>", "<|end|>", "<|assistant|>"].map(|token| tokenizer.token_id(token).unwrap());
+    assert_eq!(case.tokens.text[0], special[0]);
+    assert!(special[1..].iter().all(|token| case.tokens.questions[0].contains(token)), "the template closes the turn");
+}

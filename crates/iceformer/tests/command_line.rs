@@ -391,6 +391,57 @@ fn eval_plants_needles() {
 }
 
 #[test]
+fn eval_reports_are_whole_pages() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("report.html");
+    let report = path.to_str().unwrap();
+    let common = ["--methods", "exact,budgeted,dci", "-q", "--report", report];
+    let runs: [(&[&str], &[&str]); 3] = [
+        (
+            &["eval", "needle", "--tasks", "single", "--lengths", "400,600", "--cases", "1"],
+            &["Accuracy against length", "Retention", "single"],
+        ),
+        (
+            &["eval", "perplexity", "--lengths", "300", "--scored", "50", "--cases", "1"],
+            &["Perplexity against length", "divergence"],
+        ),
+        (
+            &["eval", "agreement", "--lengths", "300", "--cases", "1", "--generate", "4"],
+            &["Agreement against length", "differs after"],
+        ),
+    ];
+    for (arguments, parts) in runs {
+        let output = iceformer(&[arguments, &common].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        let page = std::fs::read_to_string(&path).unwrap();
+        let more = ["exact", "budgeted 0.05, text only", "dci, everything", "Time against length", "Missed mass"];
+        let facts = [
+            "iceformer eval",
+            "reference: 3,475,712 parameters",
+            "Milly and Olly",
+            "Kept share by layer and head",
+            "thread",
+        ];
+        for part in parts.iter().chain(&more).chain(&facts) {
+            assert!(page.contains(part), "{part:?} is not in the report of {arguments:?}");
+        }
+        for part in ["http", "<script", "<link", "NaN", "src="] {
+            assert!(!page.contains(part), "{part:?} is in the report of {arguments:?}");
+        }
+        for name in ["svg", "table", "section", "figure", "dl", "text", "ul", "tr"] {
+            let opened = page.matches(&format!("<{name} ")).count() + page.matches(&format!("<{name}>")).count();
+            assert_eq!(opened, page.matches(&format!("</{name}>")).count(), "{name} in the report of {arguments:?}");
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left there");
+    }
+    let nowhere = folder.path().join("none/report.html");
+    let eval = ["eval", "needle", "--report"];
+    assert_error(&iceformer(&[&eval[..], &[nowhere.to_str().unwrap()]].concat()), 1, &["--report", "No such file"]);
+    let path = folder.path().to_str().unwrap();
+    assert_error(&iceformer(&[&eval[..], &[path]].concat()), 1, &["--report", "is a folder"]);
+}
+
+#[test]
 fn eval_compares_continuations() {
     let arguments = ["eval", "agreement", "--lengths", "500", "--cases", "2", "--generate", "10", "--methods", "dci"];
     let lines = json_lines(&iceformer(&[&arguments[..], &["--json", "-q"]].concat()));

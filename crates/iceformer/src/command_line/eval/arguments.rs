@@ -77,6 +77,9 @@ pub struct EvalCommon {
     /// Tokens of the prompt that go through the layers together.
     #[arg(long, default_value = "512", value_name = "TOKENS", value_parser = size, help_heading = "Machine")]
     pub chunk: usize,
+    /// Writes a page with plots and tables to this file, which any browser shows without a network.
+    #[arg(long, value_name = "FILE.html")]
+    pub report: Option<PathBuf>,
     /// Writes one line of JSON for each case, then one for each row of the table.
     #[arg(long)]
     pub json: bool,

@@ -1,15 +1,18 @@
 //! `iceformer eval`: what methods keep of a model's accuracy, beside their time.
 
 pub mod arguments;
+mod facts;
 mod table;
 
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
+use anyhow::Context;
 use iceformer_attention::{Method, Report, ThreadTeam};
 use iceformer_engine::{Cancel, Model, ModelFiles, SessionSettings};
 use iceformer_evaluation::needle::{NeedleSettings, Task};
+use iceformer_evaluation::page::{self, PageFile};
 use iceformer_evaluation::{
     AgreementSettings, Driver, Encoder, EvaluationError, Measurement, Observer, PerplexitySettings, Results,
     SourceText, longeval, needle, run_agreement, run_perplexity,
@@ -65,6 +68,8 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
     let settings =
         SessionSettings { context: None, chunk: common.chunk, key_value_type: common.kv_type, method: Method::Exact };
     let source = source(common)?;
+    // What is wrong with the report's place is told before hours of work.
+    let page = common.report.as_deref().map(|path| Ok::<_, anyhow::Error>((path, page_file(path)?))).transpose()?;
     let files = match &common.model {
         Some(path) => ModelFiles::open(path)?,
         None => embedded::model()?,
@@ -100,8 +105,22 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
         Err(EvaluationError::Cancelled) => true,
         Err(error) => return Err(error.into()),
     };
+    if let Some((path, file)) = page {
+        let mut facts = facts::facts(&files, &model, common.kv_type);
+        facts.push(("text", source.name.clone()));
+        if interrupted {
+            facts.push(("state", "interrupted: cases are missing".into()));
+        }
+        let title = format!("{}: {}", what.name(), files.summary().name);
+        let html = page::html(&title, &facts, &told.results);
+        file.write(&html).with_context(|| format!("--report {}", path.display()))?;
+    }
     close(&told.results, common)?;
     Ok(if interrupted { Outcome::Interrupted } else { Outcome::Done })
+}
+
+fn page_file(path: &Path) -> anyhow::Result<PageFile> {
+    PageFile::create(path).with_context(|| format!("--report {}", path.display()))
 }
 
 /// The text that prompts are made from, and how errors call it.
