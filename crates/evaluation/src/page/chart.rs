@@ -34,7 +34,7 @@ pub struct Series {
 const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 300.0;
 /// Left, top, right and bottom of the drawing.
-const LEFT: f64 = 70.0;
+const LEFT: f64 = 84.0;
 const TOP: f64 = 14.0;
 const RIGHT: f64 = WIDTH - 16.0;
 const BOTTOM: f64 = HEIGHT - 48.0;
