@@ -160,7 +160,7 @@ impl CalibrationScratch {
         self.masses.resize(group * clusters, 0.0);
         self.outputs.resize(group * clusters * value_dim, 0.0);
         for cluster in 0..clusters {
-            let (first, block) = budgeted.cluster(task.kv_head, &regions, cluster);
+            let (first, block) = budgeted.clusters(task.kv_head, &regions, cluster..cluster + 1);
             self.cluster.clear();
             self.cluster.accumulate(first, block, None);
             for row in 0..group {

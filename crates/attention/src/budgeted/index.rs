@@ -1,6 +1,7 @@
 //! The clusters of a cache: a copy of its older keys and values in which keys that are alike lie together, with a
 //! summary of each cluster.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use iceformer_kernels::AlignedBuffer;
@@ -19,6 +20,8 @@ pub(super) const CLUSTER_KEYS: usize = 64;
 pub(super) const REGION_KEYS: usize = 2048;
 /// Clusters of a region.
 pub(super) const REGION_CLUSTERS: usize = REGION_KEYS / CLUSTER_KEYS;
+/// Clusters that lie one behind the other in memory.
+pub(super) const SEGMENT_CLUSTERS: usize = SEGMENT_KEYS / CLUSTER_KEYS;
 /// Keys at the start that are in no region: attention sinks are unlike all others and would spoil a cluster.
 pub(super) const FIRST_KEYS: usize = 64;
 
@@ -231,11 +234,11 @@ impl Region {
         ClusterSummaries { means: &self.means, variances: &self.variances, values: &self.values }
     }
 
-    /// The keys and values of cluster `cluster`.
-    pub fn block(&self, cluster: usize, shape: CacheShape) -> KeyBlock<'_> {
-        let first = cluster * CLUSTER_KEYS;
-        let slots = first % SEGMENT_KEYS..first % SEGMENT_KEYS + CLUSTER_KEYS;
-        self.segments[first / SEGMENT_KEYS].block(slots, shape)
+    /// The keys and values of `clusters`, which lie in one segment.
+    pub fn block(&self, clusters: Range<usize>, shape: CacheShape) -> KeyBlock<'_> {
+        let first = clusters.start % SEGMENT_CLUSTERS * CLUSTER_KEYS;
+        let slots = first..first + clusters.len() * CLUSTER_KEYS;
+        self.segments[clusters.start / SEGMENT_CLUSTERS].block(slots, shape)
     }
 
     fn bytes(&self) -> usize {

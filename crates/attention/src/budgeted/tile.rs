@@ -8,7 +8,7 @@ use iceformer_kernels::attention::{
 };
 
 use super::calibration::Calibration;
-use super::index::{CLUSTER_KEYS, ClusterIndex, FIRST_KEYS, REGION_CLUSTERS, REGION_KEYS};
+use super::index::{CLUSTER_KEYS, ClusterIndex, FIRST_KEYS, REGION_CLUSTERS, REGION_KEYS, SEGMENT_CLUSTERS};
 use super::selection::select;
 use super::settings::BudgetSettings;
 use crate::HeadReport;
@@ -42,8 +42,8 @@ pub(super) struct TileScratch {
     errors: Vec<f32>,
     /// `[clusters]`
     selected: Vec<bool>,
-    /// Clusters that micro-tiles compute. `[clusters][micro-tiles]`
-    chosen: Vec<bool>,
+    /// Clusters that micro-tiles compute, a bit for each of a segment. `[segments][micro-tiles]`
+    chosen: Vec<u8>,
     /// Micro-tiles that compute everything.
     exact: Vec<bool>,
     /// `[value_dim]`
@@ -94,10 +94,12 @@ impl Budgeted<'_> {
         heads.any(|head| self.index.calibration(head).limit > 0.0)
     }
 
-    /// First key's position and keys of cluster `cluster` of `regions`.
-    pub fn cluster(&self, kv_head: usize, regions: &[usize], cluster: usize) -> (usize, KeyBlock<'_>) {
-        let region = regions[cluster / REGION_CLUSTERS];
-        let keys = self.index.head(kv_head).regions[region].block(cluster % REGION_CLUSTERS, self.call.cache.shape());
+    /// First key's position and keys of `clusters` of `regions`, which lie in one segment.
+    pub fn clusters(&self, kv_head: usize, regions: &[usize], clusters: Range<usize>) -> (usize, KeyBlock<'_>) {
+        let region = regions[clusters.start / REGION_CLUSTERS];
+        let first = clusters.start % REGION_CLUSTERS;
+        let shape = self.call.cache.shape();
+        let keys = self.index.head(kv_head).regions[region].block(first..first + clusters.len(), shape);
         (region_keys(region).start, keys)
     }
 
@@ -170,7 +172,7 @@ impl Work<'_> {
         let (call, kv_head) = (&self.budgeted.call, self.task.kv_head);
         let micro_tiles = self.rows.div_ceil(MICRO_ROWS);
         scratch.chosen.clear();
-        scratch.chosen.resize(self.clusters * micro_tiles, false);
+        scratch.chosen.resize(self.clusters / SEGMENT_CLUSTERS * micro_tiles, 0);
         scratch.exact.clear();
         scratch.exact.resize(micro_tiles, false);
         for micro_tile in 0..micro_tiles {
@@ -185,14 +187,16 @@ impl Work<'_> {
                 tiles::accumulate(tile, call.cache, kv_head, region_keys(region), |micro_tile| exact[micro_tile]);
             }
         }
-        let is_chosen = |cluster: &usize| chosen[cluster * micro_tiles..][..micro_tiles].contains(&true);
-        let block = |cluster: usize| self.budgeted.cluster(kv_head, self.regions, cluster);
-        let mut clusters = (0..self.clusters).filter(is_chosen).peekable();
-        while let Some(cluster) = clusters.next() {
-            let (first, keys) = block(cluster);
-            let next = clusters.peek().map(|&next| block(next).1);
-            let wanted = |micro_tile: usize| chosen[cluster * micro_tiles + micro_tile];
-            tile.accumulate_in(first, keys, next, wanted);
+        let runs = runs(chosen, micro_tiles);
+        let block = |run: &Run| {
+            let first = run.segment * SEGMENT_CLUSTERS;
+            self.budgeted.clusters(kv_head, self.regions, first + run.clusters.start..first + run.clusters.end)
+        };
+        for (index, run) in runs.iter().enumerate() {
+            let (first, keys) = block(run);
+            let next = runs.get(index + 1).map(|next| block(next).1);
+            let patterns = &chosen[run.segment * micro_tiles..][..micro_tiles];
+            tile.accumulate_in(first, keys, next, |micro_tile| run.is_in(patterns[micro_tile]));
         }
         self.count(scratch, reports);
     }
@@ -284,7 +288,7 @@ impl Work<'_> {
             return;
         }
         for cluster in (0..self.clusters).filter(|&cluster| selected[cluster]) {
-            chosen[cluster * micro_tiles + micro_tile] = true;
+            chosen[cluster / SEGMENT_CLUSTERS * micro_tiles + micro_tile] |= 1 << (cluster % SEGMENT_CLUSTERS);
             (0..rows.len()).for_each(|row| masses[row * self.clusters + cluster] = 0.0);
         }
         let matrices = masses.chunks_exact(self.clusters).zip(half_variances.chunks_exact(self.clusters));
@@ -308,8 +312,8 @@ impl Work<'_> {
         let near = |token: usize| self.budgeted.call.seen(token).len() as u64 - far;
         for micro_tile in 0..micro_tiles {
             let is_exact = scratch.exact[micro_tile];
-            let chosen =
-                (0..self.clusters).filter(|cluster| scratch.chosen[cluster * micro_tiles + micro_tile]).count();
+            let patterns = scratch.chosen.iter().skip(micro_tile).step_by(micro_tiles);
+            let chosen = patterns.map(|pattern| pattern.count_ones() as usize).sum::<usize>();
             for row in self.rows_of(micro_tile) {
                 let (head, token) = self.head_and_token(row);
                 let report = &mut reports[head];
@@ -353,6 +357,43 @@ impl Work<'_> {
     }
 }
 
+/// Neighbouring clusters of a segment that some micro-tiles compute, and neither the one before nor the one behind: a
+/// block of several clusters costs less than as many blocks.
+struct Run {
+    segment: usize,
+    clusters: Range<usize>,
+}
+
+impl Run {
+    /// Whether a micro-tile that computes the clusters of `pattern` computes this run as one.
+    fn is_in(&self, pattern: u8) -> bool {
+        // A clear bit on either side ends a run at the border of a segment too.
+        let pattern = u16::from(pattern) << 1;
+        let run = ((1_u16 << self.clusters.len()) - 1) << (self.clusters.start + 1);
+        let border = 1 << self.clusters.start | 1 << (self.clusters.end + 1);
+        pattern & (run | border) == run
+    }
+}
+
+/// The runs that `chosen` `[segments][micro-tiles]` holds, in order.
+fn runs(chosen: &[u8], micro_tiles: usize) -> Vec<Run> {
+    let mut runs = Vec::new();
+    for (segment, patterns) in chosen.chunks_exact(micro_tiles).enumerate() {
+        if patterns.iter().all(|&pattern| pattern == 0) {
+            continue;
+        }
+        for start in 0..SEGMENT_CLUSTERS {
+            for end in start + 1..=SEGMENT_CLUSTERS {
+                let run = Run { segment, clusters: start..end };
+                if patterns.iter().any(|&pattern| run.is_in(pattern)) {
+                    runs.push(run);
+                }
+            }
+        }
+    }
+    runs
+}
+
 /// Positions of the keys of region `region`.
 fn region_keys(region: usize) -> Range<usize> {
     let first = FIRST_KEYS + region * REGION_KEYS;
@@ -363,4 +404,30 @@ fn region_keys(region: usize) -> Range<usize> {
 /// mean of its values is off by the standard deviation of its weights over the square root of their number.
 pub(super) fn squared_error_factor(total: f32) -> f32 {
     2.0 / (CLUSTER_KEYS as f32 * total * total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_cover_every_chosen_cluster_once() {
+        for pattern in 0..16_u8 {
+            let chosen = [pattern, 0, 0b0110];
+            let runs = runs(&chosen, 3);
+            for (micro_tile, &pattern) in chosen.iter().enumerate() {
+                let mut covered = 0_u8;
+                for run in runs.iter().filter(|run| run.is_in(chosen[micro_tile])) {
+                    for cluster in run.clusters.clone() {
+                        assert_eq!(covered >> cluster & 1, 0, "{pattern:04b}: cluster {cluster} twice");
+                        covered |= 1 << cluster;
+                    }
+                }
+                assert_eq!(covered, pattern, "{pattern:04b}");
+            }
+        }
+        let whole = runs(&[0b1111, 0b1011], 1);
+        let clusters: Vec<_> = whole.iter().map(|run| (run.segment, run.clusters.clone())).collect();
+        assert_eq!(clusters, [(0, 0..4), (1, 0..2), (1, 3..4)]);
+    }
 }
