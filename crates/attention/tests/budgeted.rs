@@ -145,9 +145,9 @@ fn the_budget_is_kept_and_keys_are_saved() {
             assert!(quantile(&missed, 0.99) <= f64::from(BUDGET), "{what}: missed {}", quantile(&missed, 0.99));
             assert!(missed.iter().any(|&missed| missed > 1e-5), "{what}: nothing was estimated");
             // One region of 2,048 keys lies wholly in every window.
-            let most = if name == "window" { 0.9 } else { 0.7 };
+            let (most, most_back) = if name == "window" { (0.9, 0.8) } else { (0.7, 0.5) };
             assert!(report.kept_share() < most, "{what}: kept {}", report.kept_share());
-            assert!(report.fallback_share() < 0.5, "{what}: {} fell back", report.fallback_share());
+            assert!(report.fallback_share() < most_back, "{what}: {} fell back", report.fallback_share());
             let differences: Vec<f64> = exact_sums.iter().zip(&sums).map(|(a, b)| f64::from((a - b).abs())).collect();
             let difference = quantile(&differences, 0.95);
             // Not what the budget is for: masses that are all too large by one factor leave the output as it is.
@@ -222,7 +222,7 @@ fn any_number_of_threads_gives_the_same_bits() {
 }
 
 #[test]
-fn short_texts_take_exact_attention() {
+fn short_texts_and_narrow_windows_take_exact_attention() {
     let team = ThreadTeam::new(2);
     let case = topical(shape(100, 4_000, 64, 64), Mask::causal());
     let cache = case.cache(KeyValueType::Int8, 0..4_000, &team);
@@ -230,6 +230,13 @@ fn short_texts_take_exact_attention() {
     let (output, _, report) = case.run(BUDGETED, &cache, 0..100, &team);
     assert_eq!(exact, output);
     assert_eq!((report.kept_share(), report.fallback_rows, cache.index_bytes()), (1.0, 0, 0));
+
+    let case = topical(shape(100, 7_000, 64, 64), Mask { window: Some(1_000), ..Mask::causal() });
+    let cache = case.cache(KeyValueType::Int8, 0..7_000, &team);
+    let (exact, _, _) = case.run(Method::Exact, &cache, 0..100, &team);
+    let (output, _, report) = case.run(BUDGETED, &cache, 0..100, &team);
+    assert_eq!(exact, output);
+    assert_eq!((report.kept_share(), cache.index_bytes()), (1.0, 0), "clusters are of no use in a narrow window");
 }
 
 #[test]

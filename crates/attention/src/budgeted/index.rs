@@ -31,17 +31,20 @@ const _: () = assert!(REGION_CLUSTERS.is_multiple_of(PANEL_CLUSTERS) && SEGMENT_
 #[derive(Default)]
 pub(crate) struct ClusterIndex {
     heads: Vec<HeadClusters>,
-    /// One for each query head, empty before the first measurement.
-    calibrations: Vec<Calibration>,
-    /// Budget and regions at the last measurement.
-    calibrated: (f32, usize),
 }
 
 /// The clusters of one key/value head.
 #[derive(Default)]
 pub(super) struct HeadClusters {
     pub regions: Vec<Region>,
+    /// One for each query head that reads the head, empty before the first measurement.
+    calibrations: Vec<Calibration>,
+    /// Budget and regions at the last measurement.
+    calibrated: (f32, usize),
 }
+
+/// Where clusters do not pay for a head, it is tried again when its keys have become so many times more.
+const RETRY: usize = 4;
 
 /// [`REGION_KEYS`] consecutive keys in clusters.
 pub(super) struct Region {
@@ -69,39 +72,17 @@ pub(super) struct IndexScratch {
 }
 
 impl ClusterIndex {
-    /// Regions that are complete in every head.
-    pub fn regions(&self) -> usize {
-        self.heads.first().map_or(0, |head| head.regions.len())
-    }
-
     pub(super) fn head(&self, head: usize) -> &HeadClusters {
         &self.heads[head]
     }
 
-    /// What was measured of query head `head`; the default before any measurement.
-    pub(super) fn calibration(&self, head: usize) -> Calibration {
-        self.calibrations.get(head).copied().unwrap_or_default()
+    pub(super) fn heads_mut(&mut self) -> &mut [HeadClusters] {
+        &mut self.heads
     }
 
-    /// Whether queries should be measured, because too few were, or the keys have become many more or a good deal fewer.
-    pub(super) fn wants_calibration(&self, budget: f32) -> bool {
-        self.is_stale(budget) || self.calibrations.iter().any(|calibration| calibration.samples < SAMPLES)
-    }
-
-    fn is_stale(&self, budget: f32) -> bool {
-        let (calibrated_budget, regions) = self.calibrated;
-        calibrated_budget != budget || self.regions() < regions || 4 * self.regions() > 5 * regions
-    }
-
-    /// Takes measurements of every query head, made now at `budget`.
-    pub(super) fn take(&mut self, budget: f32, measured: impl Iterator<Item = Calibration>) {
-        if self.is_stale(budget) {
-            self.calibrations.clear();
-            self.calibrated = (budget, self.regions());
-        }
-        let before = std::mem::take(&mut self.calibrations);
-        let before = before.into_iter().chain(std::iter::repeat(Calibration::default()));
-        self.calibrations = before.zip(measured).map(|(before, measured)| before.merge(measured)).collect();
+    /// Whether there are clusters of any head.
+    pub fn is_empty(&self) -> bool {
+        self.heads.iter().all(|head| head.regions.is_empty())
     }
 
     /// Regions that `keys` keys fill.
@@ -109,22 +90,26 @@ impl ClusterIndex {
         keys.saturating_sub(FIRST_KEYS) / REGION_KEYS
     }
 
-    /// Clusters the keys of `cache` that came since.
+    /// Clusters the keys of `cache` that came since: of each head one region first, the others when measurements have
+    /// shown that they pay.
     pub(super) fn extend(&mut self, cache: &KeyValueCache, team: &ThreadTeam, scratch: &[Mutex<IndexScratch>]) {
-        let (done, wanted) = (self.regions(), Self::regions_of(cache.len()));
-        let kv_heads = cache.shape().kv_heads;
-        self.heads.resize_with(kv_heads, HeadClusters::default);
-        if wanted <= done {
+        self.heads.resize_with(cache.shape().kv_heads, HeadClusters::default);
+        let total = Self::regions_of(cache.len());
+        let mut built: Vec<(usize, usize, Option<Region>)> = Vec::new();
+        for (head, clusters) in self.heads.iter().enumerate() {
+            let wanted = clusters.regions.len()..clusters.wanted(total);
+            built.extend(wanted.map(|region| (head, region, None)));
+        }
+        if built.is_empty() {
             return;
         }
-        let mut built: Vec<Option<Region>> = Vec::new();
-        built.resize_with(kv_heads * (wanted - done), || None);
-        team.run_chunks(&mut built, 1, |task, region, worker| {
+        team.run_chunks(&mut built, 1, |_, region, worker| {
             let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            region[0] = Some(Region::new(cache, task % kv_heads, done + task / kv_heads, &mut scratch));
+            let (head, index, region) = &mut region[0];
+            *region = Some(Region::new(cache, *head, *index, &mut scratch));
         });
-        for (task, region) in built.into_iter().enumerate() {
-            self.heads[task % kv_heads].regions.extend(region);
+        for (head, _, region) in built {
+            self.heads[head].regions.extend(region);
         }
     }
 
@@ -140,6 +125,53 @@ impl ClusterIndex {
 }
 
 impl HeadClusters {
+    /// Regions that the head should have, of `total` that the keys fill.
+    fn wanted(&self, total: usize) -> usize {
+        let regions = self.regions.len();
+        match regions {
+            0 => total.min(1),
+            _ if self.pays() || self.was_out_of_sight() || total >= RETRY * regions => total,
+            _ => regions,
+        }
+    }
+
+    /// Whether no query could be measured, because none saw the regions there were.
+    fn was_out_of_sight(&self) -> bool {
+        !self.calibrations.is_empty() && self.calibrations.iter().all(|calibration| calibration.samples == 0)
+    }
+
+    /// What was measured of query head `head` of the group; the default before any measurement.
+    pub fn calibration(&self, head: usize) -> Calibration {
+        self.calibrations.get(head).copied().unwrap_or_default()
+    }
+
+    /// Whether clusters pay for a query head.
+    pub fn pays(&self) -> bool {
+        self.calibrations.iter().any(|calibration| calibration.limit > 0.0)
+    }
+
+    /// Whether queries should be measured, because too few were, or the keys have become many more or a good deal fewer.
+    pub fn wants_calibration(&self, budget: f32) -> bool {
+        let unmeasured = |calibration: &Calibration| calibration.samples < SAMPLES;
+        !self.regions.is_empty() && (self.is_stale(budget) || self.calibrations.iter().any(unmeasured))
+    }
+
+    fn is_stale(&self, budget: f32) -> bool {
+        let (calibrated_budget, regions) = self.calibrated;
+        calibrated_budget != budget || self.regions.len() < regions || 4 * self.regions.len() > 5 * regions
+    }
+
+    /// Takes measurements of every query head of the group, made now at `budget`.
+    pub fn take(&mut self, budget: f32, measured: Vec<Calibration>) {
+        if self.is_stale(budget) {
+            self.calibrations.clear();
+            self.calibrated = (budget, self.regions.len());
+        }
+        let before = std::mem::take(&mut self.calibrations);
+        let before = before.into_iter().chain(std::iter::repeat(Calibration::default()));
+        self.calibrations = before.zip(measured).map(|(before, measured)| before.merge(measured)).collect();
+    }
+
     /// Root mean square distance of the first `regions` regions' values from their mean.
     pub fn value_spread(&self, regions: usize) -> f32 {
         let regions = &self.regions[..regions];

@@ -30,8 +30,8 @@ use crate::exact::{self, AttentionScratch};
 use crate::tiles::{Call, Part, Plan};
 use crate::{HeadReport, Report, ThreadTeam};
 use calibration::{Calibration, CalibrationScratch};
-use index::IndexScratch;
-use tile::{Budgeted, TileScratch};
+use index::{IndexScratch, REGION_KEYS};
+use tile::{Budgeted, NEAR_KEYS, TileScratch};
 
 /// Keys from which clusters are made: below, they do not pay.
 const LEAST_KEYS: usize = 4096;
@@ -65,16 +65,24 @@ pub(crate) fn run(
     scratch: &mut AttentionScratch,
 ) -> Report {
     let cache = call.cache;
-    if cache.len() < LEAST_KEYS || call.tokens() == 0 {
+    // A window that no whole region fits into has no use for clusters.
+    let least_window = REGION_KEYS + NEAR_KEYS;
+    let is_narrow = call.attention.mask.window.is_some_and(|window| window < least_window);
+    if cache.len() < LEAST_KEYS || call.tokens() == 0 || is_narrow {
         return exact::run(call, output, log_sum_exp, team, scratch);
     }
     scratch.budgeted.index.resize_with(team.threads(), Mutex::default);
     let mut guard = cache.clusters().write().unwrap_or_else(PoisonError::into_inner);
-    guard.extend(cache, team, &scratch.budgeted.index);
-    if guard.regions() > 0 && guard.wants_calibration(settings.budget) {
-        let measured =
-            calibrate(&Budgeted { call: *call, settings: *settings, index: &guard }, team, &mut scratch.budgeted);
-        guard.take(settings.budget, measured.into_iter());
+    // The second round adds what the first has shown to pay.
+    for _ in 0..2 {
+        guard.extend(cache, team, &scratch.budgeted.index);
+        let budgeted = Budgeted { call: *call, settings: *settings, index: &guard };
+        let measured = calibrate(&budgeted, team, &mut scratch.budgeted);
+        for (head, measured) in guard.heads_mut().iter_mut().zip(measured) {
+            if let Some(measured) = measured {
+                head.take(settings.budget, measured);
+            }
+        }
     }
     // Other calls may use the clusters from here on, but none may add some.
     let index = RwLockWriteGuard::downgrade(guard);
@@ -84,7 +92,7 @@ pub(crate) fn run(
     let mut tasks = (0..plan.tasks()).map(|task| plan.task(task, cache.len()));
     if tasks.all(|task| budgeted.is_exact(&task)) {
         let mut report = exact::run(call, output, log_sum_exp, team, scratch);
-        if index.regions() > 0 {
+        if !index.is_empty() {
             report.heads.iter_mut().for_each(|head| head.fallback_rows = head.rows);
         }
         return report;
@@ -119,13 +127,15 @@ pub(crate) fn run(
     report
 }
 
-/// Measures every query head.
-fn calibrate(budgeted: &Budgeted<'_>, team: &ThreadTeam, scratch: &mut BudgetScratch) -> Vec<Calibration> {
+/// Measures the query heads of every key/value head that wants it.
+fn calibrate(budgeted: &Budgeted<'_>, team: &ThreadTeam, scratch: &mut BudgetScratch) -> Vec<Option<Vec<Calibration>>> {
     scratch.calibration.resize_with(team.threads(), Mutex::default);
-    let mut measured = vec![Vec::new(); budgeted.call.cache.shape().kv_heads];
+    let mut measured = vec![None; budgeted.call.cache.shape().kv_heads];
     team.run_chunks(&mut measured, 1, |kv_head, measured, worker| {
-        let mut scratch = scratch.calibration[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        measured[0] = calibration::calibrate(budgeted, kv_head, &mut scratch);
+        if budgeted.index.head(kv_head).wants_calibration(budgeted.settings.budget) {
+            let mut scratch = scratch.calibration[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            measured[0] = Some(calibration::calibrate(budgeted, kv_head, &mut scratch));
+        }
     });
-    measured.concat()
+    measured
 }

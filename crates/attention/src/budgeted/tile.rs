@@ -15,9 +15,11 @@ use crate::HeadReport;
 use crate::tiles::{self, Call, Task};
 
 /// Keys before (and, without a causal mask, behind) the queries of a tile that are always exact.
-const NEAR_KEYS: usize = 512;
+pub(super) const NEAR_KEYS: usize = 512;
 /// Above this share of clusters to compute, exact attention over the keys in their own order is faster.
 pub(super) const FALLBACK_SHARE: f32 = 0.5;
+/// Micro-tiles of a head in a row that may fall back before the rest of the tile does untried.
+const MOST_FAILURES: usize = 2;
 /// One tile of so many is audited …
 const AUDITED_TILES: usize = 16;
 /// … and one decoded token of so many.
@@ -80,18 +82,12 @@ impl Budgeted<'_> {
             let is_behind = !attention.mask.causal && keys.start >= last_near;
             keys.start >= start && keys.end <= end && (keys.end <= first_near || is_behind)
         };
-        (0..self.index.regions()).filter(is_far).collect()
+        (0..self.index.head(task.kv_head).regions.len()).filter(is_far).collect()
     }
 
     /// Whether `task` has no cluster to make use of.
     pub fn is_exact(&self, task: &Task) -> bool {
-        !self.pays(task.kv_head) || self.far_regions(task).is_empty()
-    }
-
-    /// Whether clusters pay for a query head that reads `kv_head`.
-    fn pays(&self, kv_head: usize) -> bool {
-        let mut heads = kv_head * self.call.group()..(kv_head + 1) * self.call.group();
-        heads.any(|head| self.index.calibration(head).limit > 0.0)
+        !self.index.head(task.kv_head).pays() || self.far_regions(task).is_empty()
     }
 
     /// First key's position and keys of `clusters` of `regions`, which lie in one segment.
@@ -125,7 +121,7 @@ impl Budgeted<'_> {
         let group = self.call.group();
         let seen = tiles::begin(tile, &self.call, task);
         let mut regions = self.far_regions(task);
-        let falls_back = !regions.is_empty() && !self.pays(task.kv_head);
+        let falls_back = !regions.is_empty() && !self.index.head(task.kv_head).pays();
         if falls_back {
             regions.clear();
         }
@@ -141,7 +137,8 @@ impl Budgeted<'_> {
             }
             return;
         }
-        let spread = self.index.head(task.kv_head).value_spread(self.index.regions());
+        let clusters = self.index.head(task.kv_head);
+        let spread = clusters.value_spread(clusters.regions.len());
         let work = Work {
             budgeted: self,
             task,
@@ -175,11 +172,18 @@ impl Work<'_> {
         scratch.chosen.resize(self.clusters / SEGMENT_CLUSTERS * micro_tiles, 0);
         scratch.exact.clear();
         scratch.exact.resize(micro_tiles, false);
+        // Where the first micro-tiles of a head needed everything, the next will too, and estimates cost.
+        let (mut failures, mut head) = (0, 0);
         for micro_tile in 0..micro_tiles {
-            match self.limit(micro_tile) {
+            let its_head = self.head_and_token(micro_tile * MICRO_ROWS).0;
+            if its_head != head {
+                (failures, head) = (0, its_head);
+            }
+            match self.limit(micro_tile).filter(|_| failures < MOST_FAILURES) {
                 Some(limit) => self.micro_tile(micro_tile, limit, tile, scratch, reports),
                 None => scratch.exact[micro_tile] = true,
             }
+            failures = if scratch.exact[micro_tile] { failures + 1 } else { 0 };
         }
         let TileScratch { exact, chosen, .. } = scratch;
         if exact.contains(&true) {
@@ -262,8 +266,7 @@ impl Work<'_> {
 
     /// What was measured of the head of row `row`.
     fn calibration(&self, row: usize) -> Calibration {
-        let head = self.task.kv_head * self.budgeted.call.group() + self.head_and_token(row).0;
-        self.budgeted.index.calibration(head)
+        self.budgeted.index.head(self.task.kv_head).calibration(self.head_and_token(row).0)
     }
 
     /// Adds the clusters that `limit` leaves to the estimate and marks the others in `chosen`.
