@@ -13,9 +13,9 @@ use super::tile::{FALLBACK_SHARE, squared_error_factor};
 use crate::tiles::{self, Task};
 
 /// Queries measured for each head.
-pub(super) const SAMPLES: usize = 6;
+pub(super) const SAMPLES: usize = 12;
 /// The limit is that of the most demanding query measured, less this factor for the more demanding ones among the rest.
-const SAFETY: f32 = 2.0;
+const SAFETY: f32 = 1.4;
 /// Errors are taken to be no smaller than the allowed one over this.
 const MOST_ROOM: f32 = 16.0;
 /// Largest error in relation to the output: where values average out, as under diffuse attention to unrelated values,
@@ -58,7 +58,7 @@ pub(super) struct CalibrationScratch {
     /// Logarithm of each cluster's mass as estimated. `[clusters]`
     estimates: Vec<f32>,
     /// `[clusters]`
-    half_variances: Vec<f32>,
+    uncertainties: Vec<f32>,
     /// Log-sum-exp of each cluster. `[rows][clusters]`
     masses: Vec<f32>,
     /// Output of each cluster alone. `[rows][clusters][value_dim]`
@@ -123,7 +123,9 @@ fn judge(curves: &[Curve]) -> Calibration {
     if curves.is_empty() {
         return Calibration::default();
     }
-    let limit = least / (SAFETY * SAFETY);
+    // The fewer were measured, the more demanding ones there are among the rest.
+    let safety = SAFETY * (SAMPLES as f32 / curves.len() as f32).powf(0.25);
+    let limit = least / (safety * safety);
     let (mut left, mut clusters, mut worst, mut sum) = (0, 0, 0.0_f32, 0.0);
     for curve in curves {
         let within = curve.points.iter().take_while(|(sum, _)| *sum <= limit).count();
@@ -186,11 +188,11 @@ impl CalibrationScratch {
         let query = call.query(task.kv_head * call.group() + row, task.tokens.start);
         self.queries.set_row(0, query, call.attention.scale);
         self.estimates.resize(clusters, 0.0);
-        self.half_variances.resize(clusters, 0.0);
+        self.uncertainties.resize(clusters, 0.0);
         for (place, &region) in regions.iter().enumerate() {
             let summaries = head.regions[region].summaries();
-            let (estimates, half_variances) = (&mut self.estimates, &mut self.half_variances);
-            self.queries.estimate(summaries, estimates, half_variances, clusters, place * REGION_CLUSTERS);
+            let (estimates, uncertainties) = (&mut self.estimates, &mut self.uncertainties);
+            self.queries.estimate(summaries, estimates, uncertainties, clusters, place * REGION_CLUSTERS);
         }
 
         // Masses relative to the largest there is.
@@ -220,7 +222,7 @@ impl CalibrationScratch {
         let factor = squared_error_factor(estimated_total);
         for cluster in 0..clusters {
             let mass = estimate(cluster);
-            self.order.push((factor * mass * mass * self.half_variances[cluster], cluster as u32));
+            self.order.push((factor * mass * mass * self.uncertainties[cluster], cluster as u32));
         }
         self.order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
 
@@ -258,19 +260,20 @@ mod tests {
     #[test]
     fn the_most_demanding_query_sets_the_limit() {
         let curve = |points: &[(f32, f32)]| Curve { points: points.to_vec(), allowed: 0.1 };
+        let many = |points: &[(f32, f32)]| -> Vec<Curve> { (0..SAMPLES).map(|_| curve(points)).collect() };
         let easy = curve(&[(1e-6, 0.0), (1e-5, 0.01), (1e-4, 0.05), (1e-3, 0.09)]);
         let hard = curve(&[(1e-6, 0.01), (1e-5, 0.02), (1e-4, 0.2), (1e-3, 0.05)]);
         assert_eq!(hard.limit(), 1e-5);
         assert!((easy.limit() - 1e-3 / 0.81).abs() < 1e-6, "room for a little more");
         let both = judge(&[easy, hard]);
         assert_eq!(both.samples, 2);
-        // 1e-5 / 2²: one cluster of four is left in each, too few to pay.
+        // 1e-5 / 1.4²: one cluster of four is left in each, too few to pay.
         assert_eq!(both.limit, 0.0);
         let hopeless = judge(&[curve(&[(1e-6, f32::NAN), (1.0, 0.0)])]);
         assert_eq!((hopeless.limit, hopeless.samples), (0.0, 1));
-        let fine = judge(&[curve(&[(1e-6, 0.01), (2e-6, 0.02), (2.2e-6, 0.03), (9e-6, 0.06), (1.0, 0.2)])]);
-        assert!((fine.limit - 1.5e-3).abs() < 1e-6, "{fine:?}");
-        assert!((fine.error_factor - 20.0).abs() < 1e-2, "{fine:?}");
+        let fine = judge(&many(&[(1e-6, 0.01), (2e-6, 0.02), (2.2e-6, 0.03), (9e-6, 0.06), (1.0, 0.2)]));
+        assert!((fine.limit - 3e-3 / 1.4).abs() < 1e-6, "{fine:?}");
+        assert!((fine.error_factor - 14.0).abs() < 1e-2, "{fine:?}");
     }
 
     #[test]

@@ -39,7 +39,7 @@ pub(super) struct TileScratch {
     /// `[rows of a micro-tile][clusters]`
     masses: Vec<f32>,
     /// `[rows of a micro-tile][clusters]`
-    half_variances: Vec<f32>,
+    uncertainties: Vec<f32>,
     /// `[clusters]`
     errors: Vec<f32>,
     /// `[clusters]`
@@ -215,7 +215,7 @@ impl Work<'_> {
         (row / tokens, self.task.tokens.start + row % tokens)
     }
 
-    /// Fills `masses` (relative to each row's largest logit, which `tile` learns), `half_variances` and `errors` (the
+    /// Fills `masses` (relative to each row's largest logit, which `tile` learns), `uncertainties` and `errors` (the
     /// mean over the rows of the squared error that each cluster would add, as shares). Returns the rows' softmax sums;
     /// `None` when one is no number.
     fn estimate(
@@ -227,7 +227,7 @@ impl Work<'_> {
         let Budgeted { call, index, .. } = self.budgeted;
         let rows = self.rows_of(micro_tile);
         let shape = call.cache.shape();
-        let TileScratch { queries, masses, half_variances, errors, selected, .. } = scratch;
+        let TileScratch { queries, masses, uncertainties, errors, selected, .. } = scratch;
         queries.begin(rows.len(), shape.padded_key_dim());
         for row in rows.clone() {
             let (head, token) = self.head_and_token(row);
@@ -235,25 +235,25 @@ impl Work<'_> {
             queries.set_row(row - rows.start, query, call.attention.scale);
         }
         masses.resize(rows.len() * self.clusters, 0.0);
-        half_variances.resize(rows.len() * self.clusters, 0.0);
+        uncertainties.resize(rows.len() * self.clusters, 0.0);
         let regions = &index.head(self.task.kv_head).regions;
         for (place, &region) in self.regions.iter().enumerate() {
             let first = place * REGION_CLUSTERS;
-            queries.estimate(regions[region].summaries(), masses, half_variances, self.clusters, first);
+            queries.estimate(regions[region].summaries(), masses, uncertainties, self.clusters, first);
         }
         errors.clear();
         errors.resize(self.clusters, 0.0);
         selected.resize(self.clusters, false);
         let mut totals = [0.0; MICRO_ROWS];
-        let matrices = masses.chunks_exact_mut(self.clusters).zip(half_variances.chunks_exact(self.clusters));
-        for ((row, total), (masses, half_variances)) in rows.clone().zip(&mut totals).zip(matrices) {
+        let matrices = masses.chunks_exact_mut(self.clusters).zip(uncertainties.chunks_exact(self.clusters));
+        for ((row, total), (masses, uncertainties)) in rows.clone().zip(&mut totals).zip(matrices) {
             let reference = largest(masses).max(tile.maximum(row));
             tile.raise_maximum(row, reference);
             *total = tile.sum(row) + masses_in_place(masses, reference, CLUSTER_KEYS as f32);
             if !(total.is_finite() && *total > 0.0) {
                 return None;
             }
-            add_squared_errors(masses, half_variances, squared_error_factor(*total) / rows.len() as f32, errors);
+            add_squared_errors(masses, uncertainties, squared_error_factor(*total) / rows.len() as f32, errors);
         }
         Some(totals)
     }
@@ -284,7 +284,7 @@ impl Work<'_> {
         };
         let rows = self.rows_of(micro_tile);
         let micro_tiles = self.rows.div_ceil(MICRO_ROWS);
-        let TileScratch { masses, half_variances, errors, selected, chosen, exact, .. } = scratch;
+        let TileScratch { masses, uncertainties, errors, selected, chosen, exact, .. } = scratch;
         let count = select(errors, limit * limit, selected);
         if count as f32 > FALLBACK_SHARE * self.clusters as f32 {
             exact[micro_tile] = true;
@@ -294,10 +294,10 @@ impl Work<'_> {
             chosen[cluster / SEGMENT_CLUSTERS * micro_tiles + micro_tile] |= 1 << (cluster % SEGMENT_CLUSTERS);
             (0..rows.len()).for_each(|row| masses[row * self.clusters + cluster] = 0.0);
         }
-        let matrices = masses.chunks_exact(self.clusters).zip(half_variances.chunks_exact(self.clusters));
-        for ((row, total), (masses, half_variances)) in rows.clone().zip(totals).zip(matrices) {
+        let matrices = masses.chunks_exact(self.clusters).zip(uncertainties.chunks_exact(self.clusters));
+        for ((row, total), (masses, uncertainties)) in rows.clone().zip(totals).zip(matrices) {
             errors.fill(0.0);
-            add_squared_errors(masses, half_variances, squared_error_factor(total), errors);
+            add_squared_errors(masses, uncertainties, squared_error_factor(total), errors);
             let error = self.calibration(row).error_factor * errors.iter().sum::<f32>().sqrt();
             reports[self.head_and_token(row).0].estimated_missed_mass.add(error);
         }
@@ -403,7 +403,7 @@ fn region_keys(region: usize) -> Range<usize> {
     first..first + REGION_KEYS
 }
 
-/// Factor on (mass² · half variance) that makes it the squared error of a cluster: with independent keys, the weighted
+/// Factor on (mass² · uncertainty) that makes it the squared error of a cluster: with independent keys, the weighted
 /// mean of its values is off by the standard deviation of its weights over the square root of their number.
 pub(super) fn squared_error_factor(total: f32) -> f32 {
     2.0 / (CLUSTER_KEYS as f32 * total * total)

@@ -15,6 +15,8 @@ pub const PANEL_CLUSTERS: usize = 16;
 /// Largest half variance of logits that is believed: the mass of a cluster is at most e⁶ times what its mean says. Where
 /// more would be needed, a few keys outweigh the rest and no estimate from moments holds.
 const MOST_HALF_VARIANCE: f32 = 6.0;
+/// Nats beyond it, at most, by which the mass may be larger than estimated where errors are told.
+const MOST_EXCESS: f32 = 6.0;
 
 /// Summaries of whole panels of clusters, as brain floats.
 #[derive(Clone, Copy)]
@@ -63,8 +65,9 @@ impl ClusterQueries {
     }
 
     /// Writes for every row and cluster the logarithm of the estimated mass of a key (that of the cluster, less the
-    /// logarithm of its number of keys) and half the variance of its logits, to column `first` and on of matrices with
-    /// rows of `stride`. A dot product does not depend on the other rows, to the last bit.
+    /// logarithm of its number of keys) and its uncertainty, to column `first` and on of matrices with
+    /// rows of `stride`. The uncertainty is half the variance of the logits, as far as the mass believes it; beyond, it
+    /// grows as the square of the mass that is not believed. A dot product does not depend on the other rows, to the last bit.
     ///
     /// # Panics
     /// When the summaries are no whole panels of this width, or the matrices are too small.
@@ -72,11 +75,11 @@ impl ClusterQueries {
         &self,
         summaries: ClusterSummaries<'_>,
         log_masses: &mut [f32],
-        half_variances: &mut [f32],
+        uncertainties: &mut [f32],
         stride: usize,
         first: usize,
     ) {
-        self.estimate_at(InstructionSet::current(), summaries, log_masses, half_variances, stride, first);
+        self.estimate_at(InstructionSet::current(), summaries, log_masses, uncertainties, stride, first);
     }
 
     fn estimate_at(
@@ -84,7 +87,7 @@ impl ClusterQueries {
         level: InstructionSet,
         summaries: ClusterSummaries<'_>,
         log_masses: &mut [f32],
-        half_variances: &mut [f32],
+        uncertainties: &mut [f32],
         stride: usize,
         first: usize,
     ) {
@@ -93,8 +96,8 @@ impl ClusterQueries {
         assert_eq!(summaries.means.len(), summaries.variances.len(), "as many variances as means");
         let clusters = summaries.means.len() / self.key_dim;
         assert!(first + clusters <= stride && log_masses.len() >= self.rows * stride, "the clusters fit the matrix");
-        assert_eq!(log_masses.len(), half_variances.len(), "both matrices are of one size");
-        simd::run(level, Estimate { queries: self, summaries, log_masses, half_variances, stride, first, clusters });
+        assert_eq!(log_masses.len(), uncertainties.len(), "both matrices are of one size");
+        simd::run(level, Estimate { queries: self, summaries, log_masses, uncertainties, stride, first, clusters });
     }
 }
 
@@ -102,7 +105,7 @@ struct Estimate<'a> {
     queries: &'a ClusterQueries,
     summaries: ClusterSummaries<'a>,
     log_masses: &'a mut [f32],
-    half_variances: &'a mut [f32],
+    uncertainties: &'a mut [f32],
     stride: usize,
     first: usize,
     clusters: usize,
@@ -179,7 +182,9 @@ impl Estimate<'_> {
                 let place = row * self.stride + self.first + cluster + vector * S::LANES;
                 // The half variance is the second operand of `min`, so that a NaN stays.
                 let half = simd.min(simd.splat(MOST_HALF_VARIANCE), halves[row][vector]);
-                simd.store(half, &mut self.half_variances[place..]);
+                let excess = simd.min(simd.splat(MOST_EXCESS), simd.sub(halves[row][vector], half));
+                let uncertainty = simd.mul(half, exp(simd, simd.add(excess, excess)));
+                simd.store(uncertainty, &mut self.uncertainties[place..]);
                 simd.store(simd.add(logits[row][vector], half), &mut self.log_masses[place..]);
             }
         }
@@ -231,16 +236,16 @@ pub fn largest(values: &[f32]) -> f32 {
     largest.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// `errors += factor · masses² · half_variances`, all of one length: what each cluster of a row adds to the square of
+/// `errors += factor · masses² · uncertainties`, all of one length: what each cluster of a row adds to the square of
 /// the row's error.
 ///
 /// # Panics
 /// When the lengths differ.
-pub fn add_squared_errors(masses: &[f32], half_variances: &[f32], factor: f32, errors: &mut [f32]) {
-    assert!(masses.len() == errors.len() && half_variances.len() == errors.len(), "one error for each mass");
+pub fn add_squared_errors(masses: &[f32], uncertainties: &[f32], factor: f32, errors: &mut [f32]) {
+    assert!(masses.len() == errors.len() && uncertainties.len() == errors.len(), "one error for each mass");
     // Plain enough for the compiler to vectorise.
-    for ((error, mass), half_variance) in errors.iter_mut().zip(masses).zip(half_variances) {
-        *error += factor * mass * mass * half_variance;
+    for ((error, mass), uncertainty) in errors.iter_mut().zip(masses).zip(uncertainties) {
+        *error += factor * mass * mass * uncertainty;
     }
 }
 
@@ -380,9 +385,10 @@ mod tests {
                         let half: f64 = (0..width - 1)
                             .map(|channel| 0.5 * query(channel).powi(2) * variance_values[place(channel)])
                             .sum();
+                        let uncertainty = half.min(6.0) * (2.0 * (half - half.min(6.0)).min(6.0)).exp();
                         let half = half.min(6.0);
                         let at = row * stride + first + cluster;
-                        assert!((f64::from(halves[at]) - half).abs() < 1e-5 * (1.0 + half), "{level:?}");
+                        assert!((f64::from(halves[at]) / uncertainty - 1.0).abs() < 1e-4, "{level:?}");
                         assert!((f64::from(masses[at]) - logit - half).abs() < 1e-4, "{level:?}");
                     }
                 }
