@@ -359,6 +359,8 @@ mod tests {
     fn estimates_of_every_shape() {
         for level in levels() {
             for (rows, width, panels) in [(1, 64, 1), (2, 4, 2), (3, 128, 3), (4, 20, 2), (5, 64, 4), (6, 36, 3)] {
+                // With long queries the variance of the logits passes what is believed.
+                let scale = if rows % 2 == 0 { 0.3_f32 } else { 3.0 };
                 let mut random = Random::new(rows as u64);
                 let clusters = panels * PANEL_CLUSTERS;
                 let (means, mean_values) = brain(&random.normals(clusters * width, 1.0));
@@ -369,7 +371,7 @@ mod tests {
                 let mut queries = ClusterQueries::default();
                 queries.begin(rows, width);
                 // One channel fewer than the padded width.
-                (0..rows).for_each(|row| queries.set_row(row, &data[row * width..][..width - 1], 0.3));
+                (0..rows).for_each(|row| queries.set_row(row, &data[row * width..][..width - 1], scale));
                 let (stride, first) = (clusters + 5, 3);
                 let (mut masses, mut halves) = (vec![0.0; rows * stride], vec![0.0; rows * stride]);
                 let summaries = ClusterSummaries { means: &means, variances: &variances, values: &[] };
@@ -379,7 +381,7 @@ mod tests {
                         let place = |channel: usize| {
                             (cluster / PANEL_CLUSTERS * width + channel) * PANEL_CLUSTERS + cluster % PANEL_CLUSTERS
                         };
-                        let query = |channel: usize| f64::from(data[row * width + channel] * 0.3);
+                        let query = |channel: usize| f64::from(data[row * width + channel] * scale);
                         let logit: f64 =
                             (0..width - 1).map(|channel| query(channel) * mean_values[place(channel)]).sum();
                         let half: f64 = (0..width - 1)
@@ -389,7 +391,7 @@ mod tests {
                         let half = half.min(6.0);
                         let at = row * stride + first + cluster;
                         assert!((f64::from(halves[at]) / uncertainty - 1.0).abs() < 1e-4, "{level:?}");
-                        assert!((f64::from(masses[at]) - logit - half).abs() < 1e-4, "{level:?}");
+                        assert!((f64::from(masses[at]) - logit - half).abs() < 1e-4 * (1.0 + logit.abs()), "{level:?}");
                     }
                 }
                 assert!(masses[..first].iter().all(|&value| value == 0.0), "nothing before the first column");
