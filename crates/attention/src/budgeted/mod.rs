@@ -76,6 +76,10 @@ pub(crate) fn run(
     // The second round adds what the first has shown to pay.
     for _ in 0..2 {
         guard.extend(cache, team, &scratch.budgeted.index);
+        // Nearly every decode step: nothing to measure, and so nothing to add either.
+        if !guard.heads_mut().iter().any(|head| head.wants_calibration(settings.budget)) {
+            break;
+        }
         let budgeted = Budgeted { call: *call, settings: *settings, index: &guard };
         let measured = calibrate(&budgeted, team, &mut scratch.budgeted);
         for (head, measured) in guard.heads_mut().iter_mut().zip(measured) {

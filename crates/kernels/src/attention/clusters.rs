@@ -249,23 +249,6 @@ pub fn add_squared_errors(masses: &[f32], uncertainties: &[f32], factor: f32, er
     }
 }
 
-/// `outputs += masses · values` for `rows` rows: row `r` of `masses` (rows of `stride`) meets `values`
-/// `[clusters][value_dim]`, brain floats; `outputs` is `[rows][value_dim]`.
-///
-/// # Panics
-/// When a slice is too short, or there are more than [`MICRO_ROWS`] rows.
-pub fn add_weighted_clusters(
-    rows: usize,
-    masses: &[f32],
-    stride: usize,
-    values: &[u16],
-    value_dim: usize,
-    output: &mut [f32],
-) {
-    assert!((1..=MICRO_ROWS).contains(&rows), "a micro-tile has 1 to {MICRO_ROWS} rows");
-    simd::run(InstructionSet::current(), WeightedClusters { masses, stride, rows, values, value_dim, output });
-}
-
 /// Weighted sums of cluster values for the rows of a micro-tile: `output += masses · values`.
 pub(super) struct WeightedClusters<'a> {
     /// Rows of `stride`, from the first cluster on.

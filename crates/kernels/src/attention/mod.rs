@@ -23,10 +23,7 @@ mod int8;
 mod softmax;
 mod tile;
 
-pub use clusters::{
-    ClusterQueries, ClusterSummaries, PANEL_CLUSTERS, add_squared_errors, add_weighted_clusters, largest,
-    masses_in_place,
-};
+pub use clusters::{ClusterQueries, ClusterSummaries, PANEL_CLUSTERS, add_squared_errors, largest, masses_in_place};
 pub use tile::{AttentionTile, KeyBlock, TileShape};
 
 /// Keys in a page.
