@@ -90,7 +90,7 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile
                 let source = keys.add(panel * steps + step);
                 *lanes = _mm512_loadu_si512(source);
                 if AHEAD {
-                    fetch_ahead(source, key_ahead);
+                    fetch_ahead(keys.add(step * PANELS + panel), key_ahead);
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {

@@ -42,9 +42,9 @@ pub const MICRO_ROWS: usize = 6;
 pub(crate) fn fetch_ahead<T>(address: *const T, offset: isize) {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch never faults, whatever the address; SSE is part of x86-64.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast::<i8>().wrapping_offset(offset)) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast::<i8>().wrapping_offset(offset)) }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (address, offset);

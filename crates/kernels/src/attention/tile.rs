@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::clusters::WeightedClusters;
 use super::float::FloatMicroTile;
-use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE};
+use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE, fetch_ahead};
 #[cfg(target_arch = "x86_64")]
 use super::{bf16 as bf16_kernel, int8 as int8_kernel};
 use crate::{AlignedBuffer, InstructionSet, nearest_integer, simd};
@@ -363,6 +363,12 @@ impl AttentionTile {
                 let (next_keys, next_values) = next.addresses();
                 (next_keys.wrapping_sub(keys.addr()) as isize, next_values.wrapping_sub(values.addr()) as isize)
             });
+        if ahead.is_some() && let Some(KeyBlock::Int8 { key_scales, value_scales, .. }) = next {
+            // The walk over a block fetches the lines of the next one's keys and values alone.
+            for scales in [key_scales, value_scales] {
+                scales.iter().step_by(16).for_each(|scale| fetch_ahead(scale, 0));
+            }
+        }
         for row in (0..rows).step_by(MICRO_ROWS).filter(|row| wanted(row / MICRO_ROWS)) {
             let visible = &self.visible[row..rows.min(row + MICRO_ROWS)];
             // Only the pages that some row sees; a row that sees nothing here does not widen them.
