@@ -87,7 +87,7 @@ impl Plan {
     pub fn new(call: &Call<'_>, cut_keys: bool) -> Self {
         let (tokens, group, kv_heads, keys) =
             (call.tokens(), call.group(), call.cache.shape().kv_heads, call.cache.len());
-        // Whole micro-tiles within one head keep the rows of a micro-tile close together.
+        // A whole number of micro-tiles.
         let tile_tokens = (TILE_ROWS / group / MICRO_ROWS * MICRO_ROWS).max(MICRO_ROWS).min(tokens.max(1));
         let tiles = tokens.div_ceil(tile_tokens);
         let wanted = WANTED_TASKS.div_ceil((tiles * kv_heads).max(1));
@@ -117,8 +117,7 @@ impl Plan {
     /// The parts that hold `token` of `head`, and its row in them.
     fn parts_of<'p>(&self, parts: &'p [Part], token: usize, head: usize) -> (&'p [Part], usize) {
         let (tile, token) = (token / self.tile_tokens, token % self.tile_tokens);
-        let tile_tokens = self.tile_tokens.min(self.tokens - tile * self.tile_tokens);
-        let row = head % self.group * tile_tokens + token;
+        let row = token * self.group + head % self.group;
         let first = ((self.tiles - 1 - tile) * self.kv_heads + head / self.group) * self.ranges;
         (&parts[first..first + self.ranges], row)
     }
@@ -175,7 +174,8 @@ impl Part {
     }
 }
 
-/// Starts `tile` with the rows of `task`: all tokens of one head, then those of the next. Returns the keys that some row
+/// Starts `tile` with the rows of `task`: all heads of the group for one token, then those for the next, so that a
+/// micro-tile holds rows that attend to much the same keys. Returns the keys that some row
 /// sees; empty when none does.
 pub(crate) fn begin(tile: &mut AttentionTile, call: &Call<'_>, task: &Task) -> Range<usize> {
     let shape = call.cache.shape();
@@ -185,7 +185,7 @@ pub(crate) fn begin(tile: &mut AttentionTile, call: &Call<'_>, task: &Task) -> R
     tile.begin_capped(InstructionSet::current(), tile_shape, call.cache.kind().empty_block(), call.soft_cap);
     let (mut low, mut high) = (usize::MAX, 0);
     for row in 0..group * tokens {
-        let (head, token) = (task.kv_head * group + row / tokens, task.tokens.start + row % tokens);
+        let (head, token) = (task.kv_head * group + row % group, task.tokens.start + row / group);
         let seen = call.seen(token);
         let (start, end) = (seen.start.max(task.keys.start), seen.end.min(task.keys.end));
         if start < end {

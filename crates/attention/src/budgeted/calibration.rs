@@ -1,23 +1,24 @@
 //! How much of the estimate each head can bear, measured on a few of its queries.
 //!
 //! The estimate of a cluster's error holds up to a factor that differs from head to head (how far keys in a cluster are
-//! correlated, and their values with them). For a few queries everything is computed exactly and compared with what
-//! would come out if the clusters of the least estimated error were left to the estimate, one after another; where the
-//! true error passes the budget, the sum of the estimated ones gives the head's limit.
+//! correlated, and their values with them). A few micro-tiles are computed exactly and within limits on the estimated
+//! error that get smaller step by step, until every row's true error is within the budget.
 
-use iceformer_kernels::attention::{AttentionTile, ClusterQueries};
+use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
 
 use super::Budgeted;
-use super::index::{CLUSTER_KEYS, REGION_CLUSTERS};
-use super::tile::{FALLBACK_SHARE, squared_error_factor};
+use super::tile::{FALLBACK_SHARE, TileScratch, Work, distance};
 use crate::tiles::{self, Task};
 
-/// Queries measured for each head.
-pub(super) const SAMPLES: usize = 12;
-/// The limit is that of the most demanding query measured, less this factor for the more demanding ones among the rest.
-const SAFETY: f32 = 1.4;
-/// Errors are taken to be no smaller than the allowed one over this.
-const MOST_ROOM: f32 = 16.0;
+/// Micro-tiles measured for each head.
+pub(super) const SAMPLES: usize = 16;
+/// A limit is the largest that every measured row could bear, less this factor: the most demanding of some fifty rows
+/// stands for the 98th percentile.
+const SAFETY: f32 = 1.1;
+/// The largest limit, in budgets: errors are never much smaller than estimated.
+const MOST: f32 = 0.5;
+/// Limits that are tried, each smaller than the one before by half an octave.
+const STEPS: usize = 12;
 /// Largest error in relation to the output: where values average out, as under diffuse attention to unrelated values,
 /// an error that is small beside a value can still be all of the output.
 const MOST_OF_OUTPUT: f32 = 0.5;
@@ -25,7 +26,7 @@ const MOST_OF_OUTPUT: f32 = 0.5;
 /// What was measured of a query head.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Calibration {
-    /// Queries measured.
+    /// Micro-tiles measured.
     pub samples: usize,
     /// Root of the sum of squared errors, as estimated, that clusters left to the estimate may have; 0: too little for
     /// clusters to pay.
@@ -53,203 +54,159 @@ impl Calibration {
 #[derive(Default)]
 pub(super) struct CalibrationScratch {
     near: AttentionTile,
-    cluster: AttentionTile,
-    queries: ClusterQueries,
-    /// Logarithm of each cluster's mass as estimated. `[clusters]`
-    estimates: Vec<f32>,
-    /// `[clusters]`
-    uncertainties: Vec<f32>,
-    /// Log-sum-exp of each cluster. `[rows][clusters]`
-    masses: Vec<f32>,
-    /// Output of each cluster alone. `[rows][clusters][value_dim]`
-    outputs: Vec<f32>,
-    /// Squared error of each cluster as estimated, and its number; ascending.
-    order: Vec<(f32, u32)>,
-    /// Sum of the output so far, and its exact value. `[value_dim]`
-    sum: Vec<f32>,
-    exact: Vec<f32>,
+    exact: AttentionTile,
+    trial: AttentionTile,
+    tile: TileScratch,
+    /// `[value_dim]`
+    output: Vec<f32>,
+    /// `[value_dim]`
+    exact_output: Vec<f32>,
 }
 
-/// True errors of a row over the sum of estimated squared errors, cluster after cluster left to the estimate.
-struct Curve {
-    /// (sum of estimated squared errors, missed mass), in the order in which clusters leave.
-    points: Vec<(f32, f32)>,
-    /// Missed mass that the row may have.
-    allowed: f32,
+/// Micro-tiles after which a head is given up whose clusters do not pay so far.
+const LEAST_SAMPLES: usize = 4;
+/// Steps from the limit of an earlier measurement up to where the next begins.
+const STEPS_UP: usize = 2;
+
+/// One query head on its way down the limits.
+#[derive(Clone, Default)]
+struct Trial {
+    /// Steps down from the largest limit.
+    step: usize,
+    samples: usize,
+    /// Largest missed mass at the current step, in relation to what is allowed.
+    worst: f32,
+    /// True over estimated error of every row measured at the current step.
+    ratios: Vec<f32>,
 }
 
-impl Curve {
-    /// Clusters that may be left to the estimate: all before the first that takes the error past the budget.
-    fn first_past(&self) -> usize {
-        // A NaN is within nothing.
-        let is_within = |(_, missed): &(f32, f32)| *missed <= self.allowed;
-        self.points.iter().position(|point| !is_within(point)).unwrap_or(self.points.len())
+impl Trial {
+    /// Begins a little above what was measured before, as keys become more.
+    fn after(before: Calibration, budget: f32) -> Self {
+        let step = match before.limit > 0.0 {
+            true => (2.0 * (MOST * budget / (SAFETY * before.limit)).log2()).round().max(0.0) as usize,
+            false => 0,
+        };
+        Self { step: step.saturating_sub(STEPS_UP), ..Self::default() }
     }
 
-    /// Sum of estimated squared errors that stays within the budget. Where even all clusters do, what the error would
-    /// let be added: errors grow with the square root of the sum.
+    /// The limit at this step, in budgets.
     fn limit(&self) -> f32 {
-        match (self.first_past(), self.points.last()) {
-            (past, Some(&(sum, missed))) if past == self.points.len() => {
-                let room = self.allowed / missed.max(self.allowed / MOST_ROOM);
-                sum * room * room
+        MOST * (-0.5 * self.step as f32).exp2()
+    }
+
+    /// Forgets the rows that were measured at a limit that was too large.
+    fn step_down(&mut self) {
+        self.step += 1;
+        self.worst = 0.0;
+        self.ratios.clear();
+    }
+
+    fn judge(&self, budget: f32) -> Calibration {
+        let mut ratios = self.ratios.clone();
+        ratios.sort_unstable_by(f32::total_cmp);
+        let (limit, error_factor) = match ratios.last() {
+            // Between the mean of a few rows and the worst of them lies about the 90th percentile of all.
+            Some(worst) if self.step < STEPS => {
+                let mean = ratios.iter().sum::<f32>() / ratios.len() as f32;
+                // What is left to the next larger step, which was too large. Errors grow with the limit.
+                let room = (1.0 / self.worst).min(std::f32::consts::SQRT_2);
+                (room * self.limit() * budget / SAFETY, 0.5 * (mean + worst))
             }
-            (0, _) => 0.0,
-            (past, _) => self.points[past - 1].0,
-        }
+            _ => (0.0, 0.0),
+        };
+        Calibration { samples: self.samples, limit, error_factor }
     }
 }
 
 /// Measures the query heads of `kv_head`.
 pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut CalibrationScratch) -> Vec<Calibration> {
     let call = &budgeted.call;
-    let group = call.group();
-    let mut curves: Vec<Vec<Curve>> = (0..group).map(|_| Vec::new()).collect();
-    let tokens = call.tokens();
-    let samples = SAMPLES.min(tokens);
+    let (group, tokens) = (call.group(), call.tokens());
+    let sample_tokens = (MICRO_ROWS / group).clamp(1, tokens);
+    let samples = SAMPLES.min(tokens / sample_tokens);
+    let budget = budgeted.settings.budget;
+    let head = budgeted.index.head(kv_head);
+    let mut trials: Vec<_> = (0..group).map(|query_head| Trial::after(head.calibration(query_head), budget)).collect();
+    let (mut computed, mut clusters) = (0, 0);
     for sample in 0..samples {
-        // The last of each stretch of queries: under a causal mask those that see most.
-        let token = (sample + 1) * tokens / samples - 1;
-        let task = Task { kv_head, tokens: token..token + 1, keys: 0..call.cache.len() };
-        for (row, curve) in scratch.curves(budgeted, &task).into_iter().enumerate() {
-            curves[row].push(curve);
+        // Among the later half of the queries: under a causal mask those that see most.
+        let end = tokens - (tokens - tokens / 2 - sample_tokens.min(tokens - tokens / 2)) * sample / samples;
+        let task = Task { kv_head, tokens: end - sample_tokens..end, keys: 0..call.cache.len() };
+        let regions = budgeted.far_regions(&task);
+        if regions.is_empty() {
+            continue;
+        }
+        let work = Work { budgeted, task: &task, regions: &regions };
+        computed += scratch.measure(&work, &mut trials);
+        clusters += work.micro_tiles() * work.clusters();
+        let pays = computed as f32 <= FALLBACK_SHARE * clusters as f32;
+        let is_enough = sample + 1 == samples || trials[0].samples >= LEAST_SAMPLES;
+        if is_enough && !pays || trials.iter().any(|trial| trial.step == STEPS) {
+            trials.iter_mut().for_each(|trial| trial.step = STEPS);
+            break;
         }
     }
-    curves.iter().map(|curves| judge(curves)).collect()
-}
-
-fn judge(curves: &[Curve]) -> Calibration {
-    let least = curves.iter().map(Curve::limit).fold(f32::INFINITY, f32::min);
-    if curves.is_empty() {
-        return Calibration::default();
-    }
-    // The fewer were measured, the more demanding ones there are among the rest.
-    let safety = SAFETY * (SAMPLES as f32 / curves.len() as f32).powf(0.25);
-    let limit = least / (safety * safety);
-    let (mut left, mut clusters, mut worst, mut sum) = (0, 0, 0.0_f32, 0.0);
-    for curve in curves {
-        let within = curve.points.iter().take_while(|(sum, _)| *sum <= limit).count();
-        left += within;
-        clusters += curve.points.len();
-        if within > 0 {
-            let missed = curve.points[within - 1].1;
-            worst = worst.max(missed);
-            sum += missed;
-        }
-    }
-    let pays = limit > 0.0 && (clusters - left) as f32 <= FALLBACK_SHARE * clusters as f32;
-    Calibration {
-        samples: curves.len(),
-        limit: if pays { limit.sqrt() } else { 0.0 },
-        // Between the mean of a few rows and the worst of them lies about the 90th percentile of all.
-        error_factor: if pays { 0.5 * (worst + sum / curves.len() as f32) / limit.sqrt() } else { 0.0 },
-    }
+    trials.iter().map(|trial| trial.judge(budget)).collect()
 }
 
 impl CalibrationScratch {
-    /// The curve of each head's row of a task of one token; none when it sees no far region.
-    fn curves(&mut self, budgeted: &Budgeted<'_>, task: &Task) -> Vec<Curve> {
+    /// Takes the heads of `work` down to limits that its rows can bear, or to the last. Returns the clusters that its
+    /// micro-tiles compute then.
+    fn measure(&mut self, work: &Work<'_>, trials: &mut [Trial]) -> usize {
+        let (budgeted, task) = (work.budgeted, work.task);
         let call = &budgeted.call;
-        let shape = call.cache.shape();
-        let regions = budgeted.far_regions(task);
-        if regions.is_empty() {
-            return Vec::new();
-        }
-        let head = budgeted.index.head(task.kv_head);
-        let (group, value_dim) = (call.group(), shape.value_dim);
-        let clusters = regions.len() * REGION_CLUSTERS;
-
-        let seen = tiles::begin(&mut self.near, call, task);
-        budgeted.accumulate_near(&mut self.near, task, &regions, seen);
-        tiles::begin(&mut self.cluster, call, task);
-        self.masses.resize(group * clusters, 0.0);
-        self.outputs.resize(group * clusters * value_dim, 0.0);
-        for cluster in 0..clusters {
-            let (first, block) = budgeted.clusters(task.kv_head, &regions, cluster..cluster + 1);
-            self.cluster.clear();
-            self.cluster.accumulate(first, block, None);
-            for row in 0..group {
-                let place = row * clusters + cluster;
-                let output = &mut self.outputs[place * value_dim..][..value_dim];
-                self.masses[place] = self.cluster.finish_row(row, output);
+        let budget = budgeted.settings.budget;
+        let value_scale = work.value_scale();
+        let Self { near, exact, trial: tile, tile: scratch, output, exact_output } = self;
+        output.resize(call.cache.shape().value_dim, 0.0);
+        exact_output.resize(call.cache.shape().value_dim, 0.0);
+        let seen = tiles::begin(near, call, task);
+        budgeted.accumulate_near(near, task, work.regions, seen);
+        exact.clone_from(near);
+        work.accumulate_exactly(exact, |_| true);
+        trials.iter_mut().for_each(|trial| trial.samples += 1);
+        loop {
+            tile.clone_from(near);
+            let limits: Vec<f32> = trials.iter().map(|trial| trial.limit() * budget).collect();
+            let mut beyond = vec![0.0_f32; trials.len()];
+            let mut ratios = vec![Vec::new(); trials.len()];
+            let mut computed = 0;
+            for micro_tile in 0..work.micro_tiles() {
+                let Some(estimated) = work.micro_tile(micro_tile, &limits, tile, scratch) else {
+                    // It would fall back.
+                    computed += work.clusters();
+                    continue;
+                };
+                computed += estimated.selected;
+                for (row, error) in work.rows_of(micro_tile).zip(estimated.errors) {
+                    let (head, _) = work.head_and_token(row);
+                    tile.finish_row(row, output);
+                    exact.finish_row(row, exact_output);
+                    let size = exact_output.iter().map(|value| value * value).sum::<f32>().sqrt();
+                    let allowed = budget.min(MOST_OF_OUTPUT * size / value_scale);
+                    let missed = distance(output, exact_output) / value_scale;
+                    // A NaN is within nothing.
+                    let share = if missed <= allowed { missed / allowed.max(f32::MIN_POSITIVE) } else { f32::INFINITY };
+                    beyond[head] = beyond[head].max(share);
+                    ratios[head].push(if error > 0.0 { missed / error } else { 0.0 });
+                }
+            }
+            if beyond.iter().all(|share| *share <= 1.0) {
+                for ((trial, ratios), share) in trials.iter_mut().zip(ratios).zip(beyond) {
+                    trial.worst = trial.worst.max(share);
+                    trial.ratios.extend(ratios);
+                }
+                return computed;
+            }
+            for (trial, _) in trials.iter_mut().zip(beyond).filter(|(_, share)| *share > 1.0) {
+                trial.step_down();
+            }
+            if trials.iter().any(|trial| trial.step >= STEPS) {
+                trials.iter_mut().for_each(|trial| trial.step = STEPS);
+                return work.micro_tiles() * work.clusters();
             }
         }
-        let spread = std::f32::consts::SQRT_2 * head.value_spread(regions.len());
-        (0..group).map(|row| self.curve(budgeted, task, &regions, row, spread)).collect()
-    }
-
-    fn curve(&mut self, budgeted: &Budgeted<'_>, task: &Task, regions: &[usize], row: usize, spread: f32) -> Curve {
-        let call = &budgeted.call;
-        let shape = call.cache.shape();
-        let value_dim = shape.value_dim;
-        let head = budgeted.index.head(task.kv_head);
-        let clusters = regions.len() * REGION_CLUSTERS;
-        self.queries.begin(1, shape.padded_key_dim());
-        let query = call.query(task.kv_head * call.group() + row, task.tokens.start);
-        self.queries.set_row(0, query, call.attention.scale);
-        self.estimates.resize(clusters, 0.0);
-        self.uncertainties.resize(clusters, 0.0);
-        for (place, &region) in regions.iter().enumerate() {
-            let summaries = head.regions[region].summaries();
-            let (estimates, uncertainties) = (&mut self.estimates, &mut self.uncertainties);
-            self.queries.estimate(summaries, estimates, uncertainties, clusters, place * REGION_CLUSTERS);
-        }
-
-        // Masses relative to the largest there is.
-        let masses = &self.masses[row * clusters..][..clusters];
-        let outputs = &self.outputs[row * clusters * value_dim..][..clusters * value_dim];
-        self.exact.resize(value_dim, 0.0);
-        let near = self.near.finish_row(row, &mut self.exact);
-        let keys = (CLUSTER_KEYS as f32).ln();
-        let reference = masses.iter().chain(&self.estimates).copied().fold(near, f32::max);
-        let near = (near - reference).exp();
-        let mass = |cluster: usize| (masses[cluster] - reference).exp();
-        let estimates = &self.estimates;
-        let estimate = |cluster: usize| (estimates[cluster] + keys - reference).exp();
-        let estimated_total = near + (0..clusters).map(estimate).sum::<f32>();
-
-        self.exact.iter_mut().for_each(|value| *value *= near);
-        let mut total = near;
-        for cluster in 0..clusters {
-            let output = &outputs[cluster * value_dim..][..value_dim];
-            self.exact.iter_mut().zip(output).for_each(|(sum, value)| *sum += mass(cluster) * value);
-            total += mass(cluster);
-        }
-        self.sum.clone_from(&self.exact);
-        self.exact.iter_mut().for_each(|value| *value /= total);
-
-        self.order.clear();
-        let factor = squared_error_factor(estimated_total);
-        for cluster in 0..clusters {
-            let mass = estimate(cluster);
-            self.order.push((factor * mass * mass * self.uncertainties[cluster], cluster as u32));
-        }
-        self.order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-
-        let size = self.exact.iter().map(|value| value * value).sum::<f32>().sqrt() / spread;
-        let allowed = budgeted.settings.budget.min(MOST_OF_OUTPUT * size);
-        let mut curve = Curve { points: Vec::with_capacity(clusters), allowed };
-        let mut errors = 0.0;
-        for &(error, cluster) in &self.order {
-            let cluster = cluster as usize;
-            let region = &head.regions[regions[cluster / REGION_CLUSTERS]];
-            let (mass, estimate) = (mass(cluster), estimate(cluster));
-            let output = &outputs[cluster * value_dim..][..value_dim];
-            let mean = region.value(cluster % REGION_CLUSTERS, shape);
-            for ((sum, value), mean) in self.sum.iter_mut().zip(output).zip(mean) {
-                *sum += estimate * mean - mass * value;
-            }
-            total += estimate - mass;
-            errors += error;
-            let square: f32 = self
-                .sum
-                .iter()
-                .zip(&self.exact)
-                .map(|(sum, exact)| (sum / total - exact) * (sum / total - exact))
-                .sum();
-            curve.points.push((errors, square.sqrt() / spread));
-        }
-        curve
     }
 }
 
@@ -258,22 +215,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_most_demanding_query_sets_the_limit() {
-        let curve = |points: &[(f32, f32)]| Curve { points: points.to_vec(), allowed: 0.1 };
-        let many = |points: &[(f32, f32)]| -> Vec<Curve> { (0..SAMPLES).map(|_| curve(points)).collect() };
-        let easy = curve(&[(1e-6, 0.0), (1e-5, 0.01), (1e-4, 0.05), (1e-3, 0.09)]);
-        let hard = curve(&[(1e-6, 0.01), (1e-5, 0.02), (1e-4, 0.2), (1e-3, 0.05)]);
-        assert_eq!(hard.limit(), 1e-5);
-        assert!((easy.limit() - 1e-3 / 0.81).abs() < 1e-6, "room for a little more");
-        let both = judge(&[easy, hard]);
-        assert_eq!(both.samples, 2);
-        // 1e-5 / 1.4²: one cluster of four is left in each, too few to pay.
-        assert_eq!(both.limit, 0.0);
-        let hopeless = judge(&[curve(&[(1e-6, f32::NAN), (1.0, 0.0)])]);
-        assert_eq!((hopeless.limit, hopeless.samples), (0.0, 1));
-        let fine = judge(&many(&[(1e-6, 0.01), (2e-6, 0.02), (2.2e-6, 0.03), (9e-6, 0.06), (1.0, 0.2)]));
-        assert!((fine.limit - 3e-3 / 1.4).abs() < 1e-6, "{fine:?}");
-        assert!((fine.error_factor - 14.0).abs() < 1e-2, "{fine:?}");
+    fn a_limit_leaves_room_for_rows_that_were_not_measured() {
+        let mut trial = Trial { samples: 3, worst: 1.0, ratios: vec![1.0, 3.0, 2.0], ..Trial::default() };
+        let measured = trial.judge(0.1);
+        assert_eq!((measured.samples, measured.limit, measured.error_factor), (3, 0.1 * MOST / SAFETY, 2.5));
+        trial.step_down();
+        trial.step_down();
+        assert_eq!(trial.judge(0.1).limit, 0.0, "nothing was measured at this step");
+        trial.ratios.push(2.0);
+        trial.worst = 1.0 / 1.1;
+        assert!((trial.judge(0.1).limit - 0.055 * MOST / SAFETY).abs() < 1e-6);
+        trial.worst = 0.1;
+        assert!((trial.judge(0.1).limit - 0.05 * MOST * std::f32::consts::SQRT_2 / SAFETY).abs() < 1e-6);
+        trial.step = STEPS;
+        assert_eq!(trial.judge(0.1).limit, 0.0);
     }
 
     #[test]

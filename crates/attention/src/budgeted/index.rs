@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use iceformer_kernels::AlignedBuffer;
-use iceformer_kernels::attention::{ClusterSummaries, KeyBlock, PANEL_CLUSTERS};
+use iceformer_kernels::attention::{ClusterSummaries, PAGE_KEYS, PANEL_CLUSTERS};
 use iceformer_kernels::half::bf16;
 use iceformer_kernels::rows::ROW_MULTIPLE;
 
@@ -14,18 +14,23 @@ use super::clustering::{BisectionScratch, bisect};
 use crate::segment::{SEGMENT_KEYS, Segment};
 use crate::{CacheShape, KeyValueCache, ThreadTeam};
 
-/// Keys of a cluster: a block that the attention kernels take at full speed.
-pub(super) const CLUSTER_KEYS: usize = 64;
-/// Keys that are clustered together. More give tighter clusters, and leave more recent keys that are in none yet.
-pub(super) const REGION_KEYS: usize = 2048;
-/// Clusters of a region.
-pub(super) const REGION_CLUSTERS: usize = REGION_KEYS / CLUSTER_KEYS;
+/// Keys of a cluster: one page.
+pub(super) const CLUSTER_KEYS: usize = PAGE_KEYS;
 /// Clusters that lie one behind the other in memory.
-pub(super) const SEGMENT_CLUSTERS: usize = SEGMENT_KEYS / CLUSTER_KEYS;
+const SEGMENT_CLUSTERS: usize = SEGMENT_KEYS / CLUSTER_KEYS;
+/// Keys of the smallest region.
+pub(super) const REGION_KEYS: usize = 1024;
+/// So many regions of one size become one, which is clustered anew: the more keys, the tighter their clusters.
+const MERGED: usize = 4;
+/// Keys of the largest region: sorting out more of them costs more than it saves.
+const MOST_REGION_KEYS: usize = REGION_KEYS * MERGED * MERGED;
 /// Keys at the start that are in no region: attention sinks are unlike all others and would spoil a cluster.
 pub(super) const FIRST_KEYS: usize = 64;
+/// Regions that a head is tried on.
+const FIRST_REGIONS: usize = 2;
 
-const _: () = assert!(REGION_CLUSTERS.is_multiple_of(PANEL_CLUSTERS) && SEGMENT_KEYS.is_multiple_of(CLUSTER_KEYS));
+const _: () = assert!((REGION_KEYS / CLUSTER_KEYS).is_multiple_of(PANEL_CLUSTERS));
+const _: () = assert!(REGION_KEYS.is_multiple_of(SEGMENT_KEYS));
 
 /// The clusters of all heads of a cache.
 #[derive(Default)]
@@ -36,25 +41,31 @@ pub(crate) struct ClusterIndex {
 /// The clusters of one key/value head.
 #[derive(Default)]
 pub(super) struct HeadClusters {
+    /// In the order of their keys, without gaps from [`FIRST_KEYS`] on.
     pub regions: Vec<Region>,
+    /// Of the keys from [`FIRST_KEYS`] on, those that regions may be merged over, in units of [`REGION_KEYS`].
+    settled: usize,
     /// One for each query head that reads the head, empty before the first measurement.
     calibrations: Vec<Calibration>,
-    /// Budget and regions at the last measurement.
+    /// Budget and clustered keys at the last measurement.
     calibrated: (f32, usize),
 }
 
-/// Where clusters do not pay for a head, it is tried again when its keys have become so many times more.
+/// Where clusters do not pay for a head, it is tried again on half of its keys when those have become so many times
+/// more than it was tried on.
 const RETRY: usize = 4;
 
-/// [`REGION_KEYS`] consecutive keys in clusters.
+/// Consecutive keys in clusters.
 pub(super) struct Region {
+    /// Position of the first key.
+    first: usize,
     /// The keys and values, cluster after cluster.
     segments: Vec<Segment>,
-    /// `[panels][key_dim][16]`
+    /// `[panels][key_dim / 2][16][2]`
     means: AlignedBuffer<u16>,
-    /// `[panels][key_dim][16]`
+    /// `[panels][key_dim / 2][16][2]`
     variances: AlignedBuffer<u16>,
-    /// `[REGION_CLUSTERS][value_dim]`
+    /// `[clusters / 2][value_dim][2]`
     values: AlignedBuffer<u16>,
     /// Sum of the values, channel by channel.
     value_sum: Vec<f64>,
@@ -65,7 +76,7 @@ pub(super) struct Region {
 /// Buffers of one thread.
 #[derive(Default)]
 pub(super) struct IndexScratch {
-    /// `[REGION_KEYS][width]`
+    /// `[keys][width]`
     keys: Vec<f32>,
     order: Vec<u32>,
     bisection: BisectionScratch,
@@ -85,37 +96,51 @@ impl ClusterIndex {
         self.heads.iter().all(|head| head.regions.is_empty())
     }
 
-    /// Regions that `keys` keys fill.
-    pub fn regions_of(keys: usize) -> usize {
-        keys.saturating_sub(FIRST_KEYS) / REGION_KEYS
-    }
-
-    /// Clusters the keys of `cache` that came since: of each head one region first, the others when measurements have
-    /// shown that they pay.
-    pub(super) fn extend(&mut self, cache: &KeyValueCache, team: &ThreadTeam, scratch: &[Mutex<IndexScratch>]) {
+    /// Clusters the first `len` keys of `cache`, as far as they are not: of each head a few regions first, the others
+    /// when measurements have shown that they pay. Regions that end at `settled` or before, which every query to come
+    /// sees whole, become larger ones.
+    pub(super) fn extend(
+        &mut self,
+        cache: &KeyValueCache,
+        len: usize,
+        settled: usize,
+        team: &ThreadTeam,
+        scratch: &[Mutex<IndexScratch>],
+    ) {
         self.heads.resize_with(cache.shape().kv_heads, HeadClusters::default);
-        let total = Self::regions_of(cache.len());
-        let mut built: Vec<(usize, usize, Option<Region>)> = Vec::new();
-        for (head, clusters) in self.heads.iter().enumerate() {
-            let wanted = clusters.regions.len()..clusters.wanted(total);
-            built.extend(wanted.map(|region| (head, region, None)));
+        let total = len.saturating_sub(FIRST_KEYS) / REGION_KEYS;
+        let settled = (settled.saturating_sub(FIRST_KEYS) / REGION_KEYS).min(total);
+        let mut built: Vec<(usize, Range<usize>, Option<Region>)> = Vec::new();
+        for (index, head) in self.heads.iter_mut().enumerate() {
+            // Never fewer: queries at earlier positions may follow.
+            let wanted = head.wanted(total).max(head.keys() / REGION_KEYS);
+            head.settled = head.settled.max(settled.min(wanted));
+            let layout = layout(head.settled, wanted);
+            let kept = head.regions.iter().zip(&layout).take_while(|(region, keys)| region.keys() == **keys).count();
+            head.regions.truncate(kept);
+            built.extend(layout.into_iter().skip(kept).map(|keys| (index, keys, None)));
         }
         if built.is_empty() {
             return;
         }
         team.run_chunks(&mut built, 1, |_, region, worker| {
             let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            let (head, index, region) = &mut region[0];
-            *region = Some(Region::new(cache, *head, *index, &mut scratch));
+            let (head, keys, region) = &mut region[0];
+            *region = Some(Region::new(cache, *head, keys.clone(), &mut scratch));
         });
         for (head, _, region) in built {
             self.heads[head].regions.extend(region);
         }
     }
 
-    /// Forgets regions with keys from `len` on.
+    /// Forgets heads with regions that hold keys from `len` on, with all that was measured: what is left of them would
+    /// not be what a cache of `len` keys has.
     pub fn truncate(&mut self, len: usize) {
-        self.heads.iter_mut().for_each(|head| head.regions.truncate(Self::regions_of(len)));
+        for head in &mut self.heads {
+            if head.regions.last().is_some_and(|region| region.keys().end > len) {
+                *head = HeadClusters::default();
+            }
+        }
     }
 
     /// Bytes held.
@@ -124,14 +149,40 @@ impl ClusterIndex {
     }
 }
 
+/// The regions that `wanted` units of [`REGION_KEYS`] keys form, of which the first `settled` may be merged: as large
+/// ones as there are first, then smaller ones.
+fn layout(settled: usize, wanted: usize) -> Vec<Range<usize>> {
+    let mut regions = Vec::new();
+    let (mut first, end) = (FIRST_KEYS, FIRST_KEYS + settled * REGION_KEYS);
+    let mut keys = MOST_REGION_KEYS;
+    while keys > REGION_KEYS {
+        while first + keys <= end {
+            regions.push(first..first + keys);
+            first += keys;
+        }
+        keys /= MERGED;
+    }
+    while first < FIRST_KEYS + wanted * REGION_KEYS {
+        regions.push(first..first + REGION_KEYS);
+        first += REGION_KEYS;
+    }
+    regions
+}
+
 impl HeadClusters {
-    /// Regions that the head should have, of `total` that the keys fill.
+    /// Keys in regions.
+    fn keys(&self) -> usize {
+        self.regions.last().map_or(0, |region| region.keys().end - FIRST_KEYS)
+    }
+
+    /// Units of [`REGION_KEYS`] keys that should be in regions, of `total` that there are.
     fn wanted(&self, total: usize) -> usize {
-        let regions = self.regions.len();
-        match regions {
-            0 => total.min(1),
-            _ if self.pays() || self.was_out_of_sight() || total >= RETRY * regions => total,
-            _ => regions,
+        let units = self.keys() / REGION_KEYS;
+        match units {
+            _ if self.calibrations.is_empty() => total.min(units.max(FIRST_REGIONS)),
+            _ if self.pays() || self.was_out_of_sight() => total,
+            _ if total >= RETRY * units => total / 2,
+            _ => units,
         }
     }
 
@@ -145,64 +196,66 @@ impl HeadClusters {
         self.calibrations.get(head).copied().unwrap_or_default()
     }
 
-    /// Whether clusters pay for a query head.
+    /// Whether clusters pay: for every query head that reads the head, as all share the clusters that are computed.
     pub fn pays(&self) -> bool {
-        self.calibrations.iter().any(|calibration| calibration.limit > 0.0)
+        !self.calibrations.is_empty() && self.calibrations.iter().all(|calibration| calibration.limit > 0.0)
     }
 
-    /// Whether queries should be measured, because too few were, or the keys have become many more or a good deal fewer.
+    /// Whether queries should be measured, because too few were, or the keys have become many more or fewer.
     pub fn wants_calibration(&self, budget: f32) -> bool {
         let unmeasured = |calibration: &Calibration| calibration.samples < SAMPLES;
-        !self.regions.is_empty() && (self.is_stale(budget) || self.calibrations.iter().any(unmeasured))
+        !self.regions.is_empty()
+            && (self.is_stale(budget)
+                || ((self.pays() || self.was_out_of_sight()) && self.calibrations.iter().any(unmeasured)))
     }
 
     fn is_stale(&self, budget: f32) -> bool {
-        let (calibrated_budget, regions) = self.calibrated;
-        calibrated_budget != budget || self.regions.len() < regions || 4 * self.regions.len() > 5 * regions
+        let (calibrated_budget, keys) = self.calibrated;
+        calibrated_budget != budget || self.keys() < keys || 4 * self.keys() > 5 * keys
     }
 
     /// Takes measurements of every query head of the group, made now at `budget`.
     pub fn take(&mut self, budget: f32, measured: Vec<Calibration>) {
         if self.is_stale(budget) {
             self.calibrations.clear();
-            self.calibrated = (budget, self.regions.len());
+            self.calibrated = (budget, self.keys());
         }
         let before = std::mem::take(&mut self.calibrations);
         let before = before.into_iter().chain(std::iter::repeat(Calibration::default()));
         self.calibrations = before.zip(measured).map(|(before, measured)| before.merge(measured)).collect();
     }
 
-    /// Root mean square distance of the first `regions` regions' values from their mean.
-    pub fn value_spread(&self, regions: usize) -> f32 {
-        let regions = &self.regions[..regions];
-        let Some(width) = regions.first().map(|region| region.value_sum.len()) else { return 0.0 };
-        let count = (regions.len() * REGION_KEYS) as f64;
-        let squares: f64 = regions.iter().map(|region| region.value_squares).sum();
+    /// Root mean square distance of the values in regions from their mean.
+    pub fn value_spread(&self) -> f32 {
+        let Some(width) = self.regions.first().map(|region| region.value_sum.len()) else { return 0.0 };
+        let count = self.keys() as f64;
+        let squares: f64 = self.regions.iter().map(|region| region.value_squares).sum();
         let mean_square: f64 = (0..width)
-            .map(|channel| (regions.iter().map(|region| region.value_sum[channel]).sum::<f64>() / count).powi(2))
+            .map(|channel| (self.regions.iter().map(|region| region.value_sum[channel]).sum::<f64>() / count).powi(2))
             .sum();
         (squares / count - mean_square).max(0.0).sqrt() as f32
     }
 }
 
 impl Region {
-    /// Clusters region `index` of head `head`.
-    fn new(cache: &KeyValueCache, head: usize, index: usize, scratch: &mut IndexScratch) -> Self {
+    /// Clusters `keys` of head `head`.
+    fn new(cache: &KeyValueCache, head: usize, keys: Range<usize>, scratch: &mut IndexScratch) -> Self {
         let shape = cache.shape();
-        let first = FIRST_KEYS + index * REGION_KEYS;
+        let (first, clusters) = (keys.start, keys.len() / CLUSTER_KEYS);
         let width = shape.key_dim.next_multiple_of(ROW_MULTIPLE);
         scratch.keys.clear();
-        scratch.keys.resize(REGION_KEYS * width, 0.0);
+        scratch.keys.resize(keys.len() * width, 0.0);
         for (offset, key) in scratch.keys.chunks_exact_mut(width).enumerate() {
             cache.read_centred_key(head, first + offset, &mut key[..shape.key_dim]);
         }
         bisect(&scratch.keys, width, CLUSTER_KEYS, &mut scratch.order, &mut scratch.bisection);
 
         let mut region = Self {
-            segments: Vec::with_capacity(REGION_KEYS / SEGMENT_KEYS),
-            means: AlignedBuffer::zeroed(REGION_CLUSTERS * shape.padded_key_dim()),
-            variances: AlignedBuffer::zeroed(REGION_CLUSTERS * shape.padded_key_dim()),
-            values: AlignedBuffer::zeroed(REGION_CLUSTERS * shape.padded_value_dim()),
+            first,
+            segments: Vec::with_capacity(keys.len() / SEGMENT_KEYS),
+            means: AlignedBuffer::zeroed(clusters * shape.padded_key_dim()),
+            variances: AlignedBuffer::zeroed(clusters * shape.padded_key_dim()),
+            values: AlignedBuffer::zeroed(clusters * shape.padded_value_dim()),
             value_sum: vec![0.0; shape.value_dim],
             value_squares: 0.0,
         };
@@ -233,9 +286,9 @@ impl Region {
                 *variance += (value - mean) * (value - mean);
             }
         }
-        let panel = cluster / PANEL_CLUSTERS * PANEL_CLUSTERS * shape.padded_key_dim();
+        let (panel, lane) = (cluster / PANEL_CLUSTERS * PANEL_CLUSTERS * shape.padded_key_dim(), cluster % PANEL_CLUSTERS);
         for channel in 0..shape.key_dim {
-            let place = panel + channel * PANEL_CLUSTERS + cluster % PANEL_CLUSTERS;
+            let place = panel + 2 * (channel / 2 * PANEL_CLUSTERS + lane) + channel % 2;
             self.means[place] = bf16::from_f32(mean[channel]).to_bits();
             self.variances[place] = bf16::from_f32(variance[channel] / members.len() as f32).to_bits();
         }
@@ -249,32 +302,61 @@ impl Region {
             mean.iter_mut().zip(&value).for_each(|(mean, value)| *mean += value);
             self.value_squares += f64::from(value.iter().map(|value| value * value).sum::<f32>());
         }
-        let target = &mut self.values[cluster * shape.padded_value_dim()..][..shape.value_dim];
+        let pair = &mut self.values[cluster / 2 * 2 * shape.padded_value_dim()..];
+        let target = pair.iter_mut().skip(cluster % 2).step_by(2);
         for ((sum, target), mean) in self.value_sum.iter_mut().zip(target).zip(&mean) {
             *sum += f64::from(*mean);
             *target = bf16::from_f32(*mean / members.len() as f32).to_bits();
         }
     }
 
-    /// Mean value of cluster `cluster`, `[value_dim]`.
-    pub fn value(&self, cluster: usize, shape: CacheShape) -> impl Iterator<Item = f32> {
-        let values = &self.values[cluster * shape.padded_value_dim()..][..shape.value_dim];
-        values.iter().map(|bits| bf16::from_bits(*bits).to_f32())
+    /// Positions of the keys.
+    pub fn keys(&self) -> Range<usize> {
+        self.first..self.first + self.segments.len() * SEGMENT_KEYS
+    }
+
+    pub fn clusters(&self) -> usize {
+        self.segments.len() * SEGMENT_KEYS / CLUSTER_KEYS
     }
 
     pub fn summaries(&self) -> ClusterSummaries<'_> {
         ClusterSummaries { means: &self.means, variances: &self.variances, values: &self.values }
     }
 
-    /// The keys and values of `clusters`, which lie in one segment.
-    pub fn block(&self, clusters: Range<usize>, shape: CacheShape) -> KeyBlock<'_> {
-        let first = clusters.start % SEGMENT_CLUSTERS * CLUSTER_KEYS;
-        let slots = first..first + clusters.len() * CLUSTER_KEYS;
-        self.segments[clusters.start / SEGMENT_CLUSTERS].block(slots, shape)
+    /// Copies the keys and values of cluster `cluster` to page `page` of `target`.
+    pub fn copy_cluster(&self, cluster: usize, target: &mut Segment, page: usize, shape: CacheShape) {
+        let source = &self.segments[cluster / SEGMENT_CLUSTERS];
+        target.copy_page(page, source, cluster % SEGMENT_CLUSTERS, shape);
+    }
+
+    /// Asks the memory for the keys and values of cluster `cluster`, which will be copied soon.
+    pub fn fetch_cluster(&self, cluster: usize, shape: CacheShape) {
+        self.segments[cluster / SEGMENT_CLUSTERS].fetch_page(cluster % SEGMENT_CLUSTERS, shape);
     }
 
     fn bytes(&self) -> usize {
         let segments: usize = self.segments.iter().map(Segment::bytes).sum();
         segments + self.means.bytes() + self.variances.bytes() + self.values.bytes() + 8 * self.value_sum.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_cover_all_keys_in_order() {
+        for (settled, wanted) in [(0, 0), (0, 3), (3, 3), (4, 9), (16, 16), (39, 40)] {
+            let regions = layout(settled, wanted);
+            let mut end = FIRST_KEYS;
+            for region in &regions {
+                assert_eq!(region.start, end);
+                assert!((region.len() / CLUSTER_KEYS).is_power_of_two());
+                end = region.end;
+            }
+            assert_eq!(end, FIRST_KEYS + wanted * REGION_KEYS);
+        }
+        let units: Vec<usize> = layout(39, 40).iter().map(|keys| keys.len() / REGION_KEYS).collect();
+        assert_eq!(units, [16, 16, 4, 1, 1, 1, 1]);
     }
 }

@@ -28,13 +28,15 @@ pub use settings::{BudgetError, BudgetSettings};
 
 use crate::exact::{self, AttentionScratch};
 use crate::tiles::{Call, Part, Plan};
-use crate::{HeadReport, Report, ThreadTeam};
+use crate::{HeadReport, Queries, Report, ThreadTeam};
 use calibration::{Calibration, CalibrationScratch};
 use index::{IndexScratch, REGION_KEYS};
 use tile::{Budgeted, NEAR_KEYS, TileScratch};
 
 /// Keys from which clusters are made: below, they do not pay.
 const LEAST_KEYS: usize = 4096;
+/// Positions between two changes of the regions: a long call is cut there.
+const STEP_TOKENS: usize = 4096;
 
 /// Buffers reused from call to call.
 #[derive(Default)]
@@ -60,22 +62,67 @@ pub(crate) fn run(
     call: &Call<'_>,
     settings: &BudgetSettings,
     output: &mut [f32],
+    mut log_sum_exp: Option<&mut [f32]>,
+    team: &ThreadTeam,
+    scratch: &mut AttentionScratch,
+) -> Report {
+    // A window that no whole region fits into has no use for clusters.
+    let least_window = REGION_KEYS + NEAR_KEYS;
+    let is_narrow = call.attention.mask.window.is_some_and(|window| window < least_window);
+    if call.cache.len() < LEAST_KEYS || call.tokens() == 0 || is_narrow {
+        return exact::run(call, output, log_sum_exp, team, scratch);
+    }
+    if !call.attention.mask.causal {
+        return run_step(call, settings, output, log_sum_exp, team, scratch);
+    }
+    // In steps, so that the regions grow with what the queries see, as they do for a text that is read in chunks.
+    let (heads, shape) = (call.queries.query_heads, call.cache.shape());
+    let mut report = Report::default();
+    let mut first = 0;
+    while first < call.tokens() {
+        let position = call.queries.first_position + first;
+        let count = (STEP_TOKENS - position % STEP_TOKENS).min(call.tokens() - first);
+        let row = heads * shape.key_dim;
+        let queries = Queries {
+            data: &call.queries.data[first * row..(first + count) * row],
+            first_position: position,
+            ..call.queries
+        };
+        let rows = first * heads..(first + count) * heads;
+        report += &run_step(
+            &Call { queries, ..*call },
+            settings,
+            &mut output[rows.start * shape.value_dim..rows.end * shape.value_dim],
+            log_sum_exp.as_deref_mut().map(|log_sum_exp| &mut log_sum_exp[rows]),
+            team,
+            scratch,
+        );
+        first += count;
+    }
+    report
+}
+
+/// Runs `call` with one set of clusters.
+fn run_step(
+    call: &Call<'_>,
+    settings: &BudgetSettings,
+    output: &mut [f32],
     log_sum_exp: Option<&mut [f32]>,
     team: &ThreadTeam,
     scratch: &mut AttentionScratch,
 ) -> Report {
     let cache = call.cache;
-    // A window that no whole region fits into has no use for clusters.
-    let least_window = REGION_KEYS + NEAR_KEYS;
-    let is_narrow = call.attention.mask.window.is_some_and(|window| window < least_window);
-    if cache.len() < LEAST_KEYS || call.tokens() == 0 || is_narrow {
-        return exact::run(call, output, log_sum_exp, team, scratch);
-    }
     scratch.budgeted.index.resize_with(team.threads(), Mutex::default);
     let mut guard = cache.clusters().write().unwrap_or_else(PoisonError::into_inner);
+    // The keys that some query sees, and those of them that all queries to come will see from afar.
+    let first = call.queries.first_position;
+    let (len, settled) = match call.attention.mask.causal {
+        true => (cache.len().min(first + call.tokens()), first.saturating_sub(NEAR_KEYS)),
+        false => (cache.len(), cache.len()),
+    };
     // The second round adds what the first has shown to pay.
     for _ in 0..2 {
-        guard.extend(cache, team, &scratch.budgeted.index);
+        guard.extend(cache, len, settled, team, &scratch.budgeted.index);
         // Nearly every decode step: nothing to measure, and so nothing to add either.
         if !guard.heads_mut().iter().any(|head| head.wants_calibration(settings.budget)) {
             break;

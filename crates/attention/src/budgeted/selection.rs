@@ -1,35 +1,39 @@
 //! Which clusters are computed exactly: the fewest whose absence from the estimate keeps the error within a limit.
 
-/// Bins of half an octave of squared error below the largest.
-const BINS: usize = 64;
+use iceformer_kernels::attention::{largest, sums_up_to};
 
-/// Marks in `selected` the clusters with the largest squared errors, as few as leave a sum of at most `limit` to the
-/// others, to within half an octave at the border. Returns their number. What is no number is always selected.
-pub(super) fn select(errors: &[f32], limit: f32, selected: &mut [bool]) -> usize {
-    let largest = errors.iter().copied().fold(0.0, f32::max);
-    // The bits of a positive float grow with its logarithm: 22 below the exponent's last are half an octave.
-    let bin_of = |error: f32| match error.is_nan() {
-        true => 0,
-        false => ((largest.to_bits().saturating_sub(error.max(0.0).to_bits())) >> 22).min(BINS as u32 - 1) as usize,
-    };
-    let mut sums = [0.0_f32; BINS];
-    for &error in errors {
-        sums[bin_of(error)] += error;
-    }
-    let (mut first_left_out, mut sum) = (BINS, 0.0);
-    while first_left_out > 0 {
-        sum += sums[first_left_out - 1];
-        if sum > limit || sum.is_nan() {
+/// Borders that are tried at a time.
+const BORDERS: i32 = 8;
+
+/// Leaves in `selected` the clusters with the largest squared errors, in ascending order, as few as leave a sum of at
+/// most `limit` to the others, to within half an octave at the border. What is no number is always selected.
+pub(super) fn select(errors: &[f32], limit: f32, selected: &mut Vec<u32>) {
+    selected.clear();
+    // The largest border, in half octaves below the largest error, under which the errors sum up to no more than the
+    // limit: first in steps of eight, then of one.
+    let largest = largest(errors).max(0.0);
+    let border_at = |steps: i32| largest * (-0.5 * steps as f32).exp2();
+    let mut steps = 0;
+    for stride in [BORDERS, 1] {
+        let borders: [f32; BORDERS as usize] = std::array::from_fn(|step| border_at(steps + stride * step as i32));
+        let sums = sums_up_to(errors, borders);
+        let within = sums.iter().position(|sum| *sum <= limit).map_or(BORDERS, |place| place as i32);
+        if within == 0 {
             break;
         }
-        first_left_out -= 1;
+        // Between the last border that is too large and the first that is not, or that was not tried.
+        steps += stride * if stride == 1 { within } else { within - 1 };
     }
-    let mut count = 0;
-    for (selected, &error) in selected.iter_mut().zip(errors) {
-        *selected = bin_of(error) < first_left_out;
-        count += usize::from(*selected);
+    // Behind the last border nothing may be left out.
+    let border = if steps >= BORDERS * BORDERS { -1.0 } else { border_at(steps) };
+    for (chunk, errors) in errors.chunks(16).enumerate() {
+        // A NaN is at most nothing.
+        let is_selected = |error: f32| !(error <= border);
+        if errors.iter().fold(false, |any, &error| any | is_selected(error)) {
+            let indices = (16 * chunk as u32..).zip(errors);
+            selected.extend(indices.filter(|(_, error)| is_selected(**error)).map(|(index, _)| index));
+        }
     }
-    count
 }
 
 #[cfg(test)]
@@ -37,6 +41,12 @@ mod tests {
     use iceformer_testing::random::Random;
 
     use super::*;
+
+    fn selected(errors: &[f32], limit: f32) -> Vec<u32> {
+        let mut selected = vec![7];
+        select(errors, limit, &mut selected);
+        selected
+    }
 
     #[test]
     fn what_is_left_out_keeps_the_limit() {
@@ -46,30 +56,21 @@ mod tests {
             let total: f32 = errors.iter().sum();
             for share in [0.0, 1e-6, 1e-3, 0.1, 0.5, 2.0] {
                 let limit = share * total;
-                let mut selected = vec![false; count];
-                let number = select(&errors, limit, &mut selected);
-                assert_eq!(number, selected.iter().filter(|&&selected| selected).count());
-                let left: f32 =
-                    errors.iter().zip(&selected).filter(|(_, selected)| !**selected).map(|(error, _)| error).sum();
-                assert!(left <= limit * 1.001, "{left} of at most {limit}");
-                let least_selected =
-                    errors.iter().zip(&selected).filter(|(_, selected)| **selected).map(|(error, _)| *error);
-                let largest_left =
-                    errors.iter().zip(&selected).filter(|(_, selected)| !**selected).map(|(error, _)| *error);
-                assert!(least_selected.fold(f32::INFINITY, f32::min) >= largest_left.fold(0.0, f32::max));
+                let chosen = selected(&errors, limit);
+                assert!(chosen.is_sorted_by(|a, b| a < b));
+                let is_chosen = |index: usize| chosen.binary_search(&(index as u32)).is_ok();
+                let (kept, left): (Vec<_>, Vec<_>) = (0..count).partition(|&index| is_chosen(index));
+                let sum = left.iter().map(|&index| errors[index]).sum::<f32>();
+                assert!(sum <= limit * 1.001, "{sum} of at most {limit}");
+                let least = kept.iter().map(|&index| errors[index]).fold(f32::INFINITY, f32::min);
+                assert!(least >= left.iter().map(|&index| errors[index]).fold(0.0, f32::max));
                 if share > 1.0 {
-                    assert_eq!(number, 0);
+                    assert!(chosen.is_empty());
                 }
                 // One more half octave would not have fitted.
-                if number > 0 && share > 0.0 {
-                    let least = errors
-                        .iter()
-                        .zip(&selected)
-                        .filter(|(_, selected)| **selected)
-                        .map(|(error, _)| *error)
-                        .fold(f32::INFINITY, f32::min);
+                if !chosen.is_empty() && share > 0.0 {
                     let octave: f32 = errors.iter().filter(|&&error| error >= least && error <= 2.0 * least).sum();
-                    assert!(left + octave > limit);
+                    assert!(sum + octave > limit);
                 }
             }
         }
@@ -77,13 +78,8 @@ mod tests {
 
     #[test]
     fn broken_errors_are_selected() {
-        let mut selected = [false; 3];
-        assert!(select(&[1.0, f32::NAN, 0.5], 100.0, &mut selected) >= 1);
-        assert!(selected[1]);
-        let mut selected = [false; 2];
-        select(&[f32::INFINITY, 1.0], 100.0, &mut selected);
-        assert!(selected[0]);
-        let mut selected = [true; 3];
-        assert_eq!(select(&[0.0; 3], 0.0, &mut selected), 0);
+        assert!(selected(&[1.0, f32::NAN, 0.5], 100.0).contains(&1));
+        assert!(selected(&[f32::INFINITY, 1.0], 100.0).contains(&0));
+        assert!(selected(&[0.0; 3], 0.0).is_empty());
     }
 }

@@ -4,26 +4,34 @@ use std::ops::Range;
 
 use iceformer_kernels::InstructionSet;
 use iceformer_kernels::attention::{
-    AttentionTile, ClusterQueries, KeyBlock, MICRO_ROWS, TileShape, add_squared_errors, largest, masses_in_place,
+    AttentionTile, ClusterQueries, MAX_BLOCK_KEYS, MICRO_ROWS, TileShape, add_squared_errors, largest, masses_in_place,
+    sum_of_squared_errors,
 };
 
 use super::calibration::Calibration;
-use super::index::{CLUSTER_KEYS, ClusterIndex, FIRST_KEYS, REGION_CLUSTERS, REGION_KEYS, SEGMENT_CLUSTERS};
+use super::index::{CLUSTER_KEYS, ClusterIndex, HeadClusters};
 use super::selection::select;
 use super::settings::BudgetSettings;
-use crate::HeadReport;
+use crate::segment::{SEGMENT_KEYS, Segment};
 use crate::tiles::{self, Call, Task};
+use crate::{CacheShape, HeadReport, KeyValueType};
 
 /// Keys before (and, without a causal mask, behind) the queries of a tile that are always exact.
-pub(super) const NEAR_KEYS: usize = 512;
+pub(super) const NEAR_KEYS: usize = 256;
 /// Above this share of clusters to compute, exact attention over the keys in their own order is faster.
 pub(super) const FALLBACK_SHARE: f32 = 0.5;
-/// Micro-tiles of a head in a row that may fall back before the rest of the tile does untried.
+/// Micro-tiles in a row that may fall back before the rest of the tile does untried.
 const MOST_FAILURES: usize = 2;
 /// One tile of so many is audited …
 const AUDITED_TILES: usize = 16;
 /// … and one decoded token of so many.
 const AUDITED_TOKENS: usize = 256;
+/// Clusters that are computed at a time: they are gathered into one block.
+const GATHERED_CLUSTERS: usize = MAX_BLOCK_KEYS / CLUSTER_KEYS;
+/// Clusters between the one that is copied and the one that the memory is asked for.
+const FETCHED_AHEAD: usize = 4;
+
+const _: () = assert!(MAX_BLOCK_KEYS == SEGMENT_KEYS);
 
 /// A call with its clusters.
 pub(super) struct Budgeted<'a> {
@@ -42,12 +50,13 @@ pub(super) struct TileScratch {
     uncertainties: Vec<f32>,
     /// `[clusters]`
     errors: Vec<f32>,
-    /// `[clusters]`
-    selected: Vec<bool>,
-    /// Clusters that micro-tiles compute, a bit for each of a segment. `[segments][micro-tiles]`
-    chosen: Vec<u8>,
+    /// Numbers of the clusters that are computed, ascending.
+    selected: Vec<u32>,
+    gathered: Gathered,
     /// Micro-tiles that compute everything.
     exact: Vec<bool>,
+    /// Clusters that the others compute.
+    counts: Vec<usize>,
     /// `[value_dim]`
     output: Vec<f32>,
     /// `[value_dim]`
@@ -55,18 +64,41 @@ pub(super) struct TileScratch {
     audit: AttentionTile,
 }
 
-/// A tile at work.
-struct Work<'a> {
-    budgeted: &'a Budgeted<'a>,
-    task: &'a Task,
-    regions: &'a [usize],
-    clusters: usize,
-    rows: usize,
-    /// √2 · the spread of the values.
-    value_scale: f32,
+/// Clusters copied into one block of keys.
+#[derive(Default)]
+struct Gathered {
+    block: Option<(KeyValueType, CacheShape, Segment)>,
 }
 
-impl Budgeted<'_> {
+impl Gathered {
+    /// The block, of the type and shape of `call`'s cache.
+    fn of(&mut self, call: &Call<'_>) -> &mut Segment {
+        let (kind, shape) = (call.cache.kind(), call.cache.shape());
+        if self.block.as_ref().is_none_or(|(other, others, _)| (*other, *others) != (kind, shape)) {
+            let segment = Segment::new(kind, shape.padded_key_dim(), shape.padded_value_dim());
+            self.block = Some((kind, shape, segment));
+        }
+        self.block.as_mut().map(|(_, _, segment)| segment).expect("it was just made")
+    }
+}
+
+/// What a micro-tile left to the estimate.
+pub(super) struct Estimated {
+    /// Clusters that were computed.
+    pub selected: usize,
+    /// Root of the sum of squared errors of the others, as estimated, by row.
+    pub errors: [f32; MICRO_ROWS],
+}
+
+/// The rows of a task and the regions that they see whole and from afar.
+pub(super) struct Work<'a> {
+    pub budgeted: &'a Budgeted<'a>,
+    pub task: &'a Task,
+    /// Numbers of the regions.
+    pub regions: &'a [usize],
+}
+
+impl<'a> Budgeted<'a> {
     /// Regions of which every key is seen by every query of `task`, and none is near one.
     pub fn far_regions(&self, task: &Task) -> Vec<usize> {
         let Call { attention, queries, .. } = self.call;
@@ -77,12 +109,12 @@ impl Budgeted<'_> {
         };
         let first_near = (queries.first_position + task.tokens.start + 1).saturating_sub(NEAR_KEYS);
         let last_near = queries.first_position + task.tokens.end + NEAR_KEYS;
-        let is_far = |region: &usize| {
-            let keys = region_keys(*region);
+        let is_far = |keys: Range<usize>| {
             let is_behind = !attention.mask.causal && keys.start >= last_near;
             keys.start >= start && keys.end <= end && (keys.end <= first_near || is_behind)
         };
-        (0..self.index.head(task.kv_head).regions.len()).filter(is_far).collect()
+        let regions = self.index.head(task.kv_head).regions.iter().enumerate();
+        regions.filter(|(_, region)| is_far(region.keys())).map(|(number, _)| number).collect()
     }
 
     /// Whether `task` has no cluster to make use of.
@@ -90,21 +122,12 @@ impl Budgeted<'_> {
         !self.index.head(task.kv_head).pays() || self.far_regions(task).is_empty()
     }
 
-    /// First key's position and keys of `clusters` of `regions`, which lie in one segment.
-    pub fn clusters(&self, kv_head: usize, regions: &[usize], clusters: Range<usize>) -> (usize, KeyBlock<'_>) {
-        let region = regions[clusters.start / REGION_CLUSTERS];
-        let first = clusters.start % REGION_CLUSTERS;
-        let shape = self.call.cache.shape();
-        let keys = self.index.head(kv_head).regions[region].block(first..first + clusters.len(), shape);
-        (region_keys(region).start, keys)
-    }
-
     /// Adds the keys of `seen` that are in none of `regions`.
     pub fn accumulate_near(&self, tile: &mut AttentionTile, task: &Task, regions: &[usize], seen: Range<usize>) {
         let cache = self.call.cache;
         let mut first = tiles::block_start(cache, seen.start);
         for &region in regions {
-            let keys = region_keys(region);
+            let keys = self.index.head(task.kv_head).regions[region].keys();
             tiles::accumulate(tile, cache, task.kv_head, first..keys.start, |_| true);
             first = keys.end;
         }
@@ -137,16 +160,7 @@ impl Budgeted<'_> {
             }
             return;
         }
-        let clusters = self.index.head(task.kv_head);
-        let spread = clusters.value_spread(clusters.regions.len());
-        let work = Work {
-            budgeted: self,
-            task,
-            regions: &regions,
-            clusters: regions.len() * REGION_CLUSTERS,
-            rows: group * task.tokens.len(),
-            value_scale: std::f32::consts::SQRT_2 * spread,
-        };
+        let work = Work { budgeted: self, task, regions: &regions };
         work.far(tile, scratch, reports);
         if self.audits(task) {
             work.audit(tile, scratch, reports);
@@ -166,86 +180,107 @@ impl Budgeted<'_> {
 impl Work<'_> {
     /// Adds the keys of the far regions.
     fn far(&self, tile: &mut AttentionTile, scratch: &mut TileScratch, reports: &mut [HeadReport]) {
-        let (call, kv_head) = (&self.budgeted.call, self.task.kv_head);
-        let micro_tiles = self.rows.div_ceil(MICRO_ROWS);
-        scratch.chosen.clear();
-        scratch.chosen.resize(self.clusters / SEGMENT_CLUSTERS * micro_tiles, 0);
+        let micro_tiles = self.micro_tiles();
         scratch.exact.clear();
         scratch.exact.resize(micro_tiles, false);
-        // Where the first micro-tiles of a head needed everything, the next will too, and estimates cost.
-        let (mut failures, mut head) = (0, 0);
+        scratch.counts.clear();
+        scratch.counts.resize(micro_tiles, 0);
+        let limits: Vec<f32> = (0..self.budgeted.call.group()).map(|head| self.calibration(head).limit).collect();
+        // Where the first micro-tiles needed everything, the next will too, and estimates cost.
+        let mut failures = 0;
         for micro_tile in 0..micro_tiles {
-            let its_head = self.head_and_token(micro_tile * MICRO_ROWS).0;
-            if its_head != head {
-                (failures, head) = (0, its_head);
+            let estimated = match failures < MOST_FAILURES {
+                true => self.micro_tile(micro_tile, &limits, tile, scratch),
+                false => None,
+            };
+            let Some(estimated) = estimated else {
+                scratch.exact[micro_tile] = true;
+                failures += 1;
+                continue;
+            };
+            failures = 0;
+            scratch.counts[micro_tile] = estimated.selected;
+            for (row, error) in self.rows_of(micro_tile).zip(estimated.errors) {
+                let (head, _) = self.head_and_token(row);
+                reports[head].estimated_missed_mass.add(self.calibration(head).error_factor * error);
             }
-            match self.limit(micro_tile).filter(|_| failures < MOST_FAILURES) {
-                Some(limit) => self.micro_tile(micro_tile, limit, tile, scratch, reports),
-                None => scratch.exact[micro_tile] = true,
-            }
-            failures = if scratch.exact[micro_tile] { failures + 1 } else { 0 };
         }
-        let TileScratch { exact, chosen, .. } = scratch;
-        if exact.contains(&true) {
-            for &region in self.regions {
-                tiles::accumulate(tile, call.cache, kv_head, region_keys(region), |micro_tile| exact[micro_tile]);
-            }
-        }
-        let runs = runs(chosen, micro_tiles);
-        let block = |run: &Run| {
-            let first = run.segment * SEGMENT_CLUSTERS;
-            self.budgeted.clusters(kv_head, self.regions, first + run.clusters.start..first + run.clusters.end)
-        };
-        for (index, run) in runs.iter().enumerate() {
-            let (first, keys) = block(run);
-            let next = runs.get(index + 1).map(|next| block(next).1);
-            let patterns = &chosen[run.segment * micro_tiles..][..micro_tiles];
-            tile.accumulate_in(first, keys, next, |micro_tile| run.is_in(patterns[micro_tile]));
+        if scratch.exact.contains(&true) {
+            self.accumulate_exactly(tile, |micro_tile| scratch.exact[micro_tile]);
         }
         self.count(scratch, reports);
     }
 
-    fn rows_of(&self, micro_tile: usize) -> Range<usize> {
-        micro_tile * MICRO_ROWS..self.rows.min((micro_tile + 1) * MICRO_ROWS)
+    /// Adds all keys of the far regions to the micro-tiles that `wanted` names.
+    pub fn accumulate_exactly(&self, tile: &mut AttentionTile, wanted: impl Fn(usize) -> bool) {
+        for region in self.regions {
+            let keys = self.head().regions[*region].keys();
+            tiles::accumulate(tile, self.budgeted.call.cache, self.task.kv_head, keys, &wanted);
+        }
+    }
+
+    fn head(&self) -> &HeadClusters {
+        self.budgeted.index.head(self.task.kv_head)
+    }
+
+    pub fn clusters(&self) -> usize {
+        self.regions.iter().map(|region| self.head().regions[*region].clusters()).sum()
+    }
+
+    fn rows(&self) -> usize {
+        self.budgeted.call.group() * self.task.tokens.len()
+    }
+
+    pub fn micro_tiles(&self) -> usize {
+        self.rows().div_ceil(MICRO_ROWS)
+    }
+
+    pub fn rows_of(&self, micro_tile: usize) -> Range<usize> {
+        micro_tile * MICRO_ROWS..self.rows().min((micro_tile + 1) * MICRO_ROWS)
     }
 
     /// Query head of the group and token of row `row`.
-    fn head_and_token(&self, row: usize) -> (usize, usize) {
-        let tokens = self.task.tokens.len();
-        (row / tokens, self.task.tokens.start + row % tokens)
+    pub fn head_and_token(&self, row: usize) -> (usize, usize) {
+        let group = self.budgeted.call.group();
+        (row % group, self.task.tokens.start + row / group)
+    }
+
+    /// What was measured of query head `head` of the group.
+    fn calibration(&self, head: usize) -> Calibration {
+        self.head().calibration(head)
     }
 
     /// Fills `masses` (relative to each row's largest logit, which `tile` learns), `uncertainties` and `errors` (the
-    /// mean over the rows of the squared error that each cluster would add, as shares). Returns the rows' softmax sums;
-    /// `None` when one is no number.
+    /// mean over the rows of the squared error that each cluster would add, in units of the row's limit). Returns the
+    /// rows' softmax sums; `None` when one is no number.
     fn estimate(
         &self,
         micro_tile: usize,
+        limits: &[f32],
         tile: &mut AttentionTile,
         scratch: &mut TileScratch,
     ) -> Option<[f32; MICRO_ROWS]> {
-        let Budgeted { call, index, .. } = self.budgeted;
-        let rows = self.rows_of(micro_tile);
-        let shape = call.cache.shape();
-        let TileScratch { queries, masses, uncertainties, errors, selected, .. } = scratch;
-        queries.begin(rows.len(), shape.padded_key_dim());
+        let call = &self.budgeted.call;
+        let (rows, clusters) = (self.rows_of(micro_tile), self.clusters());
+        let TileScratch { queries, masses, uncertainties, errors, .. } = scratch;
+        queries.begin(rows.len(), call.cache.shape().padded_key_dim());
         for row in rows.clone() {
             let (head, token) = self.head_and_token(row);
             let query = call.query(self.task.kv_head * call.group() + head, token);
             queries.set_row(row - rows.start, query, call.attention.scale);
         }
-        masses.resize(rows.len() * self.clusters, 0.0);
-        uncertainties.resize(rows.len() * self.clusters, 0.0);
-        let regions = &index.head(self.task.kv_head).regions;
-        for (place, &region) in self.regions.iter().enumerate() {
-            let first = place * REGION_CLUSTERS;
-            queries.estimate(regions[region].summaries(), masses, uncertainties, self.clusters, first);
+        masses.resize(rows.len() * clusters, 0.0);
+        uncertainties.resize(rows.len() * clusters, 0.0);
+        let mut first = 0;
+        for &region in self.regions {
+            let region = &self.head().regions[region];
+            queries.estimate(region.summaries(), masses, uncertainties, clusters, first);
+            first += region.clusters();
         }
         errors.clear();
-        errors.resize(self.clusters, 0.0);
-        selected.resize(self.clusters, false);
+        errors.resize(clusters, 0.0);
         let mut totals = [0.0; MICRO_ROWS];
-        let matrices = masses.chunks_exact_mut(self.clusters).zip(uncertainties.chunks_exact(self.clusters));
+        let matrices = masses.chunks_exact_mut(clusters).zip(uncertainties.chunks_exact(clusters));
         for ((row, total), (masses, uncertainties)) in rows.clone().zip(&mut totals).zip(matrices) {
             let reference = largest(masses).max(tile.maximum(row));
             tile.raise_maximum(row, reference);
@@ -253,76 +288,94 @@ impl Work<'_> {
             if !(total.is_finite() && *total > 0.0) {
                 return None;
             }
-            add_squared_errors(masses, uncertainties, squared_error_factor(*total) / rows.len() as f32, errors);
+            let limit = limits[self.head_and_token(row).0];
+            let factor = squared_error_factor(*total) / (limit * limit * rows.len() as f32);
+            add_squared_errors(masses, uncertainties, factor, errors);
         }
         Some(totals)
     }
 
-    /// The least limit of the heads of a micro-tile's rows; `None` where clusters do not pay for one.
-    fn limit(&self, micro_tile: usize) -> Option<f32> {
-        let limit = |row| self.calibration(row).limit;
-        Some(self.rows_of(micro_tile).map(limit).fold(f32::INFINITY, f32::min)).filter(|limit| *limit > 0.0)
-    }
-
-    /// What was measured of the head of row `row`.
-    fn calibration(&self, row: usize) -> Calibration {
-        self.budgeted.index.head(self.task.kv_head).calibration(self.head_and_token(row).0)
-    }
-
-    /// Adds the clusters that `limit` leaves to the estimate and marks the others in `chosen`.
-    fn micro_tile(
+    /// Adds the far keys to a micro-tile: exactly in as few clusters as leave each head's rows within its entry of
+    /// `limits` on average, by estimate in the others. `None`, with nothing added, where more would be computed than
+    /// pays.
+    pub fn micro_tile(
         &self,
         micro_tile: usize,
-        limit: f32,
+        limits: &[f32],
         tile: &mut AttentionTile,
         scratch: &mut TileScratch,
-        reports: &mut [HeadReport],
-    ) {
-        let Some(totals) = self.estimate(micro_tile, tile, scratch) else {
-            scratch.exact[micro_tile] = true;
-            return;
+    ) -> Option<Estimated> {
+        let totals = self.estimate(micro_tile, limits, tile, scratch)?;
+        let (rows, clusters) = (self.rows_of(micro_tile), self.clusters());
+        let TileScratch { masses, uncertainties, errors, selected, gathered, .. } = scratch;
+        select(errors, 1.0, selected);
+        if selected.len() as f32 > FALLBACK_SHARE * clusters as f32 {
+            return None;
+        }
+        let mut estimated = Estimated { selected: selected.len(), errors: [0.0; MICRO_ROWS] };
+        let matrices = masses.chunks_exact_mut(clusters).zip(uncertainties.chunks_exact(clusters));
+        for ((error, total), (masses, uncertainties)) in estimated.errors.iter_mut().zip(totals).zip(matrices) {
+            selected.iter().for_each(|&cluster| masses[cluster as usize] = 0.0);
+            *error = (squared_error_factor(total) * sum_of_squared_errors(masses, uncertainties)).sqrt();
+        }
+        let mut first = 0;
+        for &region in self.regions {
+            let region = &self.head().regions[region];
+            tile.add_clusters(rows.start, rows.len(), &masses[first..], clusters, region.summaries().values);
+            first += region.clusters();
+        }
+        self.compute(micro_tile, selected, tile, gathered.of(&self.budgeted.call));
+        Some(estimated)
+    }
+
+    /// Adds the `selected` clusters key by key, gathered in blocks.
+    fn compute(&self, micro_tile: usize, selected: &[u32], tile: &mut AttentionTile, block: &mut Segment) {
+        let shape = self.budgeted.call.cache.shape();
+        // Every row sees all keys of the block, wherever they were: as it does those of a region.
+        let position = self.head().regions[self.regions[0]].keys().start;
+        let mut add = |block: &Segment, clusters: usize| {
+            let keys = block.block(0..clusters * CLUSTER_KEYS, shape);
+            tile.accumulate_in(position, keys, None, |other| other == micro_tile);
         };
-        let rows = self.rows_of(micro_tile);
-        let micro_tiles = self.rows.div_ceil(MICRO_ROWS);
-        let TileScratch { masses, uncertainties, errors, selected, chosen, exact, .. } = scratch;
-        let count = select(errors, limit * limit, selected);
-        if count as f32 > FALLBACK_SHARE * self.clusters as f32 {
-            exact[micro_tile] = true;
-            return;
+        let (mut pages, mut first, mut selected) = (0, 0, selected);
+        for &region in self.regions {
+            let region = &self.head().regions[region];
+            let end = first + region.clusters() as u32;
+            let here = selected.iter().take_while(|cluster| **cluster < end).count();
+            let place = |cluster: u32| (cluster - first) as usize;
+            for (index, &cluster) in selected[..here].iter().enumerate() {
+                if let Some(&later) = selected[..here].get(index + FETCHED_AHEAD) {
+                    region.fetch_cluster(place(later), shape);
+                }
+                region.copy_cluster(place(cluster), block, pages, shape);
+                pages += 1;
+                if pages == GATHERED_CLUSTERS {
+                    add(block, pages);
+                    pages = 0;
+                }
+            }
+            selected = &selected[here..];
+            first = end;
         }
-        for cluster in (0..self.clusters).filter(|&cluster| selected[cluster]) {
-            chosen[cluster / SEGMENT_CLUSTERS * micro_tiles + micro_tile] |= 1 << (cluster % SEGMENT_CLUSTERS);
-            (0..rows.len()).for_each(|row| masses[row * self.clusters + cluster] = 0.0);
-        }
-        let matrices = masses.chunks_exact(self.clusters).zip(uncertainties.chunks_exact(self.clusters));
-        for ((row, total), (masses, uncertainties)) in rows.clone().zip(totals).zip(matrices) {
-            errors.fill(0.0);
-            add_squared_errors(masses, uncertainties, squared_error_factor(total), errors);
-            let error = self.calibration(row).error_factor * errors.iter().sum::<f32>().sqrt();
-            reports[self.head_and_token(row).0].estimated_missed_mass.add(error);
-        }
-        let regions = &self.budgeted.index.head(self.task.kv_head).regions;
-        for (place, &region) in self.regions.iter().enumerate() {
-            let masses = &masses[place * REGION_CLUSTERS..];
-            tile.add_clusters(rows.start, rows.len(), masses, self.clusters, regions[region].summaries().values);
+        if pages > 0 {
+            add(block, pages);
         }
     }
 
     /// Counts keys and rows.
     fn count(&self, scratch: &TileScratch, reports: &mut [HeadReport]) {
-        let micro_tiles = self.rows.div_ceil(MICRO_ROWS);
-        let far = (self.clusters * CLUSTER_KEYS) as u64;
+        let clusters = self.clusters();
+        let far = (clusters * CLUSTER_KEYS) as u64;
         let near = |token: usize| self.budgeted.call.seen(token).len() as u64 - far;
-        for micro_tile in 0..micro_tiles {
+        for micro_tile in 0..self.micro_tiles() {
             let is_exact = scratch.exact[micro_tile];
-            let patterns = scratch.chosen.iter().skip(micro_tile).step_by(micro_tiles);
-            let chosen = patterns.map(|pattern| pattern.count_ones() as usize).sum::<usize>();
+            let computed = (scratch.counts[micro_tile] * CLUSTER_KEYS) as u64;
             for row in self.rows_of(micro_tile) {
                 let (head, token) = self.head_and_token(row);
                 let report = &mut reports[head];
-                let kept = near(token) + if is_exact { far } else { (chosen * CLUSTER_KEYS) as u64 };
+                let kept = near(token) + if is_exact { far } else { computed };
                 report.kept_keys += kept;
-                report.evaluated_keys += kept + if is_exact { 0 } else { self.clusters as u64 };
+                report.evaluated_keys += kept + if is_exact { 0 } else { clusters as u64 };
                 report.fallback_rows += u64::from(is_exact);
             }
         }
@@ -334,6 +387,7 @@ impl Work<'_> {
         let shape = call.cache.shape();
         let (group, token) = (call.group(), self.task.tokens.start + self.task.tokens.len() / 2);
         let seen = call.seen(token);
+        let value_scale = self.value_scale();
         let TileScratch { audit, output, audited_output, exact, .. } = scratch;
         let tile_shape =
             TileShape { rows: group, key_dim: shape.padded_key_dim(), value_dim: shape.padded_value_dim() };
@@ -347,90 +401,29 @@ impl Work<'_> {
         output.resize(shape.value_dim, 0.0);
         audited_output.resize(shape.value_dim, 0.0);
         for (head, report) in reports.iter_mut().enumerate() {
-            let row = head * self.task.tokens.len() + token - self.task.tokens.start;
+            let row = (token - self.task.tokens.start) * group + head;
             if exact[row / MICRO_ROWS] {
                 continue;
             }
             tile.finish_row(row, output);
             audit.finish_row(head, audited_output);
-            let square: f32 =
-                output.iter().zip(audited_output.iter()).map(|(used, exact)| (used - exact) * (used - exact)).sum();
-            report.audited_missed_mass.add(square.sqrt() / self.value_scale);
+            report.audited_missed_mass.add(distance(output, audited_output) / value_scale);
         }
+    }
+
+    /// √2 · the spread of the values: the length of an error that counts as a missed mass of 1.
+    pub fn value_scale(&self) -> f32 {
+        std::f32::consts::SQRT_2 * self.head().value_spread()
     }
 }
 
-/// Neighbouring clusters of a segment that some micro-tiles compute, and neither the one before nor the one behind: a
-/// block of several clusters costs less than as many blocks.
-struct Run {
-    segment: usize,
-    clusters: Range<usize>,
-}
-
-impl Run {
-    /// Whether a micro-tile that computes the clusters of `pattern` computes this run as one.
-    fn is_in(&self, pattern: u8) -> bool {
-        // A clear bit on either side ends a run at the border of a segment too.
-        let pattern = u16::from(pattern) << 1;
-        let run = ((1_u16 << self.clusters.len()) - 1) << (self.clusters.start + 1);
-        let border = 1 << self.clusters.start | 1 << (self.clusters.end + 1);
-        pattern & (run | border) == run
-    }
-}
-
-/// The runs that `chosen` `[segments][micro-tiles]` holds, in order.
-fn runs(chosen: &[u8], micro_tiles: usize) -> Vec<Run> {
-    let mut runs = Vec::new();
-    for (segment, patterns) in chosen.chunks_exact(micro_tiles).enumerate() {
-        if patterns.iter().all(|&pattern| pattern == 0) {
-            continue;
-        }
-        for start in 0..SEGMENT_CLUSTERS {
-            for end in start + 1..=SEGMENT_CLUSTERS {
-                let run = Run { segment, clusters: start..end };
-                if patterns.iter().any(|&pattern| run.is_in(pattern)) {
-                    runs.push(run);
-                }
-            }
-        }
-    }
-    runs
-}
-
-/// Positions of the keys of region `region`.
-fn region_keys(region: usize) -> Range<usize> {
-    let first = FIRST_KEYS + region * REGION_KEYS;
-    first..first + REGION_KEYS
+/// `‖a − b‖`
+pub(super) fn distance(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt()
 }
 
 /// Factor on (mass² · uncertainty) that makes it the squared error of a cluster: with independent keys, the weighted
 /// mean of its values is off by the standard deviation of its weights over the square root of their number.
 pub(super) fn squared_error_factor(total: f32) -> f32 {
     2.0 / (CLUSTER_KEYS as f32 * total * total)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn runs_cover_every_chosen_cluster_once() {
-        for pattern in 0..16_u8 {
-            let chosen = [pattern, 0, 0b0110];
-            let runs = runs(&chosen, 3);
-            for (micro_tile, &pattern) in chosen.iter().enumerate() {
-                let mut covered = 0_u8;
-                for run in runs.iter().filter(|run| run.is_in(chosen[micro_tile])) {
-                    for cluster in run.clusters.clone() {
-                        assert_eq!(covered >> cluster & 1, 0, "{pattern:04b}: cluster {cluster} twice");
-                        covered |= 1 << cluster;
-                    }
-                }
-                assert_eq!(covered, pattern, "{pattern:04b}");
-            }
-        }
-        let whole = runs(&[0b1111, 0b1011], 1);
-        let clusters: Vec<_> = whole.iter().map(|run| (run.segment, run.clusters.clone())).collect();
-        assert_eq!(clusters, [(0, 0..4), (1, 0..2), (1, 3..4)]);
-    }
 }

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::clusters_bf16::pairs;
 use super::softmax::{exp2, largest_score};
 use super::tile::MicroTile;
 use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead};
@@ -61,14 +62,6 @@ unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<
             column += panels * PAGE_KEYS;
         }
     }
-}
-
-/// The bits of a vector of bf16 pairs as the dot product wants them.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn pairs(bits: __m512i) -> __m512bh {
-    // SAFETY: both types are 64 bytes without invalid bit patterns.
-    unsafe { std::mem::transmute(bits) }
 }
 
 /// Dot products of `ROWS` bf16 queries with the keys of `PANELS` pages from `page` on.

@@ -5,6 +5,8 @@
 //! variance takes the channels as uncorrelated.
 
 use super::MICRO_ROWS;
+#[cfg(target_arch = "x86_64")]
+use super::clusters_bf16::{self, BrainEstimate, BrainSum};
 use crate::simd::exponential::exp;
 use crate::simd::{self, Operation, Simd};
 use crate::{AlignedBuffer, InstructionSet};
@@ -14,18 +16,18 @@ pub const PANEL_CLUSTERS: usize = 16;
 
 /// Largest half variance of logits that is believed: the mass of a cluster is at most e⁶ times what its mean says. Where
 /// more would be needed, a few keys outweigh the rest and no estimate from moments holds.
-const MOST_HALF_VARIANCE: f32 = 6.0;
+pub(super) const MOST_HALF_VARIANCE: f32 = 6.0;
 /// Nats beyond it, at most, by which the mass may be larger than estimated where errors are told.
-const MOST_EXCESS: f32 = 6.0;
+pub(super) const MOST_EXCESS: f32 = 6.0;
 
-/// Summaries of whole panels of clusters, as brain floats.
+/// Summaries of whole panels of clusters, as brain floats, in the layouts of a page of bf16 keys and values.
 #[derive(Clone, Copy)]
 pub struct ClusterSummaries<'a> {
-    /// Mean key of each cluster. `[panels][key_dim][16]`
+    /// Mean key of each cluster. `[panels][key_dim / 2][16][2]`
     pub means: &'a [u16],
-    /// Variance of the keys of each cluster, channel by channel. `[panels][key_dim][16]`
+    /// Variance of the keys of each cluster, channel by channel. `[panels][key_dim / 2][16][2]`
     pub variances: &'a [u16],
-    /// Mean value of each cluster. `[panels · 16][value_dim]`
+    /// Mean value of each cluster. `[panels · 8][value_dim][2]`
     pub values: &'a [u16],
 }
 
@@ -38,6 +40,9 @@ pub struct ClusterQueries {
     queries: AlignedBuffer<f32>,
     /// `[rows][key_dim]`
     half_squares: AlignedBuffer<f32>,
+    /// Both as brain floats, where there is a kernel that multiplies those.
+    brain_queries: AlignedBuffer<u16>,
+    brain_half_squares: AlignedBuffer<u16>,
 }
 
 impl ClusterQueries {
@@ -50,17 +55,27 @@ impl ClusterQueries {
         (self.rows, self.key_dim) = (rows, key_dim);
         self.queries.grow(rows * key_dim);
         self.half_squares.grow(rows * key_dim);
+        self.brain_queries.grow(rows * key_dim);
+        self.brain_half_squares.grow(rows * key_dim);
     }
 
     /// Sets row `row`: its query (at most `key_dim` long, the rest counts as zero) and the factor on its logits.
     pub fn set_row(&mut self, row: usize, query: &[f32], scale: f32) {
         let range = row * self.key_dim..(row + 1) * self.key_dim;
-        let (queries, half_squares) = (&mut self.queries[range.clone()], &mut self.half_squares[range]);
+        let (queries, half_squares) = (&mut self.queries[range.clone()], &mut self.half_squares[range.clone()]);
         queries[query.len()..].fill(0.0);
         half_squares[query.len()..].fill(0.0);
         for ((target, half_square), value) in queries.iter_mut().zip(half_squares).zip(query) {
             *target = value * scale;
             *half_square = 0.5 * *target * *target;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if InstructionSet::detected_once() == InstructionSet::Avx512Bf16 {
+            // SAFETY: the machine has the level.
+            unsafe {
+                clusters_bf16::round(&self.queries[range.clone()], &mut self.brain_queries[range.clone()]);
+                clusters_bf16::round(&self.half_squares[range.clone()], &mut self.brain_half_squares[range]);
+            }
         }
     }
 
@@ -97,6 +112,25 @@ impl ClusterQueries {
         let clusters = summaries.means.len() / self.key_dim;
         assert!(first + clusters <= stride && log_masses.len() >= self.rows * stride, "the clusters fit the matrix");
         assert_eq!(log_masses.len(), uncertainties.len(), "both matrices are of one size");
+        assert!(level <= InstructionSet::detected(), "this machine has no {}", level.name());
+        #[cfg(target_arch = "x86_64")]
+        if level == InstructionSet::Avx512Bf16 {
+            let estimate = BrainEstimate {
+                queries: self.brain_queries.as_ptr(),
+                half_squares: self.brain_half_squares.as_ptr(),
+                key_dim: self.key_dim,
+                means: summaries.means.as_ptr(),
+                variances: summaries.variances.as_ptr(),
+                panels: clusters / PANEL_CLUSTERS,
+                log_masses: log_masses[first..].as_mut_ptr(),
+                uncertainties: uncertainties[first..].as_mut_ptr(),
+                stride,
+            };
+            // SAFETY: the machine has the level; the queries have `rows` rows of `key_dim`, and the assertions above
+            // hold the panels within the summaries and the columns within the matrices.
+            unsafe { clusters_bf16::estimate_rows(self.rows, &estimate) };
+            return;
+        }
         simd::run(level, Estimate { queries: self, summaries, log_masses, uncertainties, stride, first, clusters });
     }
 }
@@ -149,8 +183,8 @@ impl Estimate<'_> {
             return;
         }
         let width = self.queries.key_dim;
-        let means = self.summaries.means.as_chunks::<PANEL_CLUSTERS>().0;
-        let variances = self.summaries.variances.as_chunks::<PANEL_CLUSTERS>().0;
+        let means = self.summaries.means.as_chunks::<{ 2 * PANEL_CLUSTERS }>().0;
+        let variances = self.summaries.variances.as_chunks::<{ 2 * PANEL_CLUSTERS }>().0;
         let mut queries = [&self.queries.queries[..0]; ROWS];
         let mut half_squares = [&self.queries.half_squares[..0]; ROWS];
         for row in 0..ROWS {
@@ -160,20 +194,23 @@ impl Estimate<'_> {
         let mut panels = [(&means[..0], &variances[..0], 0); VECTORS];
         for (vector, panel) in panels.iter_mut().enumerate() {
             let place = cluster + vector * S::LANES;
-            let channels = place / PANEL_CLUSTERS * width;
-            *panel = (&means[channels..][..width], &variances[channels..][..width], place % PANEL_CLUSTERS);
+            let steps = place / PANEL_CLUSTERS * width / 2;
+            *panel = (&means[steps..][..width / 2], &variances[steps..][..width / 2], 2 * (place % PANEL_CLUSTERS));
         }
         let mut logits = [[simd.splat(0.0); VECTORS]; ROWS];
         let mut halves = [[simd.splat(0.0); VECTORS]; ROWS];
-        for channel in 0..width {
+        for step in 0..width / 2 {
             for vector in 0..VECTORS {
                 let (means, variances, lane) = panels[vector];
-                let mean = simd.load_brain(&means[channel][lane..]);
-                let variance = simd.load_brain(&variances[channel][lane..]);
+                let means = simd.load_brain_pairs(&means[step][lane..]);
+                let variances = simd.load_brain_pairs(&variances[step][lane..]);
                 for row in 0..ROWS {
-                    logits[row][vector] = simd.mul_add(simd.splat(queries[row][channel]), mean, logits[row][vector]);
-                    halves[row][vector] =
-                        simd.mul_add(simd.splat(half_squares[row][channel]), variance, halves[row][vector]);
+                    let (logit, half) = (&mut logits[row][vector], &mut halves[row][vector]);
+                    let (query, half_square) = (&queries[row][2 * step..], &half_squares[row][2 * step..]);
+                    *logit = simd.mul_add(simd.splat(query[0]), means.0, *logit);
+                    *logit = simd.mul_add(simd.splat(query[1]), means.1, *logit);
+                    *half = simd.mul_add(simd.splat(half_square[0]), variances.0, *half);
+                    *half = simd.mul_add(simd.splat(half_square[1]), variances.1, *half);
                 }
             }
         }
@@ -226,14 +263,25 @@ impl Operation for Masses<'_> {
 
 /// Largest of `values`; −∞ of none. A NaN may be passed over.
 pub fn largest(values: &[f32]) -> f32 {
-    let mut largest = [f32::NEG_INFINITY; 16];
-    let (chunks, rest) = values.as_chunks::<16>();
-    for chunk in chunks {
-        for (largest, value) in largest.iter_mut().zip(chunk) {
-            *largest = if *value > *largest { *value } else { *largest };
+    simd::run(InstructionSet::current(), Largest { values })
+}
+
+struct Largest<'a> {
+    values: &'a [f32],
+}
+
+impl Operation for Largest<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) -> f32 {
+        let mut largest = simd.splat(f32::NEG_INFINITY);
+        let mut chunks = self.values.chunks_exact(S::LANES);
+        for chunk in &mut chunks {
+            largest = simd.max(simd.load(chunk), largest);
         }
+        chunks.remainder().iter().copied().fold(simd.reduce_max(largest), f32::max)
     }
-    largest.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, f32::max)
 }
 
 /// `errors += factor · masses² · uncertainties`, all of one length: what each cluster of a row adds to the square of
@@ -243,23 +291,145 @@ pub fn largest(values: &[f32]) -> f32 {
 /// When the lengths differ.
 pub fn add_squared_errors(masses: &[f32], uncertainties: &[f32], factor: f32, errors: &mut [f32]) {
     assert!(masses.len() == errors.len() && uncertainties.len() == errors.len(), "one error for each mass");
-    // Plain enough for the compiler to vectorise.
-    for ((error, mass), uncertainty) in errors.iter_mut().zip(masses).zip(uncertainties) {
-        *error += factor * mass * mass * uncertainty;
+    simd::run(InstructionSet::current(), AddSquaredErrors { masses, uncertainties, factor, errors });
+}
+
+struct AddSquaredErrors<'a> {
+    masses: &'a [f32],
+    uncertainties: &'a [f32],
+    factor: f32,
+    errors: &'a mut [f32],
+}
+
+impl Operation for AddSquaredErrors<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let factor = simd.splat(self.factor);
+        let whole = self.errors.len() / S::LANES * S::LANES;
+        for place in (0..whole).step_by(S::LANES) {
+            let mass = simd.load(&self.masses[place..]);
+            let square = simd.mul(simd.mul(mass, mass), simd.load(&self.uncertainties[place..]));
+            let errors = &mut self.errors[place..];
+            simd.store(simd.mul_add(factor, square, simd.load(errors)), errors);
+        }
+        for place in whole..self.errors.len() {
+            self.errors[place] += self.factor * self.masses[place] * self.masses[place] * self.uncertainties[place];
+        }
     }
 }
 
-/// Weighted sums of cluster values for the rows of a micro-tile: `output += masses · values`.
+/// `Σ masses² · uncertainties`: the square of a row's error, less a factor.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn sum_of_squared_errors(masses: &[f32], uncertainties: &[f32]) -> f32 {
+    assert_eq!(masses.len(), uncertainties.len(), "one uncertainty for each mass");
+    simd::run(InstructionSet::current(), SumOfSquaredErrors { masses, uncertainties })
+}
+
+struct SumOfSquaredErrors<'a> {
+    masses: &'a [f32],
+    uncertainties: &'a [f32],
+}
+
+impl Operation for SumOfSquaredErrors<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) -> f32 {
+        let mut sum = simd.splat(0.0);
+        let whole = self.masses.len() / S::LANES * S::LANES;
+        for place in (0..whole).step_by(S::LANES) {
+            let mass = simd.load(&self.masses[place..]);
+            sum = simd.mul_add(simd.mul(mass, mass), simd.load(&self.uncertainties[place..]), sum);
+        }
+        let rest = self.masses[whole..].iter().zip(&self.uncertainties[whole..]);
+        simd.reduce_add(sum) + rest.map(|(mass, uncertainty)| mass * mass * uncertainty).sum::<f32>()
+    }
+}
+
+/// For each limit the sum of those `values` that are at most the limit.
+pub fn sums_up_to(values: &[f32], limits: [f32; 8]) -> [f32; 8] {
+    simd::run(InstructionSet::current(), SumsUpTo { values, limits })
+}
+
+struct SumsUpTo<'a> {
+    values: &'a [f32],
+    limits: [f32; 8],
+}
+
+impl Operation for SumsUpTo<'_> {
+    type Output = [f32; 8];
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) -> [f32; 8] {
+        let mut sums = [simd.splat(0.0); 8];
+        let mut chunks = self.values.chunks_exact(S::LANES);
+        for chunk in &mut chunks {
+            let values = simd.load(chunk);
+            for (sum, limit) in sums.iter_mut().zip(self.limits) {
+                *sum = simd.add(*sum, simd.zero_above(values, simd.splat(limit)));
+            }
+        }
+        let mut totals = [0.0; 8];
+        for ((total, sum), limit) in totals.iter_mut().zip(sums).zip(self.limits) {
+            let rest: f32 = chunks.remainder().iter().filter(|value| **value <= limit).sum();
+            *total = simd.reduce_add(sum) + rest;
+        }
+        totals
+    }
+}
+
+/// Weighted sums of cluster values for the rows of a micro-tile: `output += masses · values`. The number of clusters is
+/// even.
 pub(super) struct WeightedClusters<'a> {
     /// Rows of `stride`, from the first cluster on.
     pub masses: &'a [f32],
     pub stride: usize,
     pub rows: usize,
-    /// `[clusters][value_dim]`
+    /// `[clusters / 2][value_dim][2]`
     pub values: &'a [u16],
     pub value_dim: usize,
     /// `[rows][value_dim]`
     pub output: &'a mut [f32],
+}
+
+impl WeightedClusters<'_> {
+    /// Adds the sums with the instructions of `level`; `rounded` holds the weights of a few clusters where they are
+    /// multiplied as brain floats.
+    pub fn run(self, level: InstructionSet, rounded: &mut [u16]) {
+        let clusters = self.values.len() / self.value_dim;
+        assert!(clusters.is_multiple_of(2), "whole pairs of clusters");
+        assert_eq!(self.output.len(), self.rows * self.value_dim, "one output for each row");
+        #[cfg(target_arch = "x86_64")]
+        if level == InstructionSet::Avx512Bf16 {
+            let block = rounded.len() / self.rows / 2 * 2;
+            for first in (0..clusters).step_by(block) {
+                let count = block.min(clusters - first);
+                for row in 0..self.rows {
+                    let masses = &self.masses[row * self.stride + first..][..count];
+                    // SAFETY: the machine has the level, or no tile would have begun with it.
+                    unsafe { clusters_bf16::round(masses, &mut rounded[row * block..][..count]) };
+                }
+                let sum = BrainSum {
+                    weights: rounded.as_ptr(),
+                    stride: block,
+                    values: self.values[first * self.value_dim..].as_ptr(),
+                    pairs: count / 2,
+                    value_dim: self.value_dim,
+                    output: self.output.as_mut_ptr(),
+                };
+                // SAFETY: as above; `rounded` holds `rows` rows of `block`, of which `count` are weights, the values
+                // `clusters − first` clusters, the output `rows` rows of `value_dim`.
+                unsafe { clusters_bf16::sum_rows(self.rows, &sum) };
+            }
+            return;
+        }
+        let _ = rounded;
+        simd::run(level, self);
+    }
 }
 
 impl Operation for WeightedClusters<'_> {
@@ -306,12 +476,14 @@ impl WeightedClusters<'_> {
                 *sum = simd.load(&self.output[row * self.value_dim + column + vector * S::LANES..]);
             }
         }
-        for cluster in 0..clusters {
-            let source = &self.values[cluster * self.value_dim + column..][..VECTORS * S::LANES];
+        for pair in 0..clusters / 2 {
+            let source = &self.values[2 * (pair * self.value_dim + column)..][..2 * VECTORS * S::LANES];
             for vector in 0..VECTORS {
-                let value = simd.load_brain(&source[vector * S::LANES..]);
+                let (even, odd) = simd.load_brain_pairs(&source[2 * vector * S::LANES..]);
                 for row in 0..ROWS {
-                    sums[row][vector] = simd.mul_add(simd.splat(masses[row][cluster]), value, sums[row][vector]);
+                    let (sum, mass) = (&mut sums[row][vector], &masses[row][2 * pair..]);
+                    *sum = simd.mul_add(simd.splat(mass[0]), even, *sum);
+                    *sum = simd.mul_add(simd.splat(mass[1]), odd, *sum);
                 }
             }
         }
@@ -338,6 +510,14 @@ mod tests {
         (bits, widened)
     }
 
+    /// `value` as the kernel of `level` multiplies it.
+    fn seen(level: InstructionSet, value: f32) -> f64 {
+        match level {
+            InstructionSet::Avx512Bf16 => bf16::from_f32(value).to_f64(),
+            _ => f64::from(value),
+        }
+    }
+
     #[test]
     fn estimates_of_every_shape() {
         for level in levels() {
@@ -362,14 +542,15 @@ mod tests {
                 for row in 0..rows {
                     for cluster in 0..clusters {
                         let place = |channel: usize| {
-                            (cluster / PANEL_CLUSTERS * width + channel) * PANEL_CLUSTERS + cluster % PANEL_CLUSTERS
+                            let pair = cluster / PANEL_CLUSTERS * width / 2 + channel / 2;
+                            2 * (pair * PANEL_CLUSTERS + cluster % PANEL_CLUSTERS) + channel % 2
                         };
-                        let query = |channel: usize| f64::from(data[row * width + channel] * scale);
+                        let query = |channel: usize| data[row * width + channel] * scale;
+                        let half_square = |channel: usize| seen(level, 0.5 * query(channel) * query(channel));
                         let logit: f64 =
-                            (0..width - 1).map(|channel| query(channel) * mean_values[place(channel)]).sum();
-                        let half: f64 = (0..width - 1)
-                            .map(|channel| 0.5 * query(channel).powi(2) * variance_values[place(channel)])
-                            .sum();
+                            (0..width - 1).map(|channel| seen(level, query(channel)) * mean_values[place(channel)]).sum();
+                        let half: f64 =
+                            (0..width - 1).map(|channel| half_square(channel) * variance_values[place(channel)]).sum();
                         let uncertainty = half.min(6.0) * (2.0 * (half - half.min(6.0)).min(6.0)).exp();
                         let half = half.min(6.0);
                         let at = row * stride + first + cluster;
@@ -386,7 +567,7 @@ mod tests {
     fn sums_of_cluster_values() {
         for level in levels() {
             for (rows, clusters, value_dim) in
-                [(1, 16, 16), (2, 32, 64), (6, 16, 128), (5, 48, 80), (3, 7, 48), (4, 1, 256)]
+                [(1, 16, 16), (2, 32, 64), (6, 600, 128), (5, 48, 80), (3, 6, 48), (4, 2, 256)]
             {
                 let mut random = Random::new(clusters as u64);
                 let stride = clusters + 3;
@@ -397,14 +578,15 @@ mod tests {
                     .map(|index| {
                         let (row, column) = (index / value_dim, index % value_dim);
                         let terms = (0..clusters).map(|cluster| {
-                            f64::from(masses[row * stride + cluster]) * wide[cluster * value_dim + column]
+                            let place = 2 * (cluster / 2 * value_dim + column) + cluster % 2;
+                            seen(level, masses[row * stride + cluster]) * wide[place]
                         });
                         f64::from(output[index]) + terms.sum::<f64>()
                     })
                     .collect();
                 let operation =
                     WeightedClusters { masses: &masses, stride, rows, values: &values, value_dim, output: &mut output };
-                simd::run(level, operation);
+                operation.run(level, &mut vec![0; 1536]);
                 assert_close(&output, &expected, 1e-5, format!("{level:?}, {rows} × {clusters} × {value_dim}"));
             }
         }
@@ -420,9 +602,14 @@ mod tests {
         let expected: f64 = (0..37).map(|index| 64.0 * (f64::from(index) * 0.1 - 3.6).exp()).sum();
         assert!((f64::from(sum) / expected - 1.0).abs() < 1e-5);
         assert!((row[36] - 64.0).abs() < 1e-4);
+        let error = sum_of_squared_errors(&row, &[0.5; 37]);
+        assert!((f64::from(error) / row.iter().map(|mass| 0.5 * f64::from(*mass).powi(2)).sum::<f64>() - 1.0).abs() < 1e-5);
         let mut errors = vec![1.0; 37];
         add_squared_errors(&row, &[0.5; 37], 0.25, &mut errors);
         assert!((errors[36] - (1.0 + 64.0 * 64.0 * 0.125)).abs() < 1e-2);
+        let sums = sums_up_to(&[1.0; 37], [0.5, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0, f32::INFINITY]);
+        assert_eq!(sums, [0.0, 37.0, 37.0, 0.0, 0.0, 0.0, 0.0, 37.0]);
+        assert_eq!(sums_up_to(&[f32::NAN, 3.0], [f32::INFINITY; 8]), [3.0; 8], "no number is at most a limit");
         let mut poisoned = vec![f32::NAN; 20];
         assert!(masses_in_place(&mut poisoned, 0.0, 1.0).is_nan());
     }

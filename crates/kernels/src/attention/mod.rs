@@ -16,6 +16,8 @@
 #[cfg(target_arch = "x86_64")]
 mod bf16;
 mod clusters;
+#[cfg(target_arch = "x86_64")]
+mod clusters_bf16;
 mod float;
 #[cfg(target_arch = "x86_64")]
 mod int8;
@@ -23,7 +25,10 @@ mod int8;
 mod softmax;
 mod tile;
 
-pub use clusters::{ClusterQueries, ClusterSummaries, PANEL_CLUSTERS, add_squared_errors, largest, masses_in_place};
+pub use clusters::{
+    ClusterQueries, ClusterSummaries, PANEL_CLUSTERS, add_squared_errors, largest, masses_in_place, sum_of_squared_errors,
+    sums_up_to,
+};
 pub use tile::{AttentionTile, KeyBlock, TileShape};
 
 /// Keys in a page.
@@ -36,6 +41,14 @@ pub const VALUE_DIM_MULTIPLE: usize = 16;
 pub const MAX_BLOCK_KEYS: usize = 256;
 /// Query rows of a micro-tile: 6 rows × 4 vectors fill 24 of 32 registers with sums.
 pub const MICRO_ROWS: usize = 6;
+
+/// Asks the memory for the cache lines of `values`, which will be needed soon.
+#[inline]
+pub fn fetch<T>(values: &[T]) {
+    for offset in (0..size_of_val(values)).step_by(64) {
+        fetch_ahead(values.as_ptr(), offset as isize);
+    }
+}
 
 /// Asks for the cache line `offset` bytes from `address`. Only a hint: any address may be given.
 #[inline(always)]

@@ -86,7 +86,7 @@ impl Arithmetic {
 ///
 /// Use: [`begin`](Self::begin), [`set_row`](Self::set_row) for every row, [`accumulate`](Self::accumulate) for every
 /// block of keys in order, then [`finish_row`](Self::finish_row).
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct AttentionTile {
     instruction_set: Option<InstructionSet>,
     arithmetic: Option<Arithmetic>,
@@ -462,8 +462,8 @@ impl AttentionTile {
     }
 
     /// Adds clusters to the `rows` rows from `first_row` on: row `r` of `masses` (rows of `stride`) holds the mass of
-    /// each cluster relative to `e^maximum` of its row, `values` `[clusters][value_dim]` their mean values as brain
-    /// floats.
+    /// each cluster relative to `e^maximum` of its row, `values` `[clusters / 2][value_dim][2]` their mean values as
+    /// brain floats.
     ///
     /// # Panics
     /// When a slice is too short, or there are more than [`MICRO_ROWS`] rows.
@@ -480,7 +480,7 @@ impl AttentionTile {
         }
         let output = &mut self.output[first_row * value_dim..(first_row + rows) * value_dim];
         let level = self.instruction_set.expect("begin was called");
-        simd::run(level, WeightedClusters { masses, stride, rows, values, value_dim, output });
+        WeightedClusters { masses, stride, rows, values, value_dim, output }.run(level, &mut self.weights);
     }
 
     /// Writes the output of row `row` (`output` may be narrower than the padded width) and returns its log-sum-exp in

@@ -80,6 +80,15 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn load_brain_pairs(self, values: &[u16]) -> (__m256, __m256) {
+        assert!(values.len() >= 2 * LANES, "a full vector of pairs");
+        // SAFETY: the slice has at least 2 · LANES values.
+        let pairs = unsafe { _mm256_loadu_si256(values.as_ptr().cast()) };
+        let high = intrinsic!(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32)));
+        intrinsic!((_mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)), _mm256_castsi256_ps(high)))
+    }
+
+    #[inline(always)]
     fn store(self, vector: __m256, values: &mut [f32]) {
         assert!(values.len() >= LANES, "a full vector");
         // SAFETY: the slice has at least LANES places.
@@ -126,6 +135,11 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn max(self, a: __m256, b: __m256) -> __m256 {
         intrinsic!(_mm256_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn zero_above(self, a: __m256, limit: __m256) -> __m256 {
+        intrinsic!(_mm256_and_ps(a, _mm256_cmp_ps::<_CMP_LE_OQ>(a, limit)))
     }
 
     #[inline(always)]

@@ -75,6 +75,15 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn load_brain_pairs(self, values: &[u16]) -> (__m512, __m512) {
+        assert!(values.len() >= 2 * LANES, "a full vector of pairs");
+        // SAFETY: the slice has at least 2 · LANES values.
+        let pairs = unsafe { _mm512_loadu_si512(values.as_ptr().cast()) };
+        let high = intrinsic!(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32)));
+        intrinsic!((_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(high)))
+    }
+
+    #[inline(always)]
     fn store(self, vector: __m512, values: &mut [f32]) {
         assert!(values.len() >= LANES, "a full vector");
         // SAFETY: the slice has at least LANES places.
@@ -121,6 +130,11 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn max(self, a: __m512, b: __m512) -> __m512 {
         intrinsic!(_mm512_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn zero_above(self, a: __m512, limit: __m512) -> __m512 {
+        intrinsic!(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, limit), a))
     }
 
     #[inline(always)]

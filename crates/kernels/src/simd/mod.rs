@@ -28,6 +28,9 @@ pub(crate) trait Simd: Copy {
     fn load_part(self, values: &[f32], fill: f32) -> Self::Vector;
     /// The first `LANES` brain floats, widened. Panics when there are fewer.
     fn load_brain(self, values: &[u16]) -> Self::Vector;
+    /// The first `LANES` pairs of brain floats, widened: the first of each pair, and the second. Panics when there are
+    /// fewer.
+    fn load_brain_pairs(self, values: &[u16]) -> (Self::Vector, Self::Vector);
     /// Writes all lanes to the first `LANES` places. Panics when there are fewer.
     fn store(self, vector: Self::Vector, values: &mut [f32]);
     /// Writes the first lanes to `values`. Panics when there are `LANES` places or more.
@@ -46,6 +49,8 @@ pub(crate) trait Simd: Copy {
     fn min(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// `a > b ? a : b`
     fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a <= limit ? a : 0`
+    fn zero_above(self, a: Self::Vector, limit: Self::Vector) -> Self::Vector;
     /// `a · 2^n` rounded once, for whole `n` from −252 to 252.
     fn scale_by_power_of_two(self, a: Self::Vector, n: Self::Vector) -> Self::Vector;
     /// Sum of the lanes, in an order that depends on the instruction set only.

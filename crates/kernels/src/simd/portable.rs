@@ -42,6 +42,13 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn load_brain_pairs(self, values: &[u16]) -> (Vector, Vector) {
+        let values: [u16; 2 * LANES] = *values.first_chunk().expect("a full vector of pairs");
+        let widened = |place: usize| f32::from_bits(u32::from(values[place]) << 16);
+        (lanes(|i| widened(2 * i)), lanes(|i| widened(2 * i + 1)))
+    }
+
+    #[inline(always)]
     fn store(self, vector: Vector, values: &mut [f32]) {
         *values.first_chunk_mut().expect("a full vector") = vector;
     }
@@ -85,6 +92,11 @@ impl Simd for Portable {
     #[inline(always)]
     fn max(self, a: Vector, b: Vector) -> Vector {
         lanes(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+
+    #[inline(always)]
+    fn zero_above(self, a: Vector, limit: Vector) -> Vector {
+        lanes(|i| if a[i] <= limit[i] { a[i] } else { 0.0 })
     }
 
     #[inline(always)]
