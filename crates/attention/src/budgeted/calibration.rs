@@ -7,14 +7,18 @@
 use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
 
 use super::Budgeted;
-use super::tile::{FALLBACK_SHARE, TileScratch, Work, distance};
+use super::index::Level;
+use super::tile::{TileScratch, Work, distance};
 use crate::tiles::{self, Task};
 
 /// Micro-tiles measured for each head.
 pub(super) const SAMPLES: usize = 16;
-/// A limit is the largest that every measured row could bear, less this factor: the most demanding of some fifty rows
-/// stands for the 98th percentile.
-const SAFETY: f32 = 1.1;
+/// The limit that is kept is the largest that every measured row could bear, less this factor: the most demanding of
+/// some fifty rows stands for the 98th percentile. It grows as fewer were measured.
+const SAFETY: f32 = 1.2;
+/// Rows with a smaller share of the limit as their error tell nothing of how errors relate to estimates: the rounding
+/// of the cache is all that there is.
+const TELLING: f32 = 0.05;
 /// The largest limit, in budgets: errors are never much smaller than estimated.
 const MOST: f32 = 0.5;
 /// Limits that are tried, each smaller than the one before by half an octave.
@@ -28,14 +32,20 @@ const MOST_OF_OUTPUT: f32 = 0.5;
 pub(super) struct Calibration {
     /// Micro-tiles measured.
     pub samples: usize,
-    /// Root of the sum of squared errors, as estimated, that clusters left to the estimate may have; 0: too little for
-    /// clusters to pay.
+    /// Root of the sum of squared errors, as estimated, that clusters left to the estimate could have without taking a
+    /// measured row past the budget; 0: too little for clusters to pay.
     pub limit: f32,
     /// Missed mass of a row in that unit, as seen at the limit: of most rows, not of the worst.
     pub error_factor: f32,
 }
 
 impl Calibration {
+    /// The limit with room for rows more demanding than those measured.
+    pub fn safe_limit(self) -> f32 {
+        let measured = (self.samples as f32 / SAMPLES as f32).min(1.0);
+        self.limit * measured.powf(0.25) / SAFETY
+    }
+
     /// Both measurements together.
     pub fn merge(self, other: Self) -> Self {
         match (self.samples, other.samples) {
@@ -63,6 +73,15 @@ pub(super) struct CalibrationScratch {
     exact_output: Vec<f32>,
 }
 
+/// Time that estimating clusters of one page takes, as a share of computing their keys exactly; larger clusters take as
+/// many times less.
+const ESTIMATE_COST: f32 = 0.16;
+/// Time that chosen clusters take, beside that of as many keys in their own order.
+const COMPUTE_COST: f32 = 1.4;
+/// Share of exact attention's time on far keys above which clusters are not worth it: making them takes time too …
+const MOST_COST: f32 = 0.65;
+/// … and below which nothing better is looked for.
+const CHEAP: f32 = 0.1;
 /// Micro-tiles after which a head is given up whose clusters do not pay so far.
 const LEAST_SAMPLES: usize = 4;
 /// Steps from the limit of an earlier measurement up to where the next begins.
@@ -76,7 +95,7 @@ struct Trial {
     samples: usize,
     /// Largest missed mass at the current step, in relation to what is allowed.
     worst: f32,
-    /// True over estimated error of every row measured at the current step.
+    /// True over estimated error of the rows measured at the current step that have an error to speak of.
     ratios: Vec<f32>,
 }
 
@@ -84,7 +103,7 @@ impl Trial {
     /// Begins a little above what was measured before, as keys become more.
     fn after(before: Calibration, budget: f32) -> Self {
         let step = match before.limit > 0.0 {
-            true => (2.0 * (MOST * budget / (SAFETY * before.limit)).log2()).round().max(0.0) as usize,
+            true => (2.0 * (MOST * budget / before.limit).log2()).round().max(0.0) as usize,
             false => 0,
         };
         Self { step: step.saturating_sub(STEPS_UP), ..Self::default() }
@@ -103,32 +122,64 @@ impl Trial {
     }
 
     fn judge(&self, budget: f32) -> Calibration {
-        let mut ratios = self.ratios.clone();
-        ratios.sort_unstable_by(f32::total_cmp);
-        let (limit, error_factor) = match ratios.last() {
-            // Between the mean of a few rows and the worst of them lies about the 90th percentile of all.
-            Some(worst) if self.step < STEPS => {
-                let mean = ratios.iter().sum::<f32>() / ratios.len() as f32;
-                // What is left to the next larger step, which was too large. Errors grow with the limit.
-                let room = (1.0 / self.worst).min(std::f32::consts::SQRT_2);
-                (room * self.limit() * budget / SAFETY, 0.5 * (mean + worst))
-            }
-            _ => (0.0, 0.0),
-        };
+        if self.samples == 0 || self.step >= STEPS {
+            return Calibration { samples: self.samples, ..Calibration::default() };
+        }
+        // What is left to the next larger step, which was too large. Errors grow with the limit.
+        let room = (1.0 / self.worst).min(std::f32::consts::SQRT_2);
+        let limit = room * self.limit() * budget;
+        // Between the mean of a few rows and the worst of them lies about the 90th percentile of all.
+        let worst = self.ratios.iter().copied().reduce(f32::max).unwrap_or(1.0);
+        let mean = self.ratios.iter().sum::<f32>() / self.ratios.len().max(1) as f32;
+        let error_factor = if self.ratios.is_empty() { 1.0 } else { 0.5 * (mean + worst) };
         Calibration { samples: self.samples, limit, error_factor }
     }
 }
 
-/// Measures the query heads of `kv_head`.
-pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut CalibrationScratch) -> Vec<Calibration> {
+/// What was measured of the query heads of a key/value head.
+#[derive(Clone)]
+pub(super) struct Measured {
+    pub level: Level,
+    pub calibrations: Vec<Calibration>,
+    /// Time that far keys take, as a share of what they take exactly.
+    cost: f32,
+}
+
+/// Measures the query heads of `kv_head`, with the clusters that take the least time.
+pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut CalibrationScratch) -> Measured {
+    let levels = budgeted.index.head(kv_head).levels(budgeted.settings.budget).iter();
+    let mut best: Option<Measured> = None;
+    for &level in levels {
+        let measured = calibrate_level(budgeted, kv_head, level, scratch);
+        if best.as_ref().is_none_or(|best| measured.cost < best.cost) {
+            best = Some(measured);
+        }
+        if best.as_ref().is_some_and(|best| best.cost < CHEAP) {
+            break;
+        }
+    }
+    best.expect("there is a level")
+}
+
+fn calibrate_level(
+    budgeted: &Budgeted<'_>,
+    kv_head: usize,
+    level: Level,
+    scratch: &mut CalibrationScratch,
+) -> Measured {
     let call = &budgeted.call;
     let (group, tokens) = (call.group(), call.tokens());
     let sample_tokens = (MICRO_ROWS / group).clamp(1, tokens);
     let samples = SAMPLES.min(tokens / sample_tokens);
     let budget = budgeted.settings.budget;
     let head = budgeted.index.head(kv_head);
-    let mut trials: Vec<_> = (0..group).map(|query_head| Trial::after(head.calibration(query_head), budget)).collect();
+    let before = |query_head| match level == head.level {
+        true => head.calibration(query_head),
+        false => Calibration::default(),
+    };
+    let mut trials: Vec<_> = (0..group).map(|query_head| Trial::after(before(query_head), budget)).collect();
     let (mut computed, mut clusters) = (0, 0);
+    let mut cost = 1.0;
     for sample in 0..samples {
         // Among the later half of the queries: under a causal mask those that see most.
         let end = tokens - (tokens - tokens / 2 - sample_tokens.min(tokens - tokens / 2)) * sample / samples;
@@ -137,17 +188,18 @@ pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut C
         if regions.is_empty() {
             continue;
         }
-        let work = Work { budgeted, task: &task, regions: &regions };
+        let work = Work { budgeted, task: &task, regions: &regions, level };
         computed += scratch.measure(&work, &mut trials);
         clusters += work.micro_tiles() * work.clusters();
-        let pays = computed as f32 <= FALLBACK_SHARE * clusters as f32;
+        cost = ESTIMATE_COST / level.pages() as f32 + COMPUTE_COST * computed as f32 / clusters as f32;
         let is_enough = sample + 1 == samples || trials[0].samples >= LEAST_SAMPLES;
-        if is_enough && !pays || trials.iter().any(|trial| trial.step == STEPS) {
+        if is_enough && cost > MOST_COST || trials.iter().any(|trial| trial.step == STEPS) {
             trials.iter_mut().for_each(|trial| trial.step = STEPS);
+            cost = 1.0;
             break;
         }
     }
-    trials.iter().map(|trial| trial.judge(budget)).collect()
+    Measured { level, calibrations: trials.iter().map(|trial| trial.judge(budget)).collect(), cost }
 }
 
 impl CalibrationScratch {
@@ -189,7 +241,9 @@ impl CalibrationScratch {
                     // A NaN is within nothing.
                     let share = if missed <= allowed { missed / allowed.max(f32::MIN_POSITIVE) } else { f32::INFINITY };
                     beyond[head] = beyond[head].max(share);
-                    ratios[head].push(if error > 0.0 { missed / error } else { 0.0 });
+                    if error > TELLING * limits[head] {
+                        ratios[head].push(missed / error);
+                    }
                 }
             }
             if beyond.iter().all(|share| *share <= 1.0) {
@@ -218,15 +272,14 @@ mod tests {
     fn a_limit_leaves_room_for_rows_that_were_not_measured() {
         let mut trial = Trial { samples: 3, worst: 1.0, ratios: vec![1.0, 3.0, 2.0], ..Trial::default() };
         let measured = trial.judge(0.1);
-        assert_eq!((measured.samples, measured.limit, measured.error_factor), (3, 0.1 * MOST / SAFETY, 2.5));
+        assert_eq!((measured.samples, measured.limit, measured.error_factor), (3, 0.1 * MOST, 2.5));
         trial.step_down();
         trial.step_down();
-        assert_eq!(trial.judge(0.1).limit, 0.0, "nothing was measured at this step");
-        trial.ratios.push(2.0);
+        assert_eq!(trial.judge(0.1).error_factor, 1.0, "nothing was measured at this step");
         trial.worst = 1.0 / 1.1;
-        assert!((trial.judge(0.1).limit - 0.055 * MOST / SAFETY).abs() < 1e-6);
+        assert!((trial.judge(0.1).limit - 0.055 * MOST).abs() < 1e-6);
         trial.worst = 0.1;
-        assert!((trial.judge(0.1).limit - 0.05 * MOST * std::f32::consts::SQRT_2 / SAFETY).abs() < 1e-6);
+        assert!((trial.judge(0.1).limit - 0.05 * MOST * std::f32::consts::SQRT_2).abs() < 1e-6);
         trial.step = STEPS;
         assert_eq!(trial.judge(0.1).limit, 0.0);
     }

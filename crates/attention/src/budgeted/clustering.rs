@@ -16,7 +16,10 @@ pub(super) struct BisectionScratch {
     direction: Vec<f32>,
     next_direction: Vec<f32>,
     projections: Vec<f32>,
-    ranked: Vec<(f32, u32)>,
+    /// Projection and row number of each member, in an integer that sorts as they do.
+    ranks: Vec<u64>,
+    ordered: Vec<u64>,
+    high: Vec<u32>,
 }
 
 /// Orders the rows of `keys` `[keys][width]` so that each `cluster` consecutive ones lie close together: `order` becomes
@@ -42,17 +45,26 @@ impl BisectionScratch {
         self.find_direction(keys, width, members);
         self.projections.resize(members.len(), 0.0);
         dot_chosen_rows(&self.direction, Rows::F32(keys), members, &mut self.projections);
-        self.ranked.clear();
-        self.ranked.extend(self.projections.iter().copied().zip(members.iter().copied()));
-        let middle = members.len() / 2;
         // Equal projections keep the order of their keys, so that the result is one and the same.
-        let compare = |a: &(f32, u32), b: &(f32, u32)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
-        self.ranked.select_nth_unstable_by(middle, compare);
-        members.iter_mut().zip(&self.ranked).for_each(|(member, (_, row))| *member = *row);
-        // The selection leaves the halves in an order of its own; sorted, keys are also read in the order they lie in.
-        let (low, high) = members.split_at_mut(middle);
-        low.sort_unstable();
-        high.sort_unstable();
+        self.ranks.clear();
+        let projected = self.projections.iter().zip(&*members);
+        self.ranks.extend(projected.map(|(projection, row)| u64::from(sortable(*projection)) << 32 | u64::from(*row)));
+        self.ordered.clone_from(&self.ranks);
+        let middle = members.len() / 2;
+        let border = *self.ordered.select_nth_unstable(middle).1;
+        // Both halves stay in the order in which the keys lie in memory.
+        self.high.clear();
+        let mut low = 0;
+        for (place, rank) in self.ranks.iter().enumerate() {
+            let row = members[place];
+            if *rank < border {
+                members[low] = row;
+                low += 1;
+            } else {
+                self.high.push(row);
+            }
+        }
+        members[low..].copy_from_slice(&self.high);
     }
 
     /// Leaves the main direction of a sample of `members` in `self.direction`.
@@ -97,6 +109,13 @@ impl BisectionScratch {
     }
 }
 
+/// The bits of `value` as an integer that sorts as [`f32::total_cmp`] does.
+fn sortable(value: f32) -> u32 {
+    let bits = value.to_bits();
+    // A negative number sorts the other way round, and before all positive ones.
+    bits ^ if bits >> 31 == 1 { u32::MAX } else { 1 << 31 }
+}
+
 #[cfg(test)]
 mod tests {
     use iceformer_testing::random::Random;
@@ -123,6 +142,12 @@ mod tests {
         let mut again = Vec::new();
         bisect(&keys, width, cluster, &mut again, &mut BisectionScratch::default());
         assert_eq!(order, again);
+    }
+
+    #[test]
+    fn integers_sort_as_the_numbers_do() {
+        let values = [-f32::NAN, f32::NEG_INFINITY, -2.0, -0.0, 0.0, 1e-30, 3.0, f32::INFINITY, f32::NAN];
+        assert!(values.is_sorted_by(|a, b| sortable(*a) < sortable(*b)));
     }
 
     #[test]

@@ -7,17 +7,15 @@ use std::sync::{Mutex, PoisonError};
 use iceformer_kernels::AlignedBuffer;
 use iceformer_kernels::attention::{ClusterSummaries, PAGE_KEYS, PANEL_CLUSTERS};
 use iceformer_kernels::half::bf16;
-use iceformer_kernels::rows::ROW_MULTIPLE;
+use iceformer_kernels::rows::{ROW_MULTIPLE, add_scaled};
 
 use super::calibration::{Calibration, SAMPLES};
 use super::clustering::{BisectionScratch, bisect};
 use crate::segment::{SEGMENT_KEYS, Segment};
 use crate::{CacheShape, KeyValueCache, ThreadTeam};
 
-/// Keys of a cluster: one page.
-pub(super) const CLUSTER_KEYS: usize = PAGE_KEYS;
-/// Clusters that lie one behind the other in memory.
-const SEGMENT_CLUSTERS: usize = SEGMENT_KEYS / CLUSTER_KEYS;
+/// Pages of a segment.
+const SEGMENT_PAGES: usize = SEGMENT_KEYS / PAGE_KEYS;
 /// Keys of the smallest region.
 pub(super) const REGION_KEYS: usize = 1024;
 /// So many regions of one size become one, which is clustered anew: the more keys, the tighter their clusters.
@@ -29,7 +27,36 @@ pub(super) const FIRST_KEYS: usize = 64;
 /// Regions that a head is tried on.
 const FIRST_REGIONS: usize = 2;
 
-const _: () = assert!((REGION_KEYS / CLUSTER_KEYS).is_multiple_of(PANEL_CLUSTERS));
+/// How large the clusters are that a head is estimated by: few large ones cost less to estimate, small ones are told
+/// better, and fewer keys need computing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Level {
+    /// Clusters of one page.
+    #[default]
+    Fine,
+    /// Clusters of four pages.
+    Coarse,
+}
+
+impl Level {
+    /// Both, the cheaper to estimate first.
+    pub const ALL: [Self; 2] = [Self::Coarse, Self::Fine];
+
+    /// Pages of a cluster.
+    pub fn pages(self) -> usize {
+        match self {
+            Self::Fine => 1,
+            Self::Coarse => 4,
+        }
+    }
+
+    /// Keys of a cluster.
+    pub fn keys(self) -> usize {
+        PAGE_KEYS * self.pages()
+    }
+}
+
+const _: () = assert!((REGION_KEYS / PAGE_KEYS / 4).is_multiple_of(PANEL_CLUSTERS));
 const _: () = assert!(REGION_KEYS.is_multiple_of(SEGMENT_KEYS));
 
 /// The clusters of all heads of a cache.
@@ -45,6 +72,8 @@ pub(super) struct HeadClusters {
     pub regions: Vec<Region>,
     /// Of the keys from [`FIRST_KEYS`] on, those that regions may be merged over, in units of [`REGION_KEYS`].
     settled: usize,
+    /// Size of the clusters that the head is estimated by.
+    pub level: Level,
     /// One for each query head that reads the head, empty before the first measurement.
     calibrations: Vec<Calibration>,
     /// Budget and clustered keys at the last measurement.
@@ -61,16 +90,30 @@ pub(super) struct Region {
     first: usize,
     /// The keys and values, cluster after cluster.
     segments: Vec<Segment>,
+    fine: Summaries,
+    coarse: Summaries,
+    /// Sum of the values, channel by channel.
+    value_sum: Vec<f64>,
+    /// Sum of the squares of the values' norms.
+    value_squares: f64,
+}
+
+/// What is known of clusters, as brain floats.
+struct Summaries {
     /// `[panels][key_dim / 2][16][2]`
     means: AlignedBuffer<u16>,
     /// `[panels][key_dim / 2][16][2]`
     variances: AlignedBuffer<u16>,
     /// `[clusters / 2][value_dim][2]`
     values: AlignedBuffer<u16>,
-    /// Sum of the values, channel by channel.
-    value_sum: Vec<f64>,
-    /// Sum of the squares of the values' norms.
-    value_squares: f64,
+}
+
+/// Mean key, channel variances and mean value of one cluster.
+#[derive(Default)]
+struct Moments {
+    mean: Vec<f32>,
+    variance: Vec<f32>,
+    value: Vec<f32>,
 }
 
 /// Buffers of one thread.
@@ -214,11 +257,21 @@ impl HeadClusters {
         calibrated_budget != budget || self.keys() < keys || 4 * self.keys() > 5 * keys
     }
 
-    /// Takes measurements of every query head of the group, made now at `budget`.
-    pub fn take(&mut self, budget: f32, measured: Vec<Calibration>) {
+    /// The sizes of clusters that a measurement should try: both, or that of the measurements it adds to.
+    pub fn levels(&self, budget: f32) -> &[Level] {
+        match (self.is_stale(budget), self.level) {
+            (true, _) => &Level::ALL,
+            (false, Level::Coarse) => &[Level::Coarse],
+            (false, Level::Fine) => &[Level::Fine],
+        }
+    }
+
+    /// Takes measurements of every query head of the group, made now at `budget` with clusters of `level`.
+    pub fn take(&mut self, budget: f32, level: Level, measured: Vec<Calibration>) {
         if self.is_stale(budget) {
             self.calibrations.clear();
             self.calibrated = (budget, self.keys());
+            self.level = level;
         }
         let before = std::mem::take(&mut self.calibrations);
         let before = before.into_iter().chain(std::iter::repeat(Calibration::default()));
@@ -241,21 +294,20 @@ impl Region {
     /// Clusters `keys` of head `head`.
     fn new(cache: &KeyValueCache, head: usize, keys: Range<usize>, scratch: &mut IndexScratch) -> Self {
         let shape = cache.shape();
-        let (first, clusters) = (keys.start, keys.len() / CLUSTER_KEYS);
+        let first = keys.start;
         let width = shape.key_dim.next_multiple_of(ROW_MULTIPLE);
         scratch.keys.clear();
         scratch.keys.resize(keys.len() * width, 0.0);
         for (offset, key) in scratch.keys.chunks_exact_mut(width).enumerate() {
             cache.read_centred_key(head, first + offset, &mut key[..shape.key_dim]);
         }
-        bisect(&scratch.keys, width, CLUSTER_KEYS, &mut scratch.order, &mut scratch.bisection);
+        bisect(&scratch.keys, width, PAGE_KEYS, &mut scratch.order, &mut scratch.bisection);
 
         let mut region = Self {
             first,
             segments: Vec::with_capacity(keys.len() / SEGMENT_KEYS),
-            means: AlignedBuffer::zeroed(clusters * shape.padded_key_dim()),
-            variances: AlignedBuffer::zeroed(clusters * shape.padded_key_dim()),
-            values: AlignedBuffer::zeroed(clusters * shape.padded_value_dim()),
+            fine: Summaries::new(keys.len() / Level::Fine.keys(), shape),
+            coarse: Summaries::new(keys.len() / Level::Coarse.keys(), shape),
             value_sum: vec![0.0; shape.value_dim],
             value_squares: 0.0,
         };
@@ -267,47 +319,21 @@ impl Region {
             }
             region.segments.push(segment);
         }
-        for (cluster, members) in scratch.order.chunks_exact(CLUSTER_KEYS).enumerate() {
-            region.summarise_keys(cluster, members, &scratch.keys, width, shape);
-            region.summarise_values(cluster, members, first, head, cache);
-        }
-        region
-    }
-
-    fn summarise_keys(&mut self, cluster: usize, members: &[u32], keys: &[f32], width: usize, shape: CacheShape) {
-        let (mut mean, mut variance) = (vec![0.0_f32; width], vec![0.0_f32; width]);
-        let key = |member: &u32| &keys[*member as usize * width..][..width];
-        for member in members {
-            mean.iter_mut().zip(key(member)).for_each(|(mean, value)| *mean += value);
-        }
-        mean.iter_mut().for_each(|mean| *mean /= members.len() as f32);
-        for member in members {
-            for ((variance, mean), value) in variance.iter_mut().zip(&mean).zip(key(member)) {
-                *variance += (value - mean) * (value - mean);
+        // Bisection is nested: four clusters in a row are one of the next level.
+        let mut moments: [Moments; 4] = Default::default();
+        for (cluster, members) in scratch.order.chunks_exact(PAGE_KEYS).enumerate() {
+            let fine = &mut moments[cluster % 4];
+            fine.of_keys(members, &scratch.keys, width);
+            region.value_squares += fine.of_values(members, first, head, cache);
+            region.value_sum.iter_mut().zip(&fine.value).for_each(|(sum, value)| {
+                *sum += PAGE_KEYS as f64 * f64::from(*value);
+            });
+            region.fine.set(cluster, fine, shape);
+            if cluster % 4 == 3 {
+                region.coarse.set(cluster / 4, &Moments::joined(&moments), shape);
             }
         }
-        let (panel, lane) = (cluster / PANEL_CLUSTERS * PANEL_CLUSTERS * shape.padded_key_dim(), cluster % PANEL_CLUSTERS);
-        for channel in 0..shape.key_dim {
-            let place = panel + 2 * (channel / 2 * PANEL_CLUSTERS + lane) + channel % 2;
-            self.means[place] = bf16::from_f32(mean[channel]).to_bits();
-            self.variances[place] = bf16::from_f32(variance[channel] / members.len() as f32).to_bits();
-        }
-    }
-
-    fn summarise_values(&mut self, cluster: usize, members: &[u32], first: usize, head: usize, cache: &KeyValueCache) {
-        let shape = cache.shape();
-        let (mut mean, mut value) = (vec![0.0_f32; shape.value_dim], vec![0.0_f32; shape.value_dim]);
-        for &member in members {
-            cache.read_value(head, first + member as usize, &mut value);
-            mean.iter_mut().zip(&value).for_each(|(mean, value)| *mean += value);
-            self.value_squares += f64::from(value.iter().map(|value| value * value).sum::<f32>());
-        }
-        let pair = &mut self.values[cluster / 2 * 2 * shape.padded_value_dim()..];
-        let target = pair.iter_mut().skip(cluster % 2).step_by(2);
-        for ((sum, target), mean) in self.value_sum.iter_mut().zip(target).zip(&mean) {
-            *sum += f64::from(*mean);
-            *target = bf16::from_f32(*mean / members.len() as f32).to_bits();
-        }
+        region
     }
 
     /// Positions of the keys.
@@ -315,28 +341,108 @@ impl Region {
         self.first..self.first + self.segments.len() * SEGMENT_KEYS
     }
 
-    pub fn clusters(&self) -> usize {
-        self.segments.len() * SEGMENT_KEYS / CLUSTER_KEYS
+    pub fn clusters(&self, level: Level) -> usize {
+        self.segments.len() * SEGMENT_PAGES / level.pages()
     }
 
-    pub fn summaries(&self) -> ClusterSummaries<'_> {
-        ClusterSummaries { means: &self.means, variances: &self.variances, values: &self.values }
+    pub fn summaries(&self, level: Level) -> ClusterSummaries<'_> {
+        let Summaries { means, variances, values } = match level {
+            Level::Fine => &self.fine,
+            Level::Coarse => &self.coarse,
+        };
+        ClusterSummaries { means, variances, values }
     }
 
-    /// Copies the keys and values of cluster `cluster` to page `page` of `target`.
-    pub fn copy_cluster(&self, cluster: usize, target: &mut Segment, page: usize, shape: CacheShape) {
-        let source = &self.segments[cluster / SEGMENT_CLUSTERS];
-        target.copy_page(page, source, cluster % SEGMENT_CLUSTERS, shape);
+    /// Copies the keys and values of page `page` to page `place` of `target`.
+    pub fn copy_page(&self, page: usize, target: &mut Segment, place: usize, shape: CacheShape) {
+        target.copy_page(place, &self.segments[page / SEGMENT_PAGES], page % SEGMENT_PAGES, shape);
     }
 
-    /// Asks the memory for the keys and values of cluster `cluster`, which will be copied soon.
-    pub fn fetch_cluster(&self, cluster: usize, shape: CacheShape) {
-        self.segments[cluster / SEGMENT_CLUSTERS].fetch_page(cluster % SEGMENT_CLUSTERS, shape);
+    /// Asks the memory for the keys and values of page `page`, which will be copied soon.
+    pub fn fetch_page(&self, page: usize, shape: CacheShape) {
+        self.segments[page / SEGMENT_PAGES].fetch_page(page % SEGMENT_PAGES, shape);
     }
 
     fn bytes(&self) -> usize {
         let segments: usize = self.segments.iter().map(Segment::bytes).sum();
-        segments + self.means.bytes() + self.variances.bytes() + self.values.bytes() + 8 * self.value_sum.len()
+        segments + self.fine.bytes() + self.coarse.bytes() + 8 * self.value_sum.len()
+    }
+}
+
+impl Moments {
+    /// Takes the mean and the variances of the rows `members` of `keys` `[keys][width]`.
+    fn of_keys(&mut self, members: &[u32], keys: &[f32], width: usize) {
+        let share = 1.0 / members.len() as f32;
+        let key = |member: &u32| &keys[*member as usize * width..][..width];
+        self.mean.clear();
+        self.mean.resize(width, 0.0);
+        self.variance.clear();
+        self.variance.resize(width, 0.0);
+        members.iter().for_each(|member| add_scaled(&mut self.mean, share, key(member)));
+        for member in members {
+            for ((variance, mean), value) in self.variance.iter_mut().zip(&self.mean).zip(key(member)) {
+                *variance += share * (value - mean) * (value - mean);
+            }
+        }
+    }
+
+    /// Takes the mean of the values at `first + members`; returns the sum of the squares of their norms.
+    fn of_values(&mut self, members: &[u32], first: usize, head: usize, cache: &KeyValueCache) -> f64 {
+        let share = 1.0 / members.len() as f32;
+        self.value.clear();
+        self.value.resize(cache.shape().value_dim, 0.0);
+        let mut value = vec![0.0_f32; cache.shape().value_dim];
+        let mut squares = 0.0;
+        for &member in members {
+            cache.read_value(head, first + member as usize, &mut value);
+            add_scaled(&mut self.value, share, &value);
+            squares += f64::from(value.iter().map(|value| value * value).sum::<f32>());
+        }
+        squares
+    }
+
+    /// Those of the keys of four clusters of one size together.
+    fn joined(parts: &[Self; 4]) -> Self {
+        let mean_of = |part: fn(&Self) -> &Vec<f32>| -> Vec<f32> {
+            (0..part(&parts[0]).len())
+                .map(|place| parts.iter().map(|moments| 0.25 * part(moments)[place]).sum())
+                .collect()
+        };
+        let mean = mean_of(|moments| &moments.mean);
+        let mut variance = mean_of(|moments| &moments.variance);
+        for part in parts {
+            for ((variance, mean), of_part) in variance.iter_mut().zip(&mean).zip(&part.mean) {
+                *variance += 0.25 * (of_part - mean) * (of_part - mean);
+            }
+        }
+        Self { mean, variance, value: mean_of(|moments| &moments.value) }
+    }
+}
+
+impl Summaries {
+    fn new(clusters: usize, shape: CacheShape) -> Self {
+        Self {
+            means: AlignedBuffer::zeroed(clusters * shape.padded_key_dim()),
+            variances: AlignedBuffer::zeroed(clusters * shape.padded_key_dim()),
+            values: AlignedBuffer::zeroed(clusters * shape.padded_value_dim()),
+        }
+    }
+
+    fn set(&mut self, cluster: usize, moments: &Moments, shape: CacheShape) {
+        let panel = cluster / PANEL_CLUSTERS * PANEL_CLUSTERS * shape.padded_key_dim();
+        let lane = cluster % PANEL_CLUSTERS;
+        for channel in 0..shape.key_dim {
+            let place = panel + 2 * (channel / 2 * PANEL_CLUSTERS + lane) + channel % 2;
+            self.means[place] = bf16::from_f32(moments.mean[channel]).to_bits();
+            self.variances[place] = bf16::from_f32(moments.variance[channel]).to_bits();
+        }
+        let pair = &mut self.values[cluster / 2 * 2 * shape.padded_value_dim()..];
+        let target = pair.iter_mut().skip(cluster % 2).step_by(2);
+        target.zip(&moments.value).for_each(|(target, value)| *target = bf16::from_f32(*value).to_bits());
+    }
+
+    fn bytes(&self) -> usize {
+        self.means.bytes() + self.variances.bytes() + self.values.bytes()
     }
 }
 
@@ -351,12 +457,29 @@ mod tests {
             let mut end = FIRST_KEYS;
             for region in &regions {
                 assert_eq!(region.start, end);
-                assert!((region.len() / CLUSTER_KEYS).is_power_of_two());
+                assert!((region.len() / PAGE_KEYS).is_power_of_two());
                 end = region.end;
             }
             assert_eq!(end, FIRST_KEYS + wanted * REGION_KEYS);
         }
         let units: Vec<usize> = layout(39, 40).iter().map(|keys| keys.len() / REGION_KEYS).collect();
         assert_eq!(units, [16, 16, 4, 1, 1, 1, 1]);
+    }
+
+    #[test]
+    fn moments_of_four_clusters_are_those_of_their_keys() {
+        let (width, keys) = (16, 64);
+        let data = iceformer_testing::random::Random::new(4).normals(keys * width, 2.0);
+        let members: Vec<u32> = (0..keys as u32).collect();
+        let moments = |members: &[u32]| {
+            let mut moments = Moments::default();
+            moments.of_keys(members, &data, width);
+            moments
+        };
+        let parts = std::array::from_fn(|part| moments(&members[part * 16..][..16]));
+        let (joined, whole) = (Moments::joined(&parts), moments(&members));
+        for (a, b) in joined.mean.iter().chain(&joined.variance).zip(whole.mean.iter().chain(&whole.variance)) {
+            assert!((a - b).abs() < 1e-4, "{a} and {b}");
+        }
     }
 }

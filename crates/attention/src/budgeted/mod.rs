@@ -29,7 +29,7 @@ pub use settings::{BudgetError, BudgetSettings};
 use crate::exact::{self, AttentionScratch};
 use crate::tiles::{Call, Part, Plan};
 use crate::{HeadReport, Queries, Report, ThreadTeam};
-use calibration::{Calibration, CalibrationScratch};
+use calibration::{CalibrationScratch, Measured};
 use index::{IndexScratch, REGION_KEYS};
 use tile::{Budgeted, NEAR_KEYS, TileScratch};
 
@@ -131,7 +131,7 @@ fn run_step(
         let measured = calibrate(&budgeted, team, &mut scratch.budgeted);
         for (head, measured) in guard.heads_mut().iter_mut().zip(measured) {
             if let Some(measured) = measured {
-                head.take(settings.budget, measured);
+                head.take(settings.budget, measured.level, measured.calibrations);
             }
         }
     }
@@ -179,7 +179,7 @@ fn run_step(
 }
 
 /// Measures the query heads of every key/value head that wants it.
-fn calibrate(budgeted: &Budgeted<'_>, team: &ThreadTeam, scratch: &mut BudgetScratch) -> Vec<Option<Vec<Calibration>>> {
+fn calibrate(budgeted: &Budgeted<'_>, team: &ThreadTeam, scratch: &mut BudgetScratch) -> Vec<Option<Measured>> {
     scratch.calibration.resize_with(team.threads(), Mutex::default);
     let mut measured = vec![None; budgeted.call.cache.shape().kv_heads];
     team.run_chunks(&mut measured, 1, |kv_head, measured, worker| {

@@ -27,8 +27,7 @@ pub(super) fn select(errors: &[f32], limit: f32, selected: &mut Vec<u32>) {
     // Behind the last border nothing may be left out.
     let border = if steps >= BORDERS * BORDERS { -1.0 } else { border_at(steps) };
     for (chunk, errors) in errors.chunks(16).enumerate() {
-        // A NaN is at most nothing.
-        let is_selected = |error: f32| !(error <= border);
+        let is_selected = |error: f32| error > border || error.is_nan();
         if errors.iter().fold(false, |any, &error| any | is_selected(error)) {
             let indices = (16 * chunk as u32..).zip(errors);
             selected.extend(indices.filter(|(_, error)| is_selected(**error)).map(|(index, _)| index));

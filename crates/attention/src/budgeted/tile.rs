@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use iceformer_kernels::InstructionSet;
 use iceformer_kernels::attention::{
-    AttentionTile, ClusterQueries, MAX_BLOCK_KEYS, MICRO_ROWS, TileShape, add_squared_errors, largest, masses_in_place,
-    sum_of_squared_errors,
+    AttentionTile, ClusterQueries, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, TileShape, add_squared_errors, largest,
+    masses_in_place, sum_of_squared_errors,
 };
 
 use super::calibration::Calibration;
-use super::index::{CLUSTER_KEYS, ClusterIndex, HeadClusters};
+use super::index::{ClusterIndex, HeadClusters, Level};
 use super::selection::select;
 use super::settings::BudgetSettings;
 use crate::segment::{SEGMENT_KEYS, Segment};
@@ -17,7 +17,7 @@ use crate::tiles::{self, Call, Task};
 use crate::{CacheShape, HeadReport, KeyValueType};
 
 /// Keys before (and, without a causal mask, behind) the queries of a tile that are always exact.
-pub(super) const NEAR_KEYS: usize = 256;
+pub(super) const NEAR_KEYS: usize = 512;
 /// Above this share of clusters to compute, exact attention over the keys in their own order is faster.
 pub(super) const FALLBACK_SHARE: f32 = 0.5;
 /// Micro-tiles in a row that may fall back before the rest of the tile does untried.
@@ -26,12 +26,12 @@ const MOST_FAILURES: usize = 2;
 const AUDITED_TILES: usize = 16;
 /// … and one decoded token of so many.
 const AUDITED_TOKENS: usize = 256;
-/// Clusters that are computed at a time: they are gathered into one block.
-const GATHERED_CLUSTERS: usize = MAX_BLOCK_KEYS / CLUSTER_KEYS;
+/// Pages that are computed at a time: they are gathered into one block.
+const GATHERED_PAGES: usize = MAX_BLOCK_KEYS / PAGE_KEYS;
 /// Clusters between the one that is copied and the one that the memory is asked for.
 const FETCHED_AHEAD: usize = 4;
 
-const _: () = assert!(MAX_BLOCK_KEYS == SEGMENT_KEYS);
+const _: () = assert!(MAX_BLOCK_KEYS == SEGMENT_KEYS && GATHERED_PAGES.is_multiple_of(4));
 
 /// A call with its clusters.
 pub(super) struct Budgeted<'a> {
@@ -96,6 +96,8 @@ pub(super) struct Work<'a> {
     pub task: &'a Task,
     /// Numbers of the regions.
     pub regions: &'a [usize],
+    /// Size of the clusters.
+    pub level: Level,
 }
 
 impl<'a> Budgeted<'a> {
@@ -160,7 +162,7 @@ impl<'a> Budgeted<'a> {
             }
             return;
         }
-        let work = Work { budgeted: self, task, regions: &regions };
+        let work = Work { budgeted: self, task, regions: &regions, level: self.index.head(task.kv_head).level };
         work.far(tile, scratch, reports);
         if self.audits(task) {
             work.audit(tile, scratch, reports);
@@ -185,7 +187,8 @@ impl Work<'_> {
         scratch.exact.resize(micro_tiles, false);
         scratch.counts.clear();
         scratch.counts.resize(micro_tiles, 0);
-        let limits: Vec<f32> = (0..self.budgeted.call.group()).map(|head| self.calibration(head).limit).collect();
+        let limits: Vec<f32> =
+            (0..self.budgeted.call.group()).map(|head| self.calibration(head).safe_limit()).collect();
         // Where the first micro-tiles needed everything, the next will too, and estimates cost.
         let mut failures = 0;
         for micro_tile in 0..micro_tiles {
@@ -224,7 +227,7 @@ impl Work<'_> {
     }
 
     pub fn clusters(&self) -> usize {
-        self.regions.iter().map(|region| self.head().regions[*region].clusters()).sum()
+        self.regions.iter().map(|region| self.head().regions[*region].clusters(self.level)).sum()
     }
 
     fn rows(&self) -> usize {
@@ -274,8 +277,8 @@ impl Work<'_> {
         let mut first = 0;
         for &region in self.regions {
             let region = &self.head().regions[region];
-            queries.estimate(region.summaries(), masses, uncertainties, clusters, first);
-            first += region.clusters();
+            queries.estimate(region.summaries(self.level), masses, uncertainties, clusters, first);
+            first += region.clusters(self.level);
         }
         errors.clear();
         errors.resize(clusters, 0.0);
@@ -284,12 +287,12 @@ impl Work<'_> {
         for ((row, total), (masses, uncertainties)) in rows.clone().zip(&mut totals).zip(matrices) {
             let reference = largest(masses).max(tile.maximum(row));
             tile.raise_maximum(row, reference);
-            *total = tile.sum(row) + masses_in_place(masses, reference, CLUSTER_KEYS as f32);
+            *total = tile.sum(row) + masses_in_place(masses, reference, self.level.keys() as f32);
             if !(total.is_finite() && *total > 0.0) {
                 return None;
             }
             let limit = limits[self.head_and_token(row).0];
-            let factor = squared_error_factor(*total) / (limit * limit * rows.len() as f32);
+            let factor = self.squared_error_factor(*total) / (limit * limit * rows.len() as f32);
             add_squared_errors(masses, uncertainties, factor, errors);
         }
         Some(totals)
@@ -316,13 +319,13 @@ impl Work<'_> {
         let matrices = masses.chunks_exact_mut(clusters).zip(uncertainties.chunks_exact(clusters));
         for ((error, total), (masses, uncertainties)) in estimated.errors.iter_mut().zip(totals).zip(matrices) {
             selected.iter().for_each(|&cluster| masses[cluster as usize] = 0.0);
-            *error = (squared_error_factor(total) * sum_of_squared_errors(masses, uncertainties)).sqrt();
+            *error = (self.squared_error_factor(total) * sum_of_squared_errors(masses, uncertainties)).sqrt();
         }
         let mut first = 0;
         for &region in self.regions {
             let region = &self.head().regions[region];
-            tile.add_clusters(rows.start, rows.len(), &masses[first..], clusters, region.summaries().values);
-            first += region.clusters();
+            tile.add_clusters(rows.start, rows.len(), &masses[first..], clusters, region.summaries(self.level).values);
+            first += region.clusters(self.level);
         }
         self.compute(micro_tile, selected, tile, gathered.of(&self.budgeted.call));
         Some(estimated)
@@ -333,43 +336,49 @@ impl Work<'_> {
         let shape = self.budgeted.call.cache.shape();
         // Every row sees all keys of the block, wherever they were: as it does those of a region.
         let position = self.head().regions[self.regions[0]].keys().start;
-        let mut add = |block: &Segment, clusters: usize| {
-            let keys = block.block(0..clusters * CLUSTER_KEYS, shape);
+        let mut add = |block: &Segment, pages: usize| {
+            let keys = block.block(0..pages * PAGE_KEYS, shape);
             tile.accumulate_in(position, keys, None, |other| other == micro_tile);
         };
-        let (mut pages, mut first, mut selected) = (0, 0, selected);
+        let cluster_pages = self.level.pages();
+        let (mut gathered, mut first, mut selected) = (0, 0, selected);
         for &region in self.regions {
             let region = &self.head().regions[region];
-            let end = first + region.clusters() as u32;
+            let end = first + region.clusters(self.level) as u32;
             let here = selected.iter().take_while(|cluster| **cluster < end).count();
-            let place = |cluster: u32| (cluster - first) as usize;
+            let pages = |cluster: u32| {
+                let page = (cluster - first) as usize * cluster_pages;
+                page..page + cluster_pages
+            };
             for (index, &cluster) in selected[..here].iter().enumerate() {
                 if let Some(&later) = selected[..here].get(index + FETCHED_AHEAD) {
-                    region.fetch_cluster(place(later), shape);
+                    pages(later).for_each(|page| region.fetch_page(page, shape));
                 }
-                region.copy_cluster(place(cluster), block, pages, shape);
-                pages += 1;
-                if pages == GATHERED_CLUSTERS {
-                    add(block, pages);
-                    pages = 0;
+                for page in pages(cluster) {
+                    region.copy_page(page, block, gathered, shape);
+                    gathered += 1;
+                }
+                if gathered == GATHERED_PAGES {
+                    add(block, gathered);
+                    gathered = 0;
                 }
             }
             selected = &selected[here..];
             first = end;
         }
-        if pages > 0 {
-            add(block, pages);
+        if gathered > 0 {
+            add(block, gathered);
         }
     }
 
     /// Counts keys and rows.
     fn count(&self, scratch: &TileScratch, reports: &mut [HeadReport]) {
         let clusters = self.clusters();
-        let far = (clusters * CLUSTER_KEYS) as u64;
+        let far = (clusters * self.level.keys()) as u64;
         let near = |token: usize| self.budgeted.call.seen(token).len() as u64 - far;
         for micro_tile in 0..self.micro_tiles() {
             let is_exact = scratch.exact[micro_tile];
-            let computed = (scratch.counts[micro_tile] * CLUSTER_KEYS) as u64;
+            let computed = (scratch.counts[micro_tile] * self.level.keys()) as u64;
             for row in self.rows_of(micro_tile) {
                 let (head, token) = self.head_and_token(row);
                 let report = &mut reports[head];
@@ -411,6 +420,12 @@ impl Work<'_> {
         }
     }
 
+    /// Factor on (mass² · uncertainty) that makes it the squared error of a cluster: with independent keys, the weighted
+    /// mean of its values is off by the standard deviation of its weights over the square root of their number.
+    fn squared_error_factor(&self, total: f32) -> f32 {
+        2.0 / (self.level.keys() as f32 * total * total)
+    }
+
     /// √2 · the spread of the values: the length of an error that counts as a missed mass of 1.
     pub fn value_scale(&self) -> f32 {
         std::f32::consts::SQRT_2 * self.head().value_spread()
@@ -420,10 +435,4 @@ impl Work<'_> {
 /// `‖a − b‖`
 pub(super) fn distance(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt()
-}
-
-/// Factor on (mass² · uncertainty) that makes it the squared error of a cluster: with independent keys, the weighted
-/// mean of its values is off by the standard deviation of its weights over the square root of their number.
-pub(super) fn squared_error_factor(total: f32) -> f32 {
-    2.0 / (CLUSTER_KEYS as f32 * total * total)
 }

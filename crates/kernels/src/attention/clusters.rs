@@ -547,8 +547,9 @@ mod tests {
                         };
                         let query = |channel: usize| data[row * width + channel] * scale;
                         let half_square = |channel: usize| seen(level, 0.5 * query(channel) * query(channel));
-                        let logit: f64 =
-                            (0..width - 1).map(|channel| seen(level, query(channel)) * mean_values[place(channel)]).sum();
+                        let logit: f64 = (0..width - 1)
+                            .map(|channel| seen(level, query(channel)) * mean_values[place(channel)])
+                            .sum();
                         let half: f64 =
                             (0..width - 1).map(|channel| half_square(channel) * variance_values[place(channel)]).sum();
                         let uncertainty = half.min(6.0) * (2.0 * (half - half.min(6.0)).min(6.0)).exp();
@@ -603,7 +604,9 @@ mod tests {
         assert!((f64::from(sum) / expected - 1.0).abs() < 1e-5);
         assert!((row[36] - 64.0).abs() < 1e-4);
         let error = sum_of_squared_errors(&row, &[0.5; 37]);
-        assert!((f64::from(error) / row.iter().map(|mass| 0.5 * f64::from(*mass).powi(2)).sum::<f64>() - 1.0).abs() < 1e-5);
+        assert!(
+            (f64::from(error) / row.iter().map(|mass| 0.5 * f64::from(*mass).powi(2)).sum::<f64>() - 1.0).abs() < 1e-5
+        );
         let mut errors = vec![1.0; 37];
         add_squared_errors(&row, &[0.5; 37], 0.25, &mut errors);
         assert!((errors[36] - (1.0 + 64.0 * 64.0 * 0.125)).abs() < 1e-2);

@@ -26,8 +26,8 @@ mod softmax;
 mod tile;
 
 pub use clusters::{
-    ClusterQueries, ClusterSummaries, PANEL_CLUSTERS, add_squared_errors, largest, masses_in_place, sum_of_squared_errors,
-    sums_up_to,
+    ClusterQueries, ClusterSummaries, PANEL_CLUSTERS, add_squared_errors, largest, masses_in_place,
+    sum_of_squared_errors, sums_up_to,
 };
 pub use tile::{AttentionTile, KeyBlock, TileShape};
 

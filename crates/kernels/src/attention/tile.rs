@@ -363,7 +363,9 @@ impl AttentionTile {
                 let (next_keys, next_values) = next.addresses();
                 (next_keys.wrapping_sub(keys.addr()) as isize, next_values.wrapping_sub(values.addr()) as isize)
             });
-        if ahead.is_some() && let Some(KeyBlock::Int8 { key_scales, value_scales, .. }) = next {
+        if ahead.is_some()
+            && let Some(KeyBlock::Int8 { key_scales, value_scales, .. }) = next
+        {
             // The walk over a block fetches the lines of the next one's keys and values alone.
             for scales in [key_scales, value_scales] {
                 scales.iter().step_by(16).for_each(|scale| fetch_ahead(scale, 0));
