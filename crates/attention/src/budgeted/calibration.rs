@@ -7,18 +7,20 @@
 use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
 
 use super::Budgeted;
-use super::index::Level;
 use super::tile::{TileScratch, Work, distance};
 use crate::tiles::{self, Task};
 
-/// Micro-tiles measured for each head.
+/// Places in the text that are measured for each head, a few tokens each.
 pub(super) const SAMPLES: usize = 16;
 /// The limit that is kept is the largest that every measured row could bear, less this factor: the most demanding of
-/// some fifty rows stands for the 98th percentile. It grows as fewer were measured.
-const SAFETY: f32 = 1.2;
-/// Rows with a smaller share of the limit as their error tell nothing of how errors relate to estimates: the rounding
-/// of the cache is all that there is.
-const TELLING: f32 = 0.05;
+/// [`ENOUGH_ROWS`] rows stands for the 98th percentile. It grows as fewer were measured.
+const SAFETY: f32 = 1.4;
+const ENOUGH_ROWS: usize = 3 * SAMPLES;
+/// Rows that miss a smaller share of what is allowed, or have a smaller share of the limit as their error, do not tell
+/// how errors relate to estimates: the rounding of the cache may be all that there is.
+const TELLING: f32 = 0.3;
+/// Share of what is allowed from which a row tells how much it could bear.
+const BEARING: f32 = 0.45;
 /// The largest limit, in budgets: errors are never much smaller than estimated.
 const MOST: f32 = 0.5;
 /// Limits that are tried, each smaller than the one before by half an octave.
@@ -30,8 +32,10 @@ const MOST_OF_OUTPUT: f32 = 0.5;
 /// What was measured of a query head.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Calibration {
-    /// Micro-tiles measured.
+    /// Places measured.
     pub samples: usize,
+    /// Rows of the head there.
+    pub rows: usize,
     /// Root of the sum of squared errors, as estimated, that clusters left to the estimate could have without taking a
     /// measured row past the budget; 0: too little for clusters to pay.
     pub limit: f32,
@@ -40,10 +44,11 @@ pub(super) struct Calibration {
 }
 
 impl Calibration {
-    /// The limit with room for rows more demanding than those measured.
+    /// The limit with room for rows more demanding than those measured. A few tokens that are decoded one after another
+    /// are much alike, and tell little of those to come.
     pub fn safe_limit(self) -> f32 {
-        let measured = (self.samples as f32 / SAMPLES as f32).min(1.0);
-        self.limit * measured.powf(0.25) / SAFETY
+        let measured = (self.rows as f32 / ENOUGH_ROWS as f32).min(1.0);
+        self.limit * measured / SAFETY
     }
 
     /// Both measurements together.
@@ -53,6 +58,7 @@ impl Calibration {
             (_, 0) => self,
             _ => Self {
                 samples: self.samples + other.samples,
+                rows: self.rows + other.rows,
                 limit: self.limit.min(other.limit),
                 error_factor: self.error_factor.max(other.error_factor),
             },
@@ -73,28 +79,30 @@ pub(super) struct CalibrationScratch {
     exact_output: Vec<f32>,
 }
 
-/// Time that estimating clusters of one page takes, as a share of computing their keys exactly; larger clusters take as
-/// many times less.
-const ESTIMATE_COST: f32 = 0.16;
+/// Time that estimating clusters takes, as a share of computing their keys exactly.
+const ESTIMATE_COST: f32 = 0.04;
 /// Time that chosen clusters take, beside that of as many keys in their own order.
 const COMPUTE_COST: f32 = 1.4;
-/// Share of exact attention's time on far keys above which clusters are not worth it: making them takes time too …
+/// Share of exact attention's time on far keys above which clusters are not worth it: making them takes time too.
 const MOST_COST: f32 = 0.65;
-/// … and below which nothing better is looked for.
-const CHEAP: f32 = 0.1;
-/// Micro-tiles after which a head is given up whose clusters do not pay so far.
-const LEAST_SAMPLES: usize = 4;
+/// Samples without which nothing is left to an estimate, and after which a head is given up whose clusters do not pay so
+/// far.
+pub(super) const LEAST_SAMPLES: usize = 4;
 /// Steps from the limit of an earlier measurement up to where the next begins.
 const STEPS_UP: usize = 2;
 
 /// One query head on its way down the limits.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 struct Trial {
     /// Steps down from the largest limit.
     step: usize,
     samples: usize,
+    rows: usize,
     /// Largest missed mass at the current step, in relation to what is allowed.
     worst: f32,
+    /// Least error, as estimated, with which a row would miss what is allowed, if it missed in proportion. Infinite where
+    /// none missed enough to tell.
+    bearable: f32,
     /// True over estimated error of the rows measured at the current step that have an error to speak of.
     ratios: Vec<f32>,
 }
@@ -106,7 +114,8 @@ impl Trial {
             true => (2.0 * (MOST * budget / before.limit).log2()).round().max(0.0) as usize,
             false => 0,
         };
-        Self { step: step.saturating_sub(STEPS_UP), ..Self::default() }
+        let step = step.saturating_sub(STEPS_UP);
+        Self { step, samples: 0, rows: 0, worst: 0.0, bearable: f32::INFINITY, ratios: Vec::new() }
     }
 
     /// The limit at this step, in budgets.
@@ -117,89 +126,57 @@ impl Trial {
     /// Forgets the rows that were measured at a limit that was too large.
     fn step_down(&mut self) {
         self.step += 1;
-        self.worst = 0.0;
+        (self.worst, self.bearable) = (0.0, f32::INFINITY);
         self.ratios.clear();
     }
 
     fn judge(&self, budget: f32) -> Calibration {
         if self.samples == 0 || self.step >= STEPS {
-            return Calibration { samples: self.samples, ..Calibration::default() };
+            return Calibration { samples: self.samples, rows: self.rows, ..Calibration::default() };
         }
-        // What is left to the next larger step, which was too large. Errors grow with the limit.
+        // What is left to the next larger step, which was too large.
         let room = (1.0 / self.worst).min(std::f32::consts::SQRT_2);
-        let limit = room * self.limit() * budget;
+        let limit = (room * self.limit() * budget).min(self.bearable);
         // Between the mean of a few rows and the worst of them lies about the 90th percentile of all.
         let worst = self.ratios.iter().copied().reduce(f32::max).unwrap_or(1.0);
         let mean = self.ratios.iter().sum::<f32>() / self.ratios.len().max(1) as f32;
         let error_factor = if self.ratios.is_empty() { 1.0 } else { 0.5 * (mean + worst) };
-        Calibration { samples: self.samples, limit, error_factor }
+        // A row at the limit misses no more than the budget.
+        let error_factor = error_factor.min(budget / (SAFETY * limit));
+        Calibration { samples: self.samples, rows: self.rows, limit, error_factor }
     }
 }
 
-/// What was measured of the query heads of a key/value head.
-#[derive(Clone)]
-pub(super) struct Measured {
-    pub level: Level,
-    pub calibrations: Vec<Calibration>,
-    /// Time that far keys take, as a share of what they take exactly.
-    cost: f32,
-}
-
-/// Measures the query heads of `kv_head`, with the clusters that take the least time.
-pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut CalibrationScratch) -> Measured {
-    let levels = budgeted.index.head(kv_head).levels(budgeted.settings.budget).iter();
-    let mut best: Option<Measured> = None;
-    for &level in levels {
-        let measured = calibrate_level(budgeted, kv_head, level, scratch);
-        if best.as_ref().is_none_or(|best| measured.cost < best.cost) {
-            best = Some(measured);
-        }
-        if best.as_ref().is_some_and(|best| best.cost < CHEAP) {
-            break;
-        }
-    }
-    best.expect("there is a level")
-}
-
-fn calibrate_level(
-    budgeted: &Budgeted<'_>,
-    kv_head: usize,
-    level: Level,
-    scratch: &mut CalibrationScratch,
-) -> Measured {
+/// Measures the query heads of `kv_head`.
+pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut CalibrationScratch) -> Vec<Calibration> {
     let call = &budgeted.call;
     let (group, tokens) = (call.group(), call.tokens());
-    let sample_tokens = (MICRO_ROWS / group).clamp(1, tokens);
+    let sample_tokens = (MICRO_ROWS / group).max(ENOUGH_ROWS / SAMPLES).min(tokens);
     let samples = SAMPLES.min(tokens / sample_tokens);
+    // Under a causal mask the first queries see little from afar.
+    let earliest = if call.attention.mask.causal { (tokens / 4).min(tokens - sample_tokens) } else { 0 };
     let budget = budgeted.settings.budget;
     let head = budgeted.index.head(kv_head);
-    let before = |query_head| match level == head.level {
-        true => head.calibration(query_head),
-        false => Calibration::default(),
-    };
-    let mut trials: Vec<_> = (0..group).map(|query_head| Trial::after(before(query_head), budget)).collect();
+    let mut trials: Vec<_> = (0..group).map(|query_head| Trial::after(head.calibration(query_head), budget)).collect();
     let (mut computed, mut clusters) = (0, 0);
-    let mut cost = 1.0;
     for sample in 0..samples {
-        // Among the later half of the queries: under a causal mask those that see most.
-        let end = tokens - (tokens - tokens / 2 - sample_tokens.min(tokens - tokens / 2)) * sample / samples;
+        let end = tokens - (tokens - earliest - sample_tokens) * sample / samples;
         let task = Task { kv_head, tokens: end - sample_tokens..end, keys: 0..call.cache.len() };
         let regions = budgeted.far_regions(&task);
         if regions.is_empty() {
             continue;
         }
-        let work = Work { budgeted, task: &task, regions: &regions, level };
+        let work = Work { budgeted, task: &task, regions: &regions };
         computed += scratch.measure(&work, &mut trials);
         clusters += work.micro_tiles() * work.clusters();
-        cost = ESTIMATE_COST / level.pages() as f32 + COMPUTE_COST * computed as f32 / clusters as f32;
+        let cost = ESTIMATE_COST + COMPUTE_COST * computed as f32 / clusters as f32;
         let is_enough = sample + 1 == samples || trials[0].samples >= LEAST_SAMPLES;
         if is_enough && cost > MOST_COST || trials.iter().any(|trial| trial.step == STEPS) {
             trials.iter_mut().for_each(|trial| trial.step = STEPS);
-            cost = 1.0;
             break;
         }
     }
-    Measured { level, calibrations: trials.iter().map(|trial| trial.judge(budget)).collect(), cost }
+    trials.iter().map(|trial| trial.judge(budget)).collect()
 }
 
 impl CalibrationScratch {
@@ -217,20 +194,27 @@ impl CalibrationScratch {
         budgeted.accumulate_near(near, task, work.regions, seen);
         exact.clone_from(near);
         work.accumulate_exactly(exact, |_| true);
-        trials.iter_mut().for_each(|trial| trial.samples += 1);
+        for trial in trials.iter_mut() {
+            trial.samples += 1;
+            trial.rows += task.tokens.len();
+        }
         loop {
             tile.clone_from(near);
             let limits: Vec<f32> = trials.iter().map(|trial| trial.limit() * budget).collect();
             let mut beyond = vec![0.0_f32; trials.len()];
             let mut ratios = vec![Vec::new(); trials.len()];
+            let mut bearable = vec![f32::INFINITY; trials.len()];
             let mut computed = 0;
             for micro_tile in 0..work.micro_tiles() {
-                let Some(estimated) = work.micro_tile(micro_tile, &limits, tile, scratch) else {
-                    // It would fall back.
+                let estimated = work.micro_tile(micro_tile, &limits, usize::MAX, tile, scratch);
+                let Some(estimated) = estimated else {
+                    // What is no number is computed exactly.
                     computed += work.clusters();
                     continue;
                 };
-                computed += estimated.selected;
+                // Where it would fall back its rows are measured all the same: others much like them may not.
+                let falls_back = estimated.selected > work.most_computed();
+                computed += if falls_back { work.clusters() } else { estimated.selected };
                 for (row, error) in work.rows_of(micro_tile).zip(estimated.errors) {
                     let (head, _) = work.head_and_token(row);
                     tile.finish_row(row, output);
@@ -241,14 +225,18 @@ impl CalibrationScratch {
                     // A NaN is within nothing.
                     let share = if missed <= allowed { missed / allowed.max(f32::MIN_POSITIVE) } else { f32::INFINITY };
                     beyond[head] = beyond[head].max(share);
+                    if share > BEARING {
+                        bearable[head] = bearable[head].min(error / share);
+                    }
                     if error > TELLING * limits[head] {
                         ratios[head].push(missed / error);
                     }
                 }
             }
             if beyond.iter().all(|share| *share <= 1.0) {
-                for ((trial, ratios), share) in trials.iter_mut().zip(ratios).zip(beyond) {
+                for (((trial, ratios), share), bearable) in trials.iter_mut().zip(ratios).zip(beyond).zip(bearable) {
                     trial.worst = trial.worst.max(share);
+                    trial.bearable = trial.bearable.min(bearable);
                     trial.ratios.extend(ratios);
                 }
                 return computed;
@@ -270,15 +258,18 @@ mod tests {
 
     #[test]
     fn a_limit_leaves_room_for_rows_that_were_not_measured() {
-        let mut trial = Trial { samples: 3, worst: 1.0, ratios: vec![1.0, 3.0, 2.0], ..Trial::default() };
+        let mut trial = Trial::after(Calibration::default(), 0.1);
+        (trial.samples, trial.worst, trial.ratios) = (3, 1.0, vec![1.0, 3.0, 2.0]);
         let measured = trial.judge(0.1);
-        assert_eq!((measured.samples, measured.limit, measured.error_factor), (3, 0.1 * MOST, 2.5));
+        assert_eq!((measured.samples, measured.limit, measured.error_factor), (3, 0.1 * MOST, 2.0 / SAFETY));
         trial.step_down();
         trial.step_down();
         assert_eq!(trial.judge(0.1).error_factor, 1.0, "nothing was measured at this step");
         trial.worst = 1.0 / 1.1;
         assert!((trial.judge(0.1).limit - 0.055 * MOST).abs() < 1e-6);
-        trial.worst = 0.1;
+        trial.bearable = 0.01;
+        assert_eq!(trial.judge(0.1).limit, 0.01);
+        (trial.worst, trial.bearable) = (0.1, f32::INFINITY);
         assert!((trial.judge(0.1).limit - 0.05 * MOST * std::f32::consts::SQRT_2).abs() < 1e-6);
         trial.step = STEPS;
         assert_eq!(trial.judge(0.1).limit, 0.0);
@@ -287,10 +278,10 @@ mod tests {
     #[test]
     fn measurements_add_up() {
         let (a, b) = (
-            Calibration { samples: 2, limit: 0.1, error_factor: 3.0 },
-            Calibration { samples: 1, limit: 0.05, error_factor: 2.0 },
+            Calibration { samples: 2, rows: 6, limit: 0.1, error_factor: 3.0 },
+            Calibration { samples: 1, rows: 3, limit: 0.05, error_factor: 2.0 },
         );
-        assert_eq!(a.merge(b), Calibration { samples: 3, limit: 0.05, error_factor: 3.0 });
+        assert_eq!(a.merge(b), Calibration { samples: 3, rows: 9, limit: 0.05, error_factor: 3.0 });
         assert_eq!(Calibration::default().merge(a), a);
         assert_eq!(a.merge(Calibration::default()), a);
     }

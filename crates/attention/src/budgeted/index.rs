@@ -9,7 +9,7 @@ use iceformer_kernels::attention::{ClusterSummaries, PAGE_KEYS, PANEL_CLUSTERS};
 use iceformer_kernels::half::bf16;
 use iceformer_kernels::rows::{ROW_MULTIPLE, add_scaled};
 
-use super::calibration::{Calibration, SAMPLES};
+use super::calibration::{Calibration, LEAST_SAMPLES, SAMPLES};
 use super::clustering::{BisectionScratch, bisect};
 use crate::segment::{SEGMENT_KEYS, Segment};
 use crate::{CacheShape, KeyValueCache, ThreadTeam};
@@ -27,36 +27,12 @@ pub(super) const FIRST_KEYS: usize = 64;
 /// Regions that a head is tried on.
 const FIRST_REGIONS: usize = 2;
 
-/// How large the clusters are that a head is estimated by: few large ones cost less to estimate, small ones are told
-/// better, and fewer keys need computing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Level {
-    /// Clusters of one page.
-    #[default]
-    Fine,
-    /// Clusters of four pages.
-    Coarse,
-}
+/// Pages of a cluster.
+pub(super) const CLUSTER_PAGES: usize = 4;
+/// Keys of a cluster.
+pub(super) const CLUSTER_KEYS: usize = PAGE_KEYS * CLUSTER_PAGES;
 
-impl Level {
-    /// Both, the cheaper to estimate first.
-    pub const ALL: [Self; 2] = [Self::Coarse, Self::Fine];
-
-    /// Pages of a cluster.
-    pub fn pages(self) -> usize {
-        match self {
-            Self::Fine => 1,
-            Self::Coarse => 4,
-        }
-    }
-
-    /// Keys of a cluster.
-    pub fn keys(self) -> usize {
-        PAGE_KEYS * self.pages()
-    }
-}
-
-const _: () = assert!((REGION_KEYS / PAGE_KEYS / 4).is_multiple_of(PANEL_CLUSTERS));
+const _: () = assert!((REGION_KEYS / CLUSTER_KEYS).is_multiple_of(PANEL_CLUSTERS));
 const _: () = assert!(REGION_KEYS.is_multiple_of(SEGMENT_KEYS));
 
 /// The clusters of all heads of a cache.
@@ -72,8 +48,6 @@ pub(super) struct HeadClusters {
     pub regions: Vec<Region>,
     /// Of the keys from [`FIRST_KEYS`] on, those that regions may be merged over, in units of [`REGION_KEYS`].
     settled: usize,
-    /// Size of the clusters that the head is estimated by.
-    pub level: Level,
     /// One for each query head that reads the head, empty before the first measurement.
     calibrations: Vec<Calibration>,
     /// Budget and clustered keys at the last measurement.
@@ -90,8 +64,7 @@ pub(super) struct Region {
     first: usize,
     /// The keys and values, cluster after cluster.
     segments: Vec<Segment>,
-    fine: Summaries,
-    coarse: Summaries,
+    summaries: Summaries,
     /// Sum of the values, channel by channel.
     value_sum: Vec<f64>,
     /// Sum of the squares of the values' norms.
@@ -223,15 +196,10 @@ impl HeadClusters {
         let units = self.keys() / REGION_KEYS;
         match units {
             _ if self.calibrations.is_empty() => total.min(units.max(FIRST_REGIONS)),
-            _ if self.pays() || self.was_out_of_sight() => total,
+            _ if self.may_pay() => total,
             _ if total >= RETRY * units => total / 2,
             _ => units,
         }
-    }
-
-    /// Whether no query could be measured, because none saw the regions there were.
-    fn was_out_of_sight(&self) -> bool {
-        !self.calibrations.is_empty() && self.calibrations.iter().all(|calibration| calibration.samples == 0)
     }
 
     /// What was measured of query head `head` of the group; the default before any measurement.
@@ -241,15 +209,20 @@ impl HeadClusters {
 
     /// Whether clusters pay: for every query head that reads the head, as all share the clusters that are computed.
     pub fn pays(&self) -> bool {
-        !self.calibrations.is_empty() && self.calibrations.iter().all(|calibration| calibration.limit > 0.0)
+        let pays = |calibration: &Calibration| calibration.limit > 0.0 && calibration.samples >= LEAST_SAMPLES;
+        !self.calibrations.is_empty() && self.calibrations.iter().all(pays)
+    }
+
+    /// Whether clusters may pay, as far as is known.
+    fn may_pay(&self) -> bool {
+        !self.calibrations.iter().any(|calibration| calibration.samples > 0 && calibration.limit == 0.0)
     }
 
     /// Whether queries should be measured, because too few were, or the keys have become many more or fewer.
     pub fn wants_calibration(&self, budget: f32) -> bool {
         let unmeasured = |calibration: &Calibration| calibration.samples < SAMPLES;
         !self.regions.is_empty()
-            && (self.is_stale(budget)
-                || ((self.pays() || self.was_out_of_sight()) && self.calibrations.iter().any(unmeasured)))
+            && (self.is_stale(budget) || (self.may_pay() && self.calibrations.iter().any(unmeasured)))
     }
 
     fn is_stale(&self, budget: f32) -> bool {
@@ -257,21 +230,11 @@ impl HeadClusters {
         calibrated_budget != budget || self.keys() < keys || 4 * self.keys() > 5 * keys
     }
 
-    /// The sizes of clusters that a measurement should try: both, or that of the measurements it adds to.
-    pub fn levels(&self, budget: f32) -> &[Level] {
-        match (self.is_stale(budget), self.level) {
-            (true, _) => &Level::ALL,
-            (false, Level::Coarse) => &[Level::Coarse],
-            (false, Level::Fine) => &[Level::Fine],
-        }
-    }
-
-    /// Takes measurements of every query head of the group, made now at `budget` with clusters of `level`.
-    pub fn take(&mut self, budget: f32, level: Level, measured: Vec<Calibration>) {
+    /// Takes measurements of every query head of the group, made now at `budget`.
+    pub fn take(&mut self, budget: f32, measured: Vec<Calibration>) {
         if self.is_stale(budget) {
             self.calibrations.clear();
             self.calibrated = (budget, self.keys());
-            self.level = level;
         }
         let before = std::mem::take(&mut self.calibrations);
         let before = before.into_iter().chain(std::iter::repeat(Calibration::default()));
@@ -301,13 +264,12 @@ impl Region {
         for (offset, key) in scratch.keys.chunks_exact_mut(width).enumerate() {
             cache.read_centred_key(head, first + offset, &mut key[..shape.key_dim]);
         }
-        bisect(&scratch.keys, width, PAGE_KEYS, &mut scratch.order, &mut scratch.bisection);
+        bisect(&scratch.keys, width, CLUSTER_KEYS, &mut scratch.order, &mut scratch.bisection);
 
         let mut region = Self {
             first,
             segments: Vec::with_capacity(keys.len() / SEGMENT_KEYS),
-            fine: Summaries::new(keys.len() / Level::Fine.keys(), shape),
-            coarse: Summaries::new(keys.len() / Level::Coarse.keys(), shape),
+            summaries: Summaries::new(keys.len() / CLUSTER_KEYS, shape),
             value_sum: vec![0.0; shape.value_dim],
             value_squares: 0.0,
         };
@@ -319,19 +281,14 @@ impl Region {
             }
             region.segments.push(segment);
         }
-        // Bisection is nested: four clusters in a row are one of the next level.
-        let mut moments: [Moments; 4] = Default::default();
-        for (cluster, members) in scratch.order.chunks_exact(PAGE_KEYS).enumerate() {
-            let fine = &mut moments[cluster % 4];
-            fine.of_keys(members, &scratch.keys, width);
-            region.value_squares += fine.of_values(members, first, head, cache);
-            region.value_sum.iter_mut().zip(&fine.value).for_each(|(sum, value)| {
-                *sum += PAGE_KEYS as f64 * f64::from(*value);
-            });
-            region.fine.set(cluster, fine, shape);
-            if cluster % 4 == 3 {
-                region.coarse.set(cluster / 4, &Moments::joined(&moments), shape);
+        let mut moments = Moments::default();
+        for (cluster, members) in scratch.order.chunks_exact(CLUSTER_KEYS).enumerate() {
+            moments.of_keys(members, &scratch.keys, width);
+            region.value_squares += moments.of_values(members, first, head, cache);
+            for (sum, value) in region.value_sum.iter_mut().zip(&moments.value) {
+                *sum += CLUSTER_KEYS as f64 * f64::from(*value);
             }
+            region.summaries.set(cluster, &moments, shape);
         }
         region
     }
@@ -341,15 +298,12 @@ impl Region {
         self.first..self.first + self.segments.len() * SEGMENT_KEYS
     }
 
-    pub fn clusters(&self, level: Level) -> usize {
-        self.segments.len() * SEGMENT_PAGES / level.pages()
+    pub fn clusters(&self) -> usize {
+        self.segments.len() * SEGMENT_PAGES / CLUSTER_PAGES
     }
 
-    pub fn summaries(&self, level: Level) -> ClusterSummaries<'_> {
-        let Summaries { means, variances, values } = match level {
-            Level::Fine => &self.fine,
-            Level::Coarse => &self.coarse,
-        };
+    pub fn summaries(&self) -> ClusterSummaries<'_> {
+        let Summaries { means, variances, values } = &self.summaries;
         ClusterSummaries { means, variances, values }
     }
 
@@ -365,7 +319,7 @@ impl Region {
 
     fn bytes(&self) -> usize {
         let segments: usize = self.segments.iter().map(Segment::bytes).sum();
-        segments + self.fine.bytes() + self.coarse.bytes() + 8 * self.value_sum.len()
+        segments + self.summaries.bytes() + 8 * self.value_sum.len()
     }
 }
 
@@ -399,23 +353,6 @@ impl Moments {
             squares += f64::from(value.iter().map(|value| value * value).sum::<f32>());
         }
         squares
-    }
-
-    /// Those of the keys of four clusters of one size together.
-    fn joined(parts: &[Self; 4]) -> Self {
-        let mean_of = |part: fn(&Self) -> &Vec<f32>| -> Vec<f32> {
-            (0..part(&parts[0]).len())
-                .map(|place| parts.iter().map(|moments| 0.25 * part(moments)[place]).sum())
-                .collect()
-        };
-        let mean = mean_of(|moments| &moments.mean);
-        let mut variance = mean_of(|moments| &moments.variance);
-        for part in parts {
-            for ((variance, mean), of_part) in variance.iter_mut().zip(&mean).zip(&part.mean) {
-                *variance += 0.25 * (of_part - mean) * (of_part - mean);
-            }
-        }
-        Self { mean, variance, value: mean_of(|moments| &moments.value) }
     }
 }
 
@@ -457,29 +394,12 @@ mod tests {
             let mut end = FIRST_KEYS;
             for region in &regions {
                 assert_eq!(region.start, end);
-                assert!((region.len() / PAGE_KEYS).is_power_of_two());
+                assert!((region.len() / CLUSTER_KEYS).is_power_of_two());
                 end = region.end;
             }
             assert_eq!(end, FIRST_KEYS + wanted * REGION_KEYS);
         }
         let units: Vec<usize> = layout(39, 40).iter().map(|keys| keys.len() / REGION_KEYS).collect();
         assert_eq!(units, [16, 16, 4, 1, 1, 1, 1]);
-    }
-
-    #[test]
-    fn moments_of_four_clusters_are_those_of_their_keys() {
-        let (width, keys) = (16, 64);
-        let data = iceformer_testing::random::Random::new(4).normals(keys * width, 2.0);
-        let members: Vec<u32> = (0..keys as u32).collect();
-        let moments = |members: &[u32]| {
-            let mut moments = Moments::default();
-            moments.of_keys(members, &data, width);
-            moments
-        };
-        let parts = std::array::from_fn(|part| moments(&members[part * 16..][..16]));
-        let (joined, whole) = (Moments::joined(&parts), moments(&members));
-        for (a, b) in joined.mean.iter().chain(&joined.variance).zip(whole.mean.iter().chain(&whole.variance)) {
-            assert!((a - b).abs() < 1e-4, "{a} and {b}");
-        }
     }
 }

@@ -1,14 +1,14 @@
 //! Budgeted attention: the keys that matter one by one, all others by what is known of their clusters, within an error
 //! that the user sets.
 //!
-//! Older keys are grouped into clusters of 64 that lie close together ([`index`], [`clustering`]). For six neighbouring
-//! queries at a time, the mass of every cluster is estimated from its mean and its channel variances, and with it the
-//! error that taking all its values as one would make; these errors are independent from cluster to cluster, so their
-//! squares add up. The clusters with the largest are computed exactly, as few as keep the sum within the budget
+//! Older keys are grouped into clusters of 64 that lie close together ([`index`], [`clustering`]). For six
+//! neighbouring rows at a time, the mass of every cluster is estimated from its mean and its channel variances, and with
+//! it the error that taking all its values as one would make; these errors are independent from cluster to cluster, so
+//! their squares add up. The clusters with the largest are computed exactly, as few as keep the sum within the budget
 //! ([`selection`]); the others enter the softmax with their estimated mass and their mean value ([`tile`]). How large
 //! the sum may be is measured for each head on a few of its queries, and again as the keys grow in number
-//! ([`calibration`]). The first keys, recent ones and those not clustered yet are always exact. Where more than half of
-//! the clusters would be computed, exact attention is faster and takes over.
+//! ([`calibration`]). The first keys, recent ones and those not clustered yet are always
+//! exact. Where clusters would save little, exact attention takes over.
 //!
 //! *Missed mass* of a row is the share of softmax mass that would have to move from one typical value to another,
 //! independent one to make the row's error: `‖ô − o‖ / (√2 · σ)`, with the exact output `o`, the method's `ô`, and the
@@ -29,7 +29,7 @@ pub use settings::{BudgetError, BudgetSettings};
 use crate::exact::{self, AttentionScratch};
 use crate::tiles::{Call, Part, Plan};
 use crate::{HeadReport, Queries, Report, ThreadTeam};
-use calibration::{CalibrationScratch, Measured};
+use calibration::{Calibration, CalibrationScratch};
 use index::{IndexScratch, REGION_KEYS};
 use tile::{Budgeted, NEAR_KEYS, TileScratch};
 
@@ -131,7 +131,7 @@ fn run_step(
         let measured = calibrate(&budgeted, team, &mut scratch.budgeted);
         for (head, measured) in guard.heads_mut().iter_mut().zip(measured) {
             if let Some(measured) = measured {
-                head.take(settings.budget, measured.level, measured.calibrations);
+                head.take(settings.budget, measured);
             }
         }
     }
@@ -179,7 +179,7 @@ fn run_step(
 }
 
 /// Measures the query heads of every key/value head that wants it.
-fn calibrate(budgeted: &Budgeted<'_>, team: &ThreadTeam, scratch: &mut BudgetScratch) -> Vec<Option<Measured>> {
+fn calibrate(budgeted: &Budgeted<'_>, team: &ThreadTeam, scratch: &mut BudgetScratch) -> Vec<Option<Vec<Calibration>>> {
     scratch.calibration.resize_with(team.threads(), Mutex::default);
     let mut measured = vec![None; budgeted.call.cache.shape().kv_heads];
     team.run_chunks(&mut measured, 1, |kv_head, measured, worker| {

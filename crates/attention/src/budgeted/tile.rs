@@ -9,7 +9,7 @@ use iceformer_kernels::attention::{
 };
 
 use super::calibration::Calibration;
-use super::index::{ClusterIndex, HeadClusters, Level};
+use super::index::{CLUSTER_KEYS, CLUSTER_PAGES, ClusterIndex, HeadClusters};
 use super::selection::select;
 use super::settings::BudgetSettings;
 use crate::segment::{SEGMENT_KEYS, Segment};
@@ -31,7 +31,7 @@ const GATHERED_PAGES: usize = MAX_BLOCK_KEYS / PAGE_KEYS;
 /// Clusters between the one that is copied and the one that the memory is asked for.
 const FETCHED_AHEAD: usize = 4;
 
-const _: () = assert!(MAX_BLOCK_KEYS == SEGMENT_KEYS && GATHERED_PAGES.is_multiple_of(4));
+const _: () = assert!(MAX_BLOCK_KEYS == SEGMENT_KEYS && GATHERED_PAGES.is_multiple_of(CLUSTER_PAGES));
 
 /// A call with its clusters.
 pub(super) struct Budgeted<'a> {
@@ -96,8 +96,6 @@ pub(super) struct Work<'a> {
     pub task: &'a Task,
     /// Numbers of the regions.
     pub regions: &'a [usize],
-    /// Size of the clusters.
-    pub level: Level,
 }
 
 impl<'a> Budgeted<'a> {
@@ -162,7 +160,7 @@ impl<'a> Budgeted<'a> {
             }
             return;
         }
-        let work = Work { budgeted: self, task, regions: &regions, level: self.index.head(task.kv_head).level };
+        let work = Work { budgeted: self, task, regions: &regions };
         work.far(tile, scratch, reports);
         if self.audits(task) {
             work.audit(tile, scratch, reports);
@@ -193,7 +191,7 @@ impl Work<'_> {
         let mut failures = 0;
         for micro_tile in 0..micro_tiles {
             let estimated = match failures < MOST_FAILURES {
-                true => self.micro_tile(micro_tile, &limits, tile, scratch),
+                true => self.micro_tile(micro_tile, &limits, self.most_computed(), tile, scratch),
                 false => None,
             };
             let Some(estimated) = estimated else {
@@ -227,7 +225,12 @@ impl Work<'_> {
     }
 
     pub fn clusters(&self) -> usize {
-        self.regions.iter().map(|region| self.head().regions[*region].clusters(self.level)).sum()
+        self.regions.iter().map(|region| self.head().regions[*region].clusters()).sum()
+    }
+
+    /// Clusters of a micro-tile above which it falls back.
+    pub fn most_computed(&self) -> usize {
+        (FALLBACK_SHARE * self.clusters() as f32) as usize
     }
 
     fn rows(&self) -> usize {
@@ -254,8 +257,8 @@ impl Work<'_> {
     }
 
     /// Fills `masses` (relative to each row's largest logit, which `tile` learns), `uncertainties` and `errors` (the
-    /// mean over the rows of the squared error that each cluster would add, in units of the row's limit). Returns the
-    /// rows' softmax sums; `None` when one is no number.
+    /// squared error that each cluster would add, in units of the row's limit: the mean over the rows of a head, summed
+    /// over heads, so that none takes more than its limit). Returns the rows' softmax sums; `None` when one is no number.
     fn estimate(
         &self,
         micro_tile: usize,
@@ -277,34 +280,36 @@ impl Work<'_> {
         let mut first = 0;
         for &region in self.regions {
             let region = &self.head().regions[region];
-            queries.estimate(region.summaries(self.level), masses, uncertainties, clusters, first);
-            first += region.clusters(self.level);
+            queries.estimate(region.summaries(), masses, uncertainties, clusters, first);
+            first += region.clusters();
         }
         errors.clear();
         errors.resize(clusters, 0.0);
+        let rows_of_head = (rows.len() as f32 / call.group() as f32).max(1.0);
         let mut totals = [0.0; MICRO_ROWS];
         let matrices = masses.chunks_exact_mut(clusters).zip(uncertainties.chunks_exact(clusters));
         for ((row, total), (masses, uncertainties)) in rows.clone().zip(&mut totals).zip(matrices) {
             let reference = largest(masses).max(tile.maximum(row));
             tile.raise_maximum(row, reference);
-            *total = tile.sum(row) + masses_in_place(masses, reference, self.level.keys() as f32);
+            *total = tile.sum(row) + masses_in_place(masses, reference, CLUSTER_KEYS as f32);
             if !(total.is_finite() && *total > 0.0) {
                 return None;
             }
             let limit = limits[self.head_and_token(row).0];
-            let factor = self.squared_error_factor(*total) / (limit * limit * rows.len() as f32);
+            let factor = Self::squared_error_factor(*total) / (limit * limit * rows_of_head);
             add_squared_errors(masses, uncertainties, factor, errors);
         }
         Some(totals)
     }
 
     /// Adds the far keys to a micro-tile: exactly in as few clusters as leave each head's rows within its entry of
-    /// `limits` on average, by estimate in the others. `None`, with nothing added, where more would be computed than
-    /// pays.
+    /// `limits` on average, by estimate in the others. `None`, with nothing added, where more than `most` would be
+    /// computed.
     pub fn micro_tile(
         &self,
         micro_tile: usize,
         limits: &[f32],
+        most: usize,
         tile: &mut AttentionTile,
         scratch: &mut TileScratch,
     ) -> Option<Estimated> {
@@ -312,20 +317,20 @@ impl Work<'_> {
         let (rows, clusters) = (self.rows_of(micro_tile), self.clusters());
         let TileScratch { masses, uncertainties, errors, selected, gathered, .. } = scratch;
         select(errors, 1.0, selected);
-        if selected.len() as f32 > FALLBACK_SHARE * clusters as f32 {
+        if selected.len() > most {
             return None;
         }
         let mut estimated = Estimated { selected: selected.len(), errors: [0.0; MICRO_ROWS] };
         let matrices = masses.chunks_exact_mut(clusters).zip(uncertainties.chunks_exact(clusters));
         for ((error, total), (masses, uncertainties)) in estimated.errors.iter_mut().zip(totals).zip(matrices) {
             selected.iter().for_each(|&cluster| masses[cluster as usize] = 0.0);
-            *error = (self.squared_error_factor(total) * sum_of_squared_errors(masses, uncertainties)).sqrt();
+            *error = (Self::squared_error_factor(total) * sum_of_squared_errors(masses, uncertainties)).sqrt();
         }
         let mut first = 0;
         for &region in self.regions {
             let region = &self.head().regions[region];
-            tile.add_clusters(rows.start, rows.len(), &masses[first..], clusters, region.summaries(self.level).values);
-            first += region.clusters(self.level);
+            tile.add_clusters(rows.start, rows.len(), &masses[first..], clusters, region.summaries().values);
+            first += region.clusters();
         }
         self.compute(micro_tile, selected, tile, gathered.of(&self.budgeted.call));
         Some(estimated)
@@ -340,15 +345,14 @@ impl Work<'_> {
             let keys = block.block(0..pages * PAGE_KEYS, shape);
             tile.accumulate_in(position, keys, None, |other| other == micro_tile);
         };
-        let cluster_pages = self.level.pages();
         let (mut gathered, mut first, mut selected) = (0, 0, selected);
         for &region in self.regions {
             let region = &self.head().regions[region];
-            let end = first + region.clusters(self.level) as u32;
+            let end = first + region.clusters() as u32;
             let here = selected.iter().take_while(|cluster| **cluster < end).count();
             let pages = |cluster: u32| {
-                let page = (cluster - first) as usize * cluster_pages;
-                page..page + cluster_pages
+                let page = (cluster - first) as usize * CLUSTER_PAGES;
+                page..page + CLUSTER_PAGES
             };
             for (index, &cluster) in selected[..here].iter().enumerate() {
                 if let Some(&later) = selected[..here].get(index + FETCHED_AHEAD) {
@@ -374,11 +378,11 @@ impl Work<'_> {
     /// Counts keys and rows.
     fn count(&self, scratch: &TileScratch, reports: &mut [HeadReport]) {
         let clusters = self.clusters();
-        let far = (clusters * self.level.keys()) as u64;
+        let far = (clusters * CLUSTER_KEYS) as u64;
         let near = |token: usize| self.budgeted.call.seen(token).len() as u64 - far;
         for micro_tile in 0..self.micro_tiles() {
             let is_exact = scratch.exact[micro_tile];
-            let computed = (scratch.counts[micro_tile] * self.level.keys()) as u64;
+            let computed = (scratch.counts[micro_tile] * CLUSTER_KEYS) as u64;
             for row in self.rows_of(micro_tile) {
                 let (head, token) = self.head_and_token(row);
                 let report = &mut reports[head];
@@ -422,8 +426,8 @@ impl Work<'_> {
 
     /// Factor on (mass² · uncertainty) that makes it the squared error of a cluster: with independent keys, the weighted
     /// mean of its values is off by the standard deviation of its weights over the square root of their number.
-    fn squared_error_factor(&self, total: f32) -> f32 {
-        2.0 / (self.level.keys() as f32 * total * total)
+    fn squared_error_factor(total: f32) -> f32 {
+        2.0 / (CLUSTER_KEYS as f32 * total * total)
     }
 
     /// √2 · the spread of the values: the length of an error that counts as a missed mass of 1.
