@@ -1,7 +1,7 @@
 //! One vector against rows of numbers: dot products for searches, weighted sums for what they find.
 
 use crate::InstructionSet;
-use crate::attention::fetch_ahead;
+use crate::attention;
 use crate::simd::{self, Operation, Simd};
 
 /// The width of a row is a multiple of this, filled up with zeros, so that no kernel has a tail.
@@ -77,9 +77,7 @@ fn weighted_rows_at(level: InstructionSet, sums: WeightedRows<'_>) {
 /// Asks the memory for rows that will be needed soon, up to 8 KiB of them: behind that the hardware sees the pattern.
 pub fn fetch(rows: Rows<'_>) {
     fn lines<T>(values: &[T]) {
-        for offset in (0..size_of_val(values).min(8 * 1024)).step_by(64) {
-            fetch_ahead(values.as_ptr(), offset as isize);
-        }
+        attention::fetch(&values[..values.len().min(8 * 1024 / size_of::<T>())]);
     }
     match rows {
         Rows::F32(rows) => lines(rows),
