@@ -3,8 +3,8 @@
 
 use super::tile::MicroTile;
 use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead};
-use crate::simd::exponential::exp;
-use crate::simd::{Operation, Simd};
+use crate::simd::exponential::exp2;
+use crate::simd::{Operation, Simd, map_in_place};
 use crate::softmax::soft_cap;
 
 /// Runs the rows of a micro-tile against its block.
@@ -54,6 +54,10 @@ unsafe fn store<S: Simd>(simd: S, vector: S::Vector, target: *mut f32) {
     // SAFETY: the caller promises `LANES` writable f32.
     simd.store(vector, unsafe { std::slice::from_raw_parts_mut(target, S::LANES) });
 }
+
+/// Steps of the inner loops written out: it divides widths and pages, and leaves so few turns that the processor foresees
+/// the last.
+const UNROLLED: usize = 4;
 
 /// Vectors of sums for each row: they and the row's operand fill the registers.
 const fn wide<S: Simd>() -> usize {
@@ -120,19 +124,21 @@ unsafe fn scores<S: Simd, const ROWS: usize, const VECTORS: usize, const AHEAD: 
         let queries = tile.queries.cast::<f32>();
         let key_ahead = tile.ahead.map_or(0, |(keys, _)| keys);
         let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
-        for channel in 0..tile.key_dim {
-            let mut keys = [simd.splat(0.0); VECTORS];
-            for (keys, source) in keys.iter_mut().zip(sources) {
-                let source = source.add(channel * PAGE_KEYS);
-                *keys = load(simd, source);
-                if AHEAD {
-                    fetch_ahead(source, key_ahead);
+        for first in (0..tile.key_dim).step_by(UNROLLED) {
+            for channel in first..first + UNROLLED {
+                let mut keys = [simd.splat(0.0); VECTORS];
+                for (keys, source) in keys.iter_mut().zip(sources) {
+                    let source = source.add(channel * PAGE_KEYS);
+                    *keys = load(simd, source);
+                    if AHEAD {
+                        fetch_ahead(source, key_ahead);
+                    }
                 }
-            }
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let query = simd.splat(*queries.add(row * tile.key_dim + channel));
-                for (sum, key) in sums.iter_mut().zip(keys) {
-                    *sum = simd.mul_add(query, key, *sum);
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let query = simd.splat(*queries.add(row * tile.key_dim + channel));
+                    for (sum, key) in sums.iter_mut().zip(keys) {
+                        *sum = simd.mul_add(query, key, *sum);
+                    }
                 }
             }
         }
@@ -151,26 +157,36 @@ unsafe fn softmax<S: Simd, const ROWS: usize>(simd: S, tile: &mut MicroTile<'_>)
     // SAFETY: a row of scores has `pages · 16` elements; `maxima` has ROWS and `sums` ROWS · 16.
     unsafe {
         let keys = tile.pages * PAGE_KEYS;
-        let mut decays = [0.0; ROWS];
-        for (row, decay) in decays.iter_mut().enumerate() {
+        let (mut maxima, mut decays) = ([0.0_f32; ROWS], [0.0_f32; ROWS]);
+        for (row, (maximum, decay)) in maxima.iter_mut().zip(&mut decays).enumerate() {
             let scores = tile.scores.add(row * MAX_BLOCK_KEYS);
             let mut largest = load(simd, scores);
-            for key in (0..keys).step_by(S::LANES) {
+            for key in (S::LANES..keys).step_by(S::LANES) {
                 largest = simd.max(load(simd, scores.add(key)), largest);
             }
             let before = *tile.maxima.add(row);
-            let maximum = before.max(simd.reduce_max(largest));
-            *tile.maxima.add(row) = maximum;
-            *decay = (before - maximum).exp();
+            *maximum = before.max(simd.reduce_max(largest));
+            *tile.maxima.add(row) = *maximum;
+            *decay = before - *maximum;
+        }
+        // The factors of all rows in one vector: apart they would wait for one another.
+        map_in_place(
+            simd,
+            &mut decays,
+            #[inline(always)]
+            |difference| exp2(simd, difference),
+        );
+        for (row, (maximum, decay)) in maxima.into_iter().zip(decays).enumerate() {
+            let scores = tile.scores.add(row * MAX_BLOCK_KEYS);
             let maximum = simd.splat(maximum);
-            let mut sum = simd.splat(0.0);
+            let total = tile.sums.add(row * PAGE_KEYS);
+            let mut sum = simd.mul(load(simd, total), simd.splat(decay));
             for key in (0..keys).step_by(S::LANES) {
-                let weight = exp(simd, simd.sub(load(simd, scores.add(key)), maximum));
+                let weight = exp2(simd, simd.sub(load(simd, scores.add(key)), maximum));
                 store(simd, weight, scores.add(key));
                 sum = simd.add(sum, weight);
             }
-            let total = tile.sums.add(row * PAGE_KEYS);
-            store(simd, simd.mul_add(load(simd, total), simd.splat(*decay), sum), total);
+            store(simd, sum, total);
         }
         decays
     }
@@ -197,19 +213,21 @@ unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: usize, cons
                 *sum = simd.mul(before, simd.splat(*decay));
             }
         }
-        for key in 0..tile.pages * PAGE_KEYS {
-            let source = values.add(key * tile.value_dim);
-            let mut values = [simd.splat(0.0); VECTORS];
-            for (vector, values) in values.iter_mut().enumerate() {
-                *values = load(simd, source.add(vector * S::LANES));
-                if AHEAD {
-                    fetch_ahead(source.add(vector * S::LANES), value_ahead);
+        for first in (0..tile.pages * PAGE_KEYS).step_by(UNROLLED) {
+            for key in first..first + UNROLLED {
+                let source = values.add(key * tile.value_dim);
+                let mut values = [simd.splat(0.0); VECTORS];
+                for (vector, values) in values.iter_mut().enumerate() {
+                    *values = load(simd, source.add(vector * S::LANES));
+                    if AHEAD {
+                        fetch_ahead(source.add(vector * S::LANES), value_ahead);
+                    }
                 }
-            }
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let weight = simd.splat(*tile.scores.add(row * MAX_BLOCK_KEYS + key));
-                for (sum, value) in sums.iter_mut().zip(values) {
-                    *sum = simd.mul_add(weight, value, *sum);
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let weight = simd.splat(*tile.scores.add(row * MAX_BLOCK_KEYS + key));
+                    for (sum, value) in sums.iter_mut().zip(values) {
+                        *sum = simd.mul_add(weight, value, *sum);
+                    }
                 }
             }
         }

@@ -11,7 +11,7 @@
 //! | int8 | `[key_dim / 4][16][4]`, u8 = integer + 128 | `[8][value_dim][2]`, i8 |
 //!
 //! [`AttentionTile`] is the tiled attention of FlashAttention (Dao et al. 2022) cut to a CPU's caches: block after
-//! block of keys and values stays in the first-level cache while all rows of the tile pass over it, six at a time.
+//! block of keys and values stays in the second-level cache while all rows of the tile pass over it, six at a time.
 
 #[cfg(target_arch = "x86_64")]
 mod bf16;

@@ -72,15 +72,8 @@ enum Arithmetic {
     Int8,
 }
 
-impl Arithmetic {
-    /// Nats in one unit of the scores.
-    fn nats(self) -> f32 {
-        match self {
-            Self::F32 => 1.0,
-            Self::Bf16 | Self::Int8 => std::f32::consts::LN_2,
-        }
-    }
-}
+/// Nats in one unit of the scores, which are logarithms of base 2.
+const NATS: f32 = std::f32::consts::LN_2;
 
 /// Query rows of one key/value head with their running softmax and output.
 ///
@@ -90,11 +83,11 @@ impl Arithmetic {
 pub struct AttentionTile {
     instruction_set: Option<InstructionSet>,
     arithmetic: Option<Arithmetic>,
-    /// What scores are soft-capped to; 0: nothing.
+    /// What scores are soft-capped to, in their unit; 0: nothing.
     soft_cap: f32,
     shape: TileShape,
-    /// `[rows][key_dim]`, one of the three by `arithmetic`; multiplied by the factor on the logits, and for bf16 and
-    /// int8 by log2 e too, as their kernels compute powers of two.
+    /// `[rows][key_dim]`, one of the three by `arithmetic`; multiplied by the factor on the logits and by log2 e, as the
+    /// kernels compute powers of two.
     queries_f32: AlignedBuffer<f32>,
     queries_bf16: AlignedBuffer<u16>,
     queries_int8: AlignedBuffer<i8>,
@@ -148,7 +141,7 @@ pub(super) struct MicroTile<'a> {
     pub value_factors: *const f32,
     /// Int8: value of one step of weight · value.
     pub value_step: f32,
-    /// What scores are soft-capped to (f32 only); 0: nothing.
+    /// What scores are soft-capped to, in their unit (f32 only); 0: nothing.
     pub soft_cap: f32,
     /// Where the next block's keys and values lie, to be fetched into the second-level cache meanwhile: byte offsets
     /// from this block's. One micro-tile of a block does it.
@@ -195,7 +188,7 @@ impl AttentionTile {
         assert_eq!(shape.value_dim % VALUE_DIM_MULTIPLE, 0, "value width {} is not padded", shape.value_dim);
         let TileShape { rows, key_dim, value_dim } = shape;
         self.instruction_set = Some(instruction_set);
-        self.soft_cap = soft_cap.unwrap_or(0.0);
+        self.soft_cap = soft_cap.unwrap_or(0.0) / NATS;
         let arithmetic = match (instruction_set, kind) {
             _ if soft_cap.is_some() => Arithmetic::F32,
             (InstructionSet::Avx512Bf16, KeyBlock::Bf16 { .. }) => Arithmetic::Bf16,
@@ -249,7 +242,7 @@ impl AttentionTile {
         let range = row * key_dim..(row + 1) * key_dim;
         self.visible[row] = (start, end.max(start));
         let arithmetic = self.arithmetic.expect("begin was called");
-        let factor = scale / arithmetic.nats();
+        let factor = scale / NATS;
         match arithmetic {
             Arithmetic::F32 => {
                 let target = &mut self.queries_f32[range];
@@ -441,7 +434,7 @@ impl AttentionTile {
 
     /// Largest logit of row `row` so far, in nats; very low when it has seen none.
     pub fn maximum(&self, row: usize) -> f32 {
-        self.maxima[row] * self.arithmetic.expect("begin was called").nats()
+        self.maxima[row] * NATS
     }
 
     /// Softmax sum of row `row` so far, relative to `e^maximum`.
@@ -452,10 +445,9 @@ impl AttentionTile {
     /// Lets later masses of row `row` be given relative to `e^reference`, which becomes its largest logit unless a
     /// larger one was seen.
     pub fn raise_maximum(&mut self, row: usize, reference: f32) {
-        let nats = self.arithmetic.expect("begin was called").nats();
-        let (before, after) = (self.maxima[row], reference / nats);
+        let (before, after) = (self.maxima[row], reference / NATS);
         if after > before {
-            let decay = ((before - after) * nats).exp();
+            let decay = ((before - after) * NATS).exp();
             self.maxima[row] = after;
             let value_dim = self.shape.value_dim;
             self.sums[row * PAGE_KEYS..(row + 1) * PAGE_KEYS].iter_mut().for_each(|sum| *sum *= decay);
@@ -497,8 +489,7 @@ impl AttentionTile {
         }
         let inverse = 1.0 / sum;
         output.iter_mut().zip(sums).for_each(|(target, value)| *target = value * inverse);
-        let unit = self.arithmetic.expect("begin was called").nats();
-        self.maxima[row] * unit + sum.ln()
+        self.maxima[row] * NATS + sum.ln()
     }
 }
 

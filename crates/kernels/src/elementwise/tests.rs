@@ -8,6 +8,8 @@ use crate::activation::{Activation, silu_multiply, silu_multiply_at, silu_multip
 use crate::add::{add, add_at, add_bias_rows};
 use crate::norm::{rms_norm, rms_norm_at, rms_norm_in_place, rms_norm_rows};
 use crate::rope::{RopeScaling, RopeTable, Rotations, rotate_at};
+use crate::simd::exponential::exp2;
+use crate::simd::{self, Operation, Simd, map_in_place};
 use crate::softmax::{exp_at, log_sum_exp_at, soft_cap_at, softmax_at};
 use crate::{InstructionSet, ThreadTeam};
 
@@ -45,6 +47,40 @@ fn exponential_is_right_to_the_last_places() {
         for (input, output) in inputs.into_iter().zip(outputs) {
             let error = units_in_last_place(output, f64::from(input).exp());
             assert!(error <= 2.0, "{level:?}: exp({input}) = {output}, {error} units in the last place");
+        }
+    }
+}
+
+struct PowersOfTwo<'a>(&'a mut [f32]);
+
+impl Operation for PowersOfTwo<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        map_in_place(
+            simd,
+            self.0,
+            #[inline(always)]
+            |x| exp2(simd, x),
+        );
+    }
+}
+
+#[test]
+fn powers_of_two_are_right_to_the_last_places() {
+    for level in super::levels() {
+        let mut inputs = vec![0.0, -0.0, -1e-30, -1.0, -0.5, -0.499, -126.0, -126.5, -140.25, -149.0, -150.5, -1e30];
+        inputs.extend([f32::MIN, f32::NEG_INFINITY, f32::NAN, 1.0, 126.75, 127.0]);
+        let mut random = Random::new(9);
+        inputs.extend((0..40_000).map(|_| random.uniform(-150.0, 127.0) as f32));
+        inputs.extend((0..10_000).map(|_| random.uniform(-2.0, 0.0) as f32));
+        let mut outputs = inputs.clone();
+        simd::run(level, PowersOfTwo(&mut outputs));
+        assert_eq!(outputs[0], 1.0, "{level:?}: the weight of the largest score");
+        for (input, output) in inputs.into_iter().zip(outputs) {
+            let error = units_in_last_place(output, f64::from(input).exp2());
+            assert!(error <= 3.0, "{level:?}: 2^{input} = {output}, {error} units in the last place");
         }
     }
 }

@@ -143,6 +143,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn split_exponent(self, x: __m512) -> (__m512, __m512) {
+        // Round down, keep no fraction bits, raise nothing; the scaling takes the floor of its exponent itself.
+        (intrinsic!(_mm512_reduce_ps::<0x09>(x)), x)
+    }
+
+    #[inline(always)]
     fn reduce_add(self, a: __m512) -> f32 {
         intrinsic!(_mm512_reduce_add_ps(a))
     }

@@ -53,6 +53,11 @@ pub(crate) trait Simd: Copy {
     fn zero_above(self, a: Self::Vector, limit: Self::Vector) -> Self::Vector;
     /// `a · 2^n` rounded once, for whole `n` from −252 to 252.
     fn scale_by_power_of_two(self, a: Self::Vector, n: Self::Vector) -> Self::Vector;
+    /// A fraction from 0 to 1 and an exponent for [`scale_by_power_of_two`](Self::scale_by_power_of_two), which together
+    /// make 2^x: for x up to 127, and 0 or a subnormal for any lower. A NaN stays in the fraction.
+    fn split_exponent(self, x: Self::Vector) -> (Self::Vector, Self::Vector) {
+        exponential::split_exponent(self, x)
+    }
     /// Sum of the lanes, in an order that depends on the instruction set only.
     fn reduce_add(self, a: Self::Vector) -> f32;
     /// Largest lane; a NaN may be passed over.
