@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::clusters_bf16::pairs;
 use super::softmax::{exp2, largest_score};
 use super::tile::MicroTile;
-use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead};
+use super::{MAX_BLOCK_KEYS, PAGE_KEYS, ROWS_IN_SEQUENCE, fetch_ahead};
 
 /// bf16 queries, keys and values for `rows` (1 to 6) rows.
 ///
@@ -69,10 +69,6 @@ unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<
         }
     }
 }
-
-/// Up to so many rows (a decode step of a group of heads) wait for memory, which is faster when keys are read in order
-/// than in four pages at once; more rows are bound by the products, which need the pages side by side.
-const ROWS_IN_SEQUENCE: usize = 4;
 
 /// As [`scores`] for one page, read in the order of memory. The sums of every fourth step are kept apart, so that no
 /// product waits for the one before.
