@@ -228,8 +228,7 @@ fn block_keys(cache: &KeyValueCache) -> usize {
     let shape = cache.shape();
     let width = shape.padded_key_dim() + shape.padded_value_dim();
     let bytes = match cache.kind() {
-        KeyValueType::F32 => 2 * width,
-        KeyValueType::Bf16 => 2 * width,
+        KeyValueType::F32 | KeyValueType::Bf16 => 2 * width,
         KeyValueType::Int8 => width,
     };
     let fitting = (BLOCK_BYTES / bytes).clamp(64, MAX_BLOCK_KEYS);

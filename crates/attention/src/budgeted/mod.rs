@@ -7,8 +7,8 @@
 //! their squares add up. The clusters with the largest are computed exactly, as few as keep the sum within the budget
 //! ([`selection`]); the others enter the softmax with their estimated mass and their mean value ([`tile`]). How large
 //! the sum may be is measured for each head on a few of its queries, and again as the keys grow in number
-//! ([`calibration`]). The first keys, recent ones and those not clustered yet are always
-//! exact. Where clusters would save little, exact attention takes over.
+//! ([`calibration`]). The first keys, recent ones and those not clustered yet are always exact. Where clusters would save
+//! little, exact attention takes over.
 //!
 //! *Missed mass* of a row is the share of softmax mass that would have to move from one typical value to another,
 //! independent one to make the row's error: `‖ô − o‖ / (√2 · σ)`, with the exact output `o`, the method's `ô`, and the

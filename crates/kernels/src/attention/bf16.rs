@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::clusters_bf16::pairs;
 use super::softmax::{exp2, largest_score};
 use super::tile::MicroTile;
-use super::{MAX_BLOCK_KEYS, PAGE_KEYS, ROWS_IN_SEQUENCE, fetch_ahead};
+use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead, pages_at_once};
 
 /// bf16 queries, keys and values for `rows` (1 to 6) rows.
 ///
@@ -38,14 +38,8 @@ unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<
     // SAFETY: forwarded from the caller; each call stays within the block's pages and the value width.
     unsafe {
         let mut page = 0;
-        if ROWS <= ROWS_IN_SEQUENCE {
-            while page < tile.pages {
-                scores_in_sequence::<ROWS, AHEAD>(tile, page);
-                page += 1;
-            }
-        }
         while page < tile.pages {
-            let panels = (tile.pages - page).min(4);
+            let panels = (tile.pages - page).min(pages_at_once(ROWS));
             match panels {
                 4 => scores::<ROWS, 4, AHEAD>(tile, page),
                 3 => scores::<ROWS, 3, AHEAD>(tile, page),
@@ -66,49 +60,6 @@ unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<
                 _ => weighted_values::<ROWS, 1, AHEAD>(tile, &decay, column),
             }
             column += panels * PAGE_KEYS;
-        }
-    }
-}
-
-/// As [`scores`] for one page, read in the order of memory. The sums of every fourth step are kept apart, so that no
-/// product waits for the one before.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn scores_in_sequence<const ROWS: usize, const AHEAD: bool>(tile: &MicroTile<'_>, page: usize) {
-    // SAFETY: page `page` is in the block; a page is `[steps][16]` pairs, a query `steps` pairs.
-    unsafe {
-        let steps = tile.key_dim / 2;
-        let keys = tile.keys.cast::<__m512i>().add(page * steps);
-        let queries = tile.queries.cast::<i32>();
-        let key_ahead = tile.ahead.map_or(0, |(keys, _)| keys);
-        let mut sums = [[_mm512_setzero_ps(); 4]; ROWS];
-        let whole = steps / 4 * 4;
-        let mut first = 0;
-        while first < whole {
-            for part in 0..4 {
-                let source = keys.add(first + part);
-                let lanes = _mm512_loadu_si512(source);
-                if AHEAD {
-                    fetch_ahead(source, key_ahead);
-                }
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let query = pairs(_mm512_set1_epi32(queries.add(row * steps + first + part).read_unaligned()));
-                    sums[part] = _mm512_dpbf16_ps(sums[part], pairs(lanes), query);
-                }
-            }
-            first += 4;
-        }
-        while first < steps {
-            let lanes = _mm512_loadu_si512(keys.add(first));
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let query = pairs(_mm512_set1_epi32(queries.add(row * steps + first).read_unaligned()));
-                sums[0] = _mm512_dpbf16_ps(sums[0], pairs(lanes), query);
-            }
-            first += 1;
-        }
-        for (row, sums) in sums.iter().enumerate() {
-            let sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
-            _mm512_storeu_ps(tile.scores.add(row * MAX_BLOCK_KEYS + page * PAGE_KEYS), sum);
         }
     }
 }

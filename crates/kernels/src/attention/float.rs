@@ -55,10 +55,6 @@ unsafe fn store<S: Simd>(simd: S, vector: S::Vector, target: *mut f32) {
     simd.store(vector, unsafe { std::slice::from_raw_parts_mut(target, S::LANES) });
 }
 
-/// Steps of the inner loops written out: it divides widths and pages, and leaves so few turns that the processor foresees
-/// the last.
-const UNROLLED: usize = 4;
-
 /// Vectors of sums for each row: they and the row's operand fill the registers.
 const fn wide<S: Simd>() -> usize {
     if S::LANES == 16 { 4 } else { PAGE_KEYS / S::LANES }
@@ -124,21 +120,19 @@ unsafe fn scores<S: Simd, const ROWS: usize, const VECTORS: usize, const AHEAD: 
         let queries = tile.queries.cast::<f32>();
         let key_ahead = tile.ahead.map_or(0, |(keys, _)| keys);
         let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
-        for first in (0..tile.key_dim).step_by(UNROLLED) {
-            for channel in first..first + UNROLLED {
-                let mut keys = [simd.splat(0.0); VECTORS];
-                for (keys, source) in keys.iter_mut().zip(sources) {
-                    let source = source.add(channel * PAGE_KEYS);
-                    *keys = load(simd, source);
-                    if AHEAD {
-                        fetch_ahead(source, key_ahead);
-                    }
+        for channel in 0..tile.key_dim {
+            let mut keys = [simd.splat(0.0); VECTORS];
+            for (keys, source) in keys.iter_mut().zip(sources) {
+                let source = source.add(channel * PAGE_KEYS);
+                *keys = load(simd, source);
+                if AHEAD {
+                    fetch_ahead(source, key_ahead);
                 }
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let query = simd.splat(*queries.add(row * tile.key_dim + channel));
-                    for (sum, key) in sums.iter_mut().zip(keys) {
-                        *sum = simd.mul_add(query, key, *sum);
-                    }
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let query = simd.splat(*queries.add(row * tile.key_dim + channel));
+                for (sum, key) in sums.iter_mut().zip(keys) {
+                    *sum = simd.mul_add(query, key, *sum);
                 }
             }
         }
@@ -213,21 +207,19 @@ unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: usize, cons
                 *sum = simd.mul(before, simd.splat(*decay));
             }
         }
-        for first in (0..tile.pages * PAGE_KEYS).step_by(UNROLLED) {
-            for key in first..first + UNROLLED {
-                let source = values.add(key * tile.value_dim);
-                let mut values = [simd.splat(0.0); VECTORS];
-                for (vector, values) in values.iter_mut().enumerate() {
-                    *values = load(simd, source.add(vector * S::LANES));
-                    if AHEAD {
-                        fetch_ahead(source.add(vector * S::LANES), value_ahead);
-                    }
+        for key in 0..tile.pages * PAGE_KEYS {
+            let source = values.add(key * tile.value_dim);
+            let mut values = [simd.splat(0.0); VECTORS];
+            for (vector, values) in values.iter_mut().enumerate() {
+                *values = load(simd, source.add(vector * S::LANES));
+                if AHEAD {
+                    fetch_ahead(source.add(vector * S::LANES), value_ahead);
                 }
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let weight = simd.splat(*tile.scores.add(row * MAX_BLOCK_KEYS + key));
-                    for (sum, value) in sums.iter_mut().zip(values) {
-                        *sum = simd.mul_add(weight, value, *sum);
-                    }
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let weight = simd.splat(*tile.scores.add(row * MAX_BLOCK_KEYS + key));
+                for (sum, value) in sums.iter_mut().zip(values) {
+                    *sum = simd.mul_add(weight, value, *sum);
                 }
             }
         }

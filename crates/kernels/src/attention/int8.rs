@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use super::softmax::{exp2, largest_score};
 use super::tile::{MicroTile, NOTHING_SEEN};
-use super::{MAX_BLOCK_KEYS, PAGE_KEYS, ROWS_IN_SEQUENCE, fetch_ahead};
+use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead, pages_at_once};
 
 /// Runs `rows` (1 to 6) rows.
 ///
@@ -41,14 +41,8 @@ unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<
     // SAFETY: forwarded from the caller; each call stays within the block's pages and the value width.
     unsafe {
         let mut page = 0;
-        if ROWS <= ROWS_IN_SEQUENCE {
-            while page < tile.pages {
-                scores_in_sequence::<ROWS, AHEAD>(tile, page);
-                page += 1;
-            }
-        }
         while page < tile.pages {
-            let panels = (tile.pages - page).min(4);
+            let panels = (tile.pages - page).min(pages_at_once(ROWS));
             match panels {
                 4 => scores::<ROWS, 4, AHEAD>(tile, page),
                 3 => scores::<ROWS, 3, AHEAD>(tile, page),
@@ -112,49 +106,6 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile
                 let score = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[panel]), scales);
                 _mm512_storeu_ps(tile.scores.add(row * MAX_BLOCK_KEYS + (page + panel) * PAGE_KEYS), score);
             }
-        }
-    }
-}
-
-/// As [`scores`] for one page, read in the order of memory. The sums of every second step are kept apart, so that fewer
-/// products wait for the one before.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn scores_in_sequence<const ROWS: usize, const AHEAD: bool>(tile: &MicroTile<'_>, page: usize) {
-    // SAFETY: page `page` is in the block; a page is `[steps][16]` groups of four, a query `steps` groups; there is one
-    // key scale for each key of the block.
-    unsafe {
-        let steps = tile.key_dim / 4;
-        let keys = tile.keys.cast::<__m512i>().add(page * steps);
-        let queries = tile.queries.cast::<i32>();
-        let key_ahead = tile.ahead.map_or(0, |(keys, _)| keys);
-        let mut sums = [[_mm512_setzero_si512(); 2]; ROWS];
-        for (row, sums) in sums.iter_mut().enumerate() {
-            // Keys are stored with an offset of 128; starting here takes it out again.
-            sums[0] = _mm512_set1_epi32(*tile.query_offsets.add(row));
-        }
-        let mut add = |step: usize, part: usize| {
-            let source = keys.add(step);
-            let lanes = _mm512_loadu_si512(source);
-            if AHEAD {
-                fetch_ahead(source, key_ahead);
-            }
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let query = _mm512_set1_epi32(queries.add(row * steps + step).read_unaligned());
-                sums[part] = _mm512_dpbusd_epi32(sums[part], lanes, query);
-            }
-        };
-        for pair in 0..steps / 2 {
-            add(2 * pair, 0);
-            add(2 * pair + 1, 1);
-        }
-        if steps % 2 == 1 {
-            add(steps - 1, 0);
-        }
-        let scales = _mm512_loadu_ps(tile.key_scales.add(page * PAGE_KEYS));
-        for (row, sums) in sums.iter().enumerate() {
-            let score = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1])), scales);
-            _mm512_storeu_ps(tile.scores.add(row * MAX_BLOCK_KEYS + page * PAGE_KEYS), score);
         }
     }
 }

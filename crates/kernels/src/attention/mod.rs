@@ -41,10 +41,13 @@ pub const VALUE_DIM_MULTIPLE: usize = 16;
 pub const MAX_BLOCK_KEYS: usize = 256;
 /// Query rows of a micro-tile: 6 rows × 4 vectors fill 24 of 32 registers with sums.
 pub const MICRO_ROWS: usize = 6;
-/// Up to so many rows (a decode step of a group of heads) wait for memory, which is faster when keys are read in order
-/// than in four pages at once; more rows are bound by the products, which need the pages side by side.
+/// Pages whose scores a micro-tile of `rows` rows computes side by side. Up to four rows (a decode step of a group of
+/// heads) wait for memory, which is faster when keys are read in order; more are bound by the products, which need the
+/// pages side by side.
 #[cfg(target_arch = "x86_64")]
-const ROWS_IN_SEQUENCE: usize = 4;
+const fn pages_at_once(rows: usize) -> usize {
+    if rows <= 4 { 1 } else { 4 }
+}
 
 /// Asks the memory for the cache lines of `values`, which will be needed soon.
 #[inline]

@@ -143,8 +143,7 @@ pub(super) struct MicroTile<'a> {
     pub value_step: f32,
     /// What scores are soft-capped to, in their unit (f32 only); 0: nothing.
     pub soft_cap: f32,
-    /// Where the next block's keys and values lie, to be fetched into the second-level cache meanwhile: byte offsets
-    /// from this block's. One micro-tile of a block does it.
+    /// Where the next block's keys and values lie, to be fetched meanwhile: byte offsets from this block's. One micro-tile of a block does it.
     pub ahead: Option<(isize, isize)>,
     /// First key of the first page, and what each row sees, when some row does not see all of the pages.
     pub mask: Option<(usize, &'a [(usize, usize)])>,
