@@ -25,7 +25,7 @@ ap.add_argument("--theta", type=float, default=500000.0); ap.add_argument("--max
 ap.add_argument("--stages", default="0:128,0.2:256,0.4:512,0.6:1024,0.8:2048,0.93:4096", help="share of the run : sequence length")
 ap.add_argument("--lr", type=float, default=7e-4); ap.add_argument("--seed", type=int, default=1)
 ap.add_argument("--threads", type=int, default=2); ap.add_argument("--workers", type=int, default=0)
-ap.add_argument("--init", help="folder of a trained model to start from (its tokenizer too)"); ap.add_argument("--resume", action="store_true"); ap.add_argument("--stop-after", type=float, default=1e9, help="minutes of this call")
+ap.add_argument("--eager", action="store_true", help="no torch.compile on a GPU"); ap.add_argument("--init", help="folder of a trained model to start from (its tokenizer too)"); ap.add_argument("--resume", action="store_true"); ap.add_argument("--stop-after", type=float, default=1e9, help="minutes of this call")
 a = ap.parse_args()
 HEAD, SPECIAL = 64, ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
 os.makedirs(a.out, exist_ok=True)
@@ -219,7 +219,7 @@ def main():
     began = time.time(); start = began - spent; saved = began
     level = torch.multiprocessing.Value("i", level0); learned = 0.0
     loader = iter(torch.utils.data.DataLoader(Stream(start, level), batch_size=None, num_workers=a.workers, prefetch_factor=4 if a.workers else None, pin_memory=a.device != "cpu"))
-    fwd = torch.compile(lambda x, pos, keep: m.logits(m(x, pos).flatten(0, 1)[keep]), dynamic=True) if a.device != "cpu" else (lambda x, pos, keep: m.logits(m(x, pos).flatten(0, 1)[keep]))
+    fwd = torch.compile(lambda x, pos, keep: m.logits(m(x, pos).flatten(0, 1)[keep]), dynamic=True) if a.device != "cpu" and not a.eager else (lambda x, pos, keep: m.logits(m(x, pos).flatten(0, 1)[keep]))
     log = open(os.path.join(a.out, "log.jsonl"), "a")
     while (progress := (time.time() - start) / 60 / a.minutes) < 1 and (time.time() - began) / 60 < a.stop_after:
         for g in opt.param_groups: g["lr"] = a.lr * min(1, (step + 1) / 200) * (1 if progress < 0.5 else max(0.03, (1 - progress) / 0.5))

@@ -15,11 +15,14 @@ pub enum InstructionSet {
     Avx512Vnni,
     /// [`InstructionSet::Avx512Vnni`] with BF16 dot products.
     Avx512Bf16,
+    /// [`InstructionSet::Avx512Bf16`] with AMX: products of whole tiles of bf16 and int8.
+    Amx,
 }
 
 impl InstructionSet {
     /// Every level, lowest first.
-    pub const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Bf16];
+    pub const ALL: [Self; 6] =
+        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Bf16, Self::Amx];
 
     /// The name that `ICEFORMER_ISA` takes and reports print.
     pub fn name(self) -> &'static str {
@@ -29,6 +32,7 @@ impl InstructionSet {
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512-vnni",
             Self::Avx512Bf16 => "avx512-bf16",
+            Self::Amx => "amx",
         }
     }
 
@@ -46,6 +50,7 @@ impl InstructionSet {
         let vnni = avx512 && is_x86_feature_detected!("avx512vnni");
         let bf16 = vnni && is_x86_feature_detected!("avx512bf16");
         match (avx2, avx512, vnni, bf16) {
+            (_, _, _, true) if crate::amx::available() => Self::Amx,
             (_, _, _, true) => Self::Avx512Bf16,
             (_, _, true, _) => Self::Avx512Vnni,
             (_, true, _, _) => Self::Avx512,

@@ -6,6 +6,8 @@
 pub mod activation;
 pub mod add;
 mod aligned;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 pub mod ceilings;
 mod elementwise;

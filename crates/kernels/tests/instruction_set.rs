@@ -26,7 +26,9 @@ fn detection_agrees_with_the_system() {
     let avx512 = avx2 && has(&["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi"]);
     let vnni = avx512 && has(&["avx512_vnni"]);
     let bf16 = vnni && has(&["avx512_bf16"]);
+    let amx = bf16 && has(&["amx_tile", "amx_bf16", "amx_int8"]);
     let expected = match (avx2, avx512, vnni, bf16) {
+        _ if amx => InstructionSet::Amx,
         (_, _, _, true) => InstructionSet::Avx512Bf16,
         (_, _, true, _) => InstructionSet::Avx512Vnni,
         (_, true, _, _) => InstructionSet::Avx512,

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::clusters_bf16::pairs;
-use super::softmax::{exp2, largest_score};
+use super::softmax::{brain_weights, exp2, largest_score};
 use super::tile::MicroTile;
 use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead, pages_at_once};
 
@@ -48,7 +48,7 @@ unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<
             }
             page += panels;
         }
-        tile.apply_mask::<ROWS>();
+        tile.apply_mask(ROWS);
         let decay = softmax::<ROWS>(tile);
         let mut column = 0;
         while column < tile.value_dim {
@@ -120,29 +120,7 @@ unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Decay {
         }
         _mm512_store_ps(result.0.as_mut_ptr(), exp2(_mm512_load_ps(result.0.as_ptr())));
         for (row, maximum) in maxima.into_iter().enumerate() {
-            let scores = tile.scores.add(row * MAX_BLOCK_KEYS);
-            let weights = tile.weights.add(row * MAX_BLOCK_KEYS);
-            let maximum = _mm512_set1_ps(maximum);
-            let weight = |page: usize| exp2(_mm512_sub_ps(_mm512_loadu_ps(scores.add(page * PAGE_KEYS)), maximum));
-            let total = tile.sums.add(row * PAGE_KEYS);
-            let mut even = _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(result.0[row]));
-            let mut odd = _mm512_setzero_ps();
-            let mut page = 0;
-            while page + 1 < tile.pages {
-                let (low, high) = (weight(page), weight(page + 1));
-                even = _mm512_add_ps(even, low);
-                odd = _mm512_add_ps(odd, high);
-                let packed: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
-                _mm512_storeu_si512(weights.add(page * PAGE_KEYS).cast(), packed);
-                page += 2;
-            }
-            if page < tile.pages {
-                let last = weight(page);
-                even = _mm512_add_ps(even, last);
-                let packed: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(last));
-                _mm256_storeu_si256(weights.add(page * PAGE_KEYS).cast(), packed);
-            }
-            _mm512_storeu_ps(total, _mm512_add_ps(even, odd));
+            brain_weights::<false>(tile, row, maximum, result.0[row]);
         }
         result
     }

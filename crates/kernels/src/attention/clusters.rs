@@ -70,7 +70,7 @@ impl ClusterQueries {
             *half_square = 0.5 * *target * *target;
         }
         #[cfg(target_arch = "x86_64")]
-        if InstructionSet::detected_once() == InstructionSet::Avx512Bf16 {
+        if InstructionSet::detected_once() >= InstructionSet::Avx512Bf16 {
             // SAFETY: the machine has the level.
             unsafe {
                 clusters_bf16::round(&self.queries[range.clone()], &mut self.brain_queries[range.clone()]);
@@ -114,7 +114,7 @@ impl ClusterQueries {
         assert_eq!(log_masses.len(), uncertainties.len(), "both matrices are of one size");
         assert!(level <= InstructionSet::detected(), "this machine has no {}", level.name());
         #[cfg(target_arch = "x86_64")]
-        if level == InstructionSet::Avx512Bf16 {
+        if level >= InstructionSet::Avx512Bf16 {
             let estimate = BrainEstimate {
                 queries: self.brain_queries.as_ptr(),
                 half_squares: self.brain_half_squares.as_ptr(),
@@ -404,7 +404,7 @@ impl WeightedClusters<'_> {
         assert!(clusters.is_multiple_of(2), "whole pairs of clusters");
         assert_eq!(self.output.len(), self.rows * self.value_dim, "one output for each row");
         #[cfg(target_arch = "x86_64")]
-        if level == InstructionSet::Avx512Bf16 {
+        if level >= InstructionSet::Avx512Bf16 {
             let block = rounded.len() / self.rows / 2 * 2;
             for first in (0..clusters).step_by(block) {
                 let count = block.min(clusters - first);
@@ -513,7 +513,7 @@ mod tests {
     /// `value` as the kernel of `level` multiplies it.
     fn seen(level: InstructionSet, value: f32) -> f64 {
         match level {
-            InstructionSet::Avx512Bf16 => bf16::from_f32(value).to_f64(),
+            InstructionSet::Avx512Bf16 | InstructionSet::Amx => bf16::from_f32(value).to_f64(),
             _ => f64::from(value),
         }
     }

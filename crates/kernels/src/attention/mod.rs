@@ -14,6 +14,8 @@
 //! block of keys and values stays in the second-level cache while all rows of the tile pass over it, six at a time.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod bf16;
 mod clusters;
 #[cfg(target_arch = "x86_64")]

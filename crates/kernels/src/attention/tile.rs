@@ -6,7 +6,9 @@ use super::clusters::WeightedClusters;
 use super::float::FloatMicroTile;
 use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE, fetch_ahead};
 #[cfg(target_arch = "x86_64")]
-use super::{bf16 as bf16_kernel, int8 as int8_kernel};
+use super::{amx as amx_kernel, bf16 as bf16_kernel, int8 as int8_kernel};
+#[cfg(target_arch = "x86_64")]
+use crate::amx::{Elements, PRODUCT_ROWS};
 use crate::{AlignedBuffer, InstructionSet, nearest_integer, simd};
 
 /// Whole pages of keys and values, one after another, in the layouts of the [module](super).
@@ -103,15 +105,26 @@ pub struct AttentionTile {
     sums: AlignedBuffer<f32>,
     /// Weighted sum of values so far. `[rows][value_dim]`
     output: AlignedBuffer<f32>,
-    /// Scores of a micro-tile. `[MICRO_ROWS][MAX_BLOCK_KEYS]`
+    /// Scores of a micro-tile. `[rows of it][MAX_BLOCK_KEYS]`
     scores: AlignedBuffer<f32>,
-    /// Weights of a micro-tile in bf16 or int16. `[MICRO_ROWS][MAX_BLOCK_KEYS]`
+    /// Weights of a micro-tile in bf16 or int16. `[rows of it][MAX_BLOCK_KEYS]`
     weights: AlignedBuffer<u16>,
     expanded_keys: AlignedBuffer<f32>,
     expanded_values: AlignedBuffer<f32>,
+    /// Int8 values of a block as brain floats, for AMX. `[pages · 8][value_dim][2]`
+    brain_values: AlignedBuffer<u16>,
     /// Int8: scale of each value over the largest of the block, in steps of a weight. `[pages · 16]`
     value_factors: Vec<f32>,
 }
+
+/// Up to so many rows of an int8 block the vector kernel is faster, as it need not widen the values first.
+const FEW_ROWS: usize = 12;
+#[cfg(target_arch = "x86_64")]
+use amx_kernel::STRIP as AMX_STRIP;
+#[cfg(not(target_arch = "x86_64"))]
+const AMX_STRIP: usize = 0;
+#[cfg(not(target_arch = "x86_64"))]
+const PRODUCT_ROWS: usize = MICRO_ROWS;
 
 /// Largest int16 weight.
 const WEIGHT_STEPS: f32 = 32_767.0;
@@ -152,10 +165,10 @@ pub(super) struct MicroTile<'a> {
 impl MicroTile<'_> {
     /// Sets the scores of keys that a row may not see to −∞.
     #[inline(always)]
-    pub(super) unsafe fn apply_mask<const ROWS: usize>(&mut self) {
+    pub(super) unsafe fn apply_mask(&mut self, rows: usize) {
         let Some((first, visible)) = self.mask else { return };
         let keys = self.pages * PAGE_KEYS;
-        for (row, (start, end)) in visible.iter().take(ROWS).enumerate() {
+        for (row, (start, end)) in visible.iter().take(rows).enumerate() {
             // SAFETY: row `row` of scores holds at least `keys` elements.
             let scores = unsafe { std::slice::from_raw_parts_mut(self.scores.add(row * MAX_BLOCK_KEYS), keys) };
             let start = start.saturating_sub(first).min(keys);
@@ -190,8 +203,8 @@ impl AttentionTile {
         self.soft_cap = soft_cap.unwrap_or(0.0) / NATS;
         let arithmetic = match (instruction_set, kind) {
             _ if soft_cap.is_some() => Arithmetic::F32,
-            (InstructionSet::Avx512Bf16, KeyBlock::Bf16 { .. }) => Arithmetic::Bf16,
-            (InstructionSet::Avx512Vnni | InstructionSet::Avx512Bf16, KeyBlock::Int8 { .. }) => Arithmetic::Int8,
+            (level, KeyBlock::Bf16 { .. }) if level >= InstructionSet::Avx512Bf16 => Arithmetic::Bf16,
+            (level, KeyBlock::Int8 { .. }) if level >= InstructionSet::Avx512Vnni => Arithmetic::Int8,
             _ => Arithmetic::F32,
         };
         self.arithmetic = Some(arithmetic);
@@ -211,8 +224,9 @@ impl AttentionTile {
         self.sums.fill(0.0);
         self.output.grow(rows * value_dim);
         self.output.fill(0.0);
-        self.scores.grow(MICRO_ROWS * MAX_BLOCK_KEYS);
-        self.weights.grow(MICRO_ROWS * MAX_BLOCK_KEYS);
+        let room = (MICRO_ROWS * MAX_BLOCK_KEYS).max(AMX_STRIP);
+        self.scores.grow(room);
+        self.weights.grow(room);
     }
 
     /// Empties all rows, which keep their queries.
@@ -225,6 +239,8 @@ impl AttentionTile {
     /// Name of the kernel that [`accumulate`](Self::accumulate) runs, as reports print it.
     pub fn kernel_name(instruction_set: InstructionSet, kind: KeyBlock<'_>) -> &'static str {
         match (instruction_set, kind) {
+            (InstructionSet::Amx, KeyBlock::Bf16 { .. }) => "amx-bf16-32x32",
+            (InstructionSet::Amx, KeyBlock::Int8 { .. }) => "amx-int8-32x32",
             (InstructionSet::Avx512Bf16, KeyBlock::Bf16 { .. }) => "avx512-bf16-6x64",
             (InstructionSet::Avx512Vnni | InstructionSet::Avx512Bf16, KeyBlock::Int8 { .. }) => "avx512-vnni-6x64",
             (InstructionSet::Portable, _) => "portable-f32-6x16",
@@ -322,7 +338,16 @@ impl AttentionTile {
             return;
         }
         let arithmetic = self.arithmetic.expect("begin was called");
+        let level = self.instruction_set.expect("begin was called");
+        let wanted_rows = || (0..rows.div_ceil(MICRO_ROWS)).filter(|tile| wanted(*tile)).count() * MICRO_ROWS;
+        let amx = level == InstructionSet::Amx
+            && match arithmetic {
+                Arithmetic::F32 => false,
+                Arithmetic::Bf16 => true,
+                Arithmetic::Int8 => rows > FEW_ROWS && wanted_rows() > FEW_ROWS,
+            };
         let mut value_step = 0.0;
+        let mut value_factors = std::ptr::null();
         // Base pointers of the block as the arithmetic wants it.
         let (keys, key_scales, values): (*const u8, *const f32, *const u8) = match (arithmetic, block) {
             (Arithmetic::F32, KeyBlock::F32 { keys, values }) => {
@@ -337,8 +362,15 @@ impl AttentionTile {
             (Arithmetic::Bf16, KeyBlock::Bf16 { keys, values }) => {
                 (keys.as_ptr().cast(), std::ptr::null(), values.as_ptr().cast())
             }
+            (Arithmetic::Int8, KeyBlock::Int8 { keys, key_scales, values, value_scales }) if amx => {
+                value_factors = value_scales.as_ptr();
+                self.brain_values.grow(value_elements);
+                widen(level, values, &mut self.brain_values);
+                (keys.as_ptr(), key_scales.as_ptr(), self.brain_values.as_ptr().cast())
+            }
             (Arithmetic::Int8, KeyBlock::Int8 { keys, key_scales, values, value_scales }) => {
                 value_step = self.scale_values(value_scales);
+                value_factors = self.value_factors.as_ptr();
                 (keys.as_ptr(), key_scales.as_ptr(), values.as_ptr().cast())
             }
             _ => panic!("the block is of another type than the tile began with"),
@@ -348,6 +380,7 @@ impl AttentionTile {
             Arithmetic::Bf16 => (2, self.queries_bf16.as_ptr().cast()),
             Arithmetic::Int8 => (1, self.queries_int8.as_ptr().cast()),
         };
+        let value_bytes = if amx { size_of::<u16>() } else { element_bytes };
 
         // Only where the block is used in place: an expanded one is read by `expand`.
         let mut ahead =
@@ -363,8 +396,23 @@ impl AttentionTile {
                 scales.iter().step_by(16).for_each(|scale| fetch_ahead(scale, 0));
             }
         }
-        for row in (0..rows).step_by(MICRO_ROWS).filter(|row| wanted(row / MICRO_ROWS)) {
-            let visible = &self.visible[row..rows.min(row + MICRO_ROWS)];
+        let micro_rows = if amx { PRODUCT_ROWS } else { MICRO_ROWS };
+        let mut together = Vec::new();
+        let mut next_row = 0;
+        while next_row < rows {
+            let row = next_row;
+            // The rows of wanted micro-tiles that follow one another, as many as the kernel takes.
+            let end_of = |row: usize| (row / MICRO_ROWS + 1) * MICRO_ROWS;
+            let mut end = row;
+            while end < rows.min(row + micro_rows) && wanted(end / MICRO_ROWS) {
+                end = end_of(end).min(row + micro_rows).min(rows);
+            }
+            if end == row {
+                next_row = end_of(row);
+                continue;
+            }
+            next_row = end;
+            let visible = &self.visible[row..end];
             // Only the pages that some row sees; a row that sees nothing here does not widen them.
             let seeing = visible.iter().filter(|(start, end)| start < end && *start < end_key && *end > first_key);
             let Some((start, end)) = seeing.fold(None, |bounds: Option<(usize, usize)>, &(start, end)| {
@@ -389,16 +437,16 @@ impl AttentionTile {
                     query_offsets: self.query_offsets.as_ptr().add(row),
                     keys: keys.add(first_page * PAGE_KEYS * key_dim * element_bytes),
                     key_scales: if key_scales.is_null() { key_scales } else { key_scales.add(first_page * PAGE_KEYS) },
-                    values: values.add(first_page * PAGE_KEYS * value_dim * element_bytes),
+                    values: values.add(first_page * PAGE_KEYS * value_dim * value_bytes),
                     maxima: self.maxima.as_mut_ptr().add(row),
                     sums: self.sums.as_mut_ptr().add(row * PAGE_KEYS),
                     output: self.output.as_mut_ptr().add(row * value_dim),
                     scores: self.scores.as_mut_ptr(),
                     weights: self.weights.as_mut_ptr(),
-                    value_factors: if arithmetic == Arithmetic::Int8 {
-                        self.value_factors.as_ptr().add(first_page * PAGE_KEYS)
+                    value_factors: if value_factors.is_null() {
+                        value_factors
                     } else {
-                        std::ptr::null()
+                        value_factors.add(first_page * PAGE_KEYS)
                     },
                     value_step,
                     soft_cap: self.soft_cap,
@@ -406,10 +454,18 @@ impl AttentionTile {
                     mask: partial.then_some((start_key, visible)),
                 }
             };
-            // SAFETY: the pointers hold for `visible.len()` rows, and `begin` checked the instruction set.
-            unsafe {
-                run_micro_tile(self.instruction_set.expect("begin was called"), arithmetic, visible.len(), &mut tile)
+            if amx {
+                together.push((visible.len(), tile));
+                continue;
             }
+            // SAFETY: the pointers hold for `visible.len()` rows, and `begin` checked the instruction set.
+            unsafe { run_micro_tile(level, arithmetic, visible.len(), &mut tile) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        if amx {
+            let elements = if arithmetic == Arithmetic::Bf16 { Elements::Bf16 } else { Elements::Int8 };
+            // SAFETY: the pointers hold for the rows beside them, and `begin` checked the instruction set.
+            unsafe { amx_kernel::micro_tiles(elements, &together) }
         }
     }
 
@@ -506,6 +562,19 @@ unsafe fn run_micro_tile(level: InstructionSet, arithmetic: Arithmetic, rows: us
             (Arithmetic::Int8, _) => int8_kernel::micro_tile_rows(rows, tile),
             _ => simd::run(level, FloatMicroTile { tile, rows }),
         }
+    }
+}
+
+/// Writes int8 values as brain floats, which hold them exactly.
+fn widen(level: InstructionSet, values: &[i8], brain_values: &mut [u16]) {
+    #[cfg(target_arch = "x86_64")]
+    if level == InstructionSet::Amx {
+        // SAFETY: a level is only in use when this machine has it.
+        return unsafe { amx_kernel::widen(values, brain_values) };
+    }
+    let _ = level;
+    for (source, target) in values.iter().zip(brain_values) {
+        *target = bf16::from_f32(f32::from(*source)).to_bits();
     }
 }
 
