@@ -187,12 +187,15 @@ impl Decoder {
         2.0 * (layers.sum::<f64>() + size(self.output.as_ref().unwrap_or(&self.embedding)))
     }
 
-    /// Names of the linear kernels that run, each once, in the order of the layers.
+    /// Names of the linear kernels that run for a prompt and for a single token, each once, in the order of the layers.
     pub fn linear_kernels(&self) -> Vec<&'static str> {
+        const PROMPT_ROWS: usize = 512;
         let mut names = Vec::new();
         for weights in self.linear_weights().skip(usize::from(self.output.is_some())) {
-            if !names.contains(&weights.kernel_name()) {
-                names.push(weights.kernel_name());
+            for name in [weights.kernel_name(PROMPT_ROWS), weights.kernel_name(1)] {
+                if !names.contains(&name) {
+                    names.push(name);
+                }
             }
         }
         names

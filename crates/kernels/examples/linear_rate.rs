@@ -42,7 +42,7 @@ fn main() {
         }
         let (cpu, wall) = best.expect("at least one run");
         let rate = 2.0 * rows as f64 * inputs as f64 * outputs as f64 / cpu * 1e-9;
-        let kernel = weights.kernel_name();
+        let kernel = weights.kernel_name(rows);
         let ceiling = match weight_type {
             WeightType::F32 => ceilings.f32_rate,
             WeightType::F16 | WeightType::Bf16 => ceilings.bf16_rate,

@@ -1,6 +1,8 @@
 //! Linear layers: `output = input · weightsᵀ`, weights packed once at load for this machine.
 
 mod activations;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod blocks;
 #[cfg(target_arch = "x86_64")]
 mod brain_float;
@@ -182,9 +184,9 @@ impl LinearWeights {
         self.packed().len()
     }
 
-    /// Name of the kernel that runs, as reports print it.
-    pub fn kernel_name(&self) -> &'static str {
-        Plan::new(self, 1).kernels.name
+    /// Name of the kernel that runs for `rows` rows, as reports print it.
+    pub fn kernel_name(&self, rows: usize) -> &'static str {
+        Plan::new(self, rows).kernels.name
     }
 
     fn packed(&self) -> &[u8] {
@@ -218,7 +220,7 @@ impl LinearWeights {
             return;
         }
         let plan = Plan::new(self, rows);
-        let tiles = RowTiles::new(rows);
+        let tiles = RowTiles::new(rows, plan.kernels.rows());
         scratch.expanded.resize_with(team.threads().max(scratch.expanded.len()), Mutex::default);
         let tile_words = tiles.tallest() * plan.row_words;
         let activations: &mut [u32] = bytemuck::cast_slice_mut(scratch.activations.bytes(tiles.count * tile_words * 4));

@@ -1,7 +1,5 @@
 //! Activations in the layouts of the micro-kernels: row tiles one after another, rows of a tile side by side.
 
-use super::tile::TILE_ROWS;
-
 /// How rows are cut into tiles: as few as possible, of heights that differ by one at most.
 #[derive(Clone, Copy)]
 pub(super) struct RowTiles {
@@ -10,8 +8,9 @@ pub(super) struct RowTiles {
 }
 
 impl RowTiles {
-    pub fn new(rows: usize) -> Self {
-        Self { rows, count: rows.div_ceil(TILE_ROWS) }
+    /// `rows` rows in tiles of at most `most`.
+    pub fn new(rows: usize, most: usize) -> Self {
+        Self { rows, count: rows.div_ceil(most) }
     }
 
     /// First row of tile `tile`; the number of rows for `tile = count`.

@@ -7,11 +7,11 @@ use std::arch::x86_64::*;
 
 use super::float::{load_avx512, store_avx512};
 use super::packed::PANEL;
-use super::tile::{TILE_ROWS, Tile, TileKernel, TileKernels};
+use super::tile::{TILE_ROWS, Tile, TileKernel, TileKernels, TileTable};
 
 /// The bf16 kernels.
 pub(super) fn kernels() -> TileKernels {
-    TileKernels { table: &TABLE, name: "avx512-bf16-6x64" }
+    TileKernels { table: TileTable::Vectors(&TABLE), name: "avx512-bf16-6x64" }
 }
 
 macro_rules! row {

@@ -5,35 +5,35 @@
 //! `k`, so its bits do not depend on the tile it falls in.
 
 use super::packed::PANEL;
-use super::tile::{TILE_ROWS, Tile, TileKernel, TileKernels, columns_of};
+use super::tile::{TILE_ROWS, Tile, TileKernel, TileKernels, TileTable, columns_of};
 use crate::InstructionSet;
 
 /// The f32 kernels of `level`.
 pub(super) fn kernels(level: InstructionSet) -> TileKernels {
     #[cfg(target_arch = "x86_64")]
     if level >= InstructionSet::Avx512 {
-        return TileKernels { table: &x86::AVX512, name: "avx512-f32-6x64" };
+        return TileKernels { table: TileTable::Vectors(&x86::AVX512), name: "avx512-f32-6x64" };
     }
     #[cfg(target_arch = "x86_64")]
     if level >= InstructionSet::Avx2 {
-        return TileKernels { table: &x86::AVX2, name: "avx2-f32-6x16" };
+        return TileKernels { table: TileTable::Vectors(&x86::AVX2), name: "avx2-f32-6x16" };
     }
     let _ = level;
-    TileKernels { table: &PORTABLE, name: "portable-f32-6x16" }
+    TileKernels { table: TileTable::Vectors(&PORTABLE), name: "portable-f32-6x16" }
 }
 
 /// The kernels of `level` that multiply bf16 weights in f32.
 pub(super) fn brain_kernels(level: InstructionSet) -> TileKernels {
     #[cfg(target_arch = "x86_64")]
     if level >= InstructionSet::Avx512 {
-        return TileKernels { table: &x86::AVX512_BRAIN, name: "avx512-f32-bf16-6x64" };
+        return TileKernels { table: TileTable::Vectors(&x86::AVX512_BRAIN), name: "avx512-f32-bf16-6x64" };
     }
     #[cfg(target_arch = "x86_64")]
     if level >= InstructionSet::Avx2 {
-        return TileKernels { table: &x86::AVX2_BRAIN, name: "avx2-f32-bf16-6x16" };
+        return TileKernels { table: TileTable::Vectors(&x86::AVX2_BRAIN), name: "avx2-f32-bf16-6x16" };
     }
     let _ = level;
-    TileKernels { table: &PORTABLE_BRAIN, name: "portable-f32-bf16-6x16" }
+    TileKernels { table: TileTable::Vectors(&PORTABLE_BRAIN), name: "portable-f32-bf16-6x16" }
 }
 
 /// A table of kernels `$kernel::<rows, panels, BRAIN>`.

@@ -18,7 +18,7 @@ use super::WeightType;
 use super::blocks::offset;
 use super::float::{load_avx512, store_avx512};
 use super::packed::{BLOCK, codes_offset, group_blocks, group_bytes};
-use super::tile::{TILE_ROWS, Tile, TileKernel, TileKernels};
+use super::tile::{TILE_ROWS, Tile, TileKernel, TileKernels, TileTable};
 
 /// 32-bit words that a row of activations takes for each block.
 pub(super) const BLOCK_WORDS: usize = BLOCK / 4 + 3;
@@ -357,7 +357,7 @@ macro_rules! tile_kernels {
             &[multiply::<$weights, 5, 1>, multiply::<$weights, 5, 2>],
             &[multiply::<$weights, 6, 1>, multiply::<$weights, 6, 2>],
         ];
-        TileKernels { table: &TABLE, name: $name }
+        TileKernels { table: TileTable::Vectors(&TABLE), name: $name }
     }};
 }
 

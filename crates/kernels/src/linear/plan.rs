@@ -5,12 +5,14 @@ use std::ops::Range;
 use super::activations::{RowTiles, interleave_f32};
 use super::expand::expand_to_f32;
 use super::packed::{BLOCK, PANEL, padded_inputs};
-use super::tile::{TILE_ROWS, Tile, TileKernels};
+use super::tile::{TILE_ROWS, Tile, TileKernels, TileTable};
 use super::{LinearWeights, OutputView, WeightType, float};
 #[cfg(target_arch = "x86_64")]
-use super::{brain_float, int8};
+use super::{amx, brain_float, int8};
 use crate::InstructionSet;
 use crate::aligned::AlignedScratch;
+#[cfg(target_arch = "x86_64")]
+use crate::amx::Tiles;
 
 /// Packed panels of one task up to this size stay in the L2 cache while all row tiles pass over them.
 const CACHED_BYTES: usize = 512 << 10;
@@ -21,6 +23,10 @@ const F32_CHUNK: usize = 256;
 /// Inputs whose weights are expanded to bytes at a time: about 80 KiB for each panel, so that two stay in the L2 cache.
 #[cfg(target_arch = "x86_64")]
 const INT8_CHUNK: usize = 4096;
+/// Inputs of two panels that all rows pass over as tiles at a time (measured: half as many are 10 % slower, as the sums
+/// are then loaded and stored more often; twice as many no faster).
+#[cfg(target_arch = "x86_64")]
+const AMX_CHUNK: usize = 1024;
 /// Up to so many rows the int8 kernels unpack weights again for every tile instead of once (measured: 16 % faster at 12
 /// rows of Q4_K, even at 30, 6 % slower at 512).
 const DIRECT_ROWS: usize = 30;
@@ -63,14 +69,26 @@ pub(super) struct Part<'a> {
 impl Plan {
     pub fn new(weights: &LinearWeights, rows: usize) -> Self {
         let inputs = padded_inputs(weights.weight_type, weights.in_features);
-        let (kernels, source, step_inputs, step_words) = Self::choose(weights.weight_type, weights.level, rows);
+        let (kernels, source, step_inputs, step_words) =
+            Self::choose(weights.weight_type, weights.level, weights.in_features, rows);
         Self { kernels, source, step_inputs, step_words, row_words: inputs / step_inputs * step_words }
     }
 
-    fn choose(weight_type: WeightType, level: InstructionSet, rows: usize) -> (TileKernels, Source, usize, usize) {
-        let _ = rows;
+    fn choose(
+        weight_type: WeightType,
+        level: InstructionSet,
+        in_features: usize,
+        rows: usize,
+    ) -> (TileKernels, Source, usize, usize) {
+        let _ = (rows, in_features);
         match weight_type {
             WeightType::F32 => return (float::kernels(level), Source::Packed, 1, 1),
+            #[cfg(target_arch = "x86_64")]
+            WeightType::F16 | WeightType::Bf16
+                if level == InstructionSet::Amx && in_features.is_multiple_of(amx::STEP_INPUTS) =>
+            {
+                return (amx::kernels(), Source::Packed, amx::STEP_INPUTS, amx::STEP_INPUTS / 2);
+            }
             #[cfg(target_arch = "x86_64")]
             WeightType::F16 | WeightType::Bf16 if level >= InstructionSet::Avx512Bf16 => {
                 return (brain_float::kernels(), Source::Packed, 2, 1);
@@ -94,7 +112,11 @@ impl Plan {
     /// Converts the rows of one tile to the layout of the kernels.
     pub fn convert(&self, weights: &LinearWeights, input: &[f32], words: &mut [u32]) {
         #[cfg(target_arch = "x86_64")]
+        let tiles = matches!(self.kernels.table, TileTable::Amx);
+        #[cfg(target_arch = "x86_64")]
         match self.step_inputs {
+            // SAFETY: a level with AMX has AVX-512 BF16.
+            amx::STEP_INPUTS if tiles => return unsafe { amx::convert(input, weights.in_features, words) },
             // SAFETY: only kernels for a level with AVX-512 BF16, checked when the weights were packed, step by 2.
             2 => return unsafe { brain_float::interleave(input, weights.in_features, words) },
             // SAFETY: only kernels for a level with AVX-512 VNNI, checked when the weights were packed, step by 32.
@@ -117,6 +139,8 @@ impl Plan {
                 let whole = all.len() <= CACHED_BYTES || part.row_tiles.len() <= DIRECT_ROWS.div_ceil(TILE_ROWS);
                 let input_bytes = weights.panel_bytes / inputs;
                 let (tiles, chunk) = match whole {
+                    #[cfg(target_arch = "x86_64")]
+                    _ if matches!(self.kernels.table, TileTable::Amx) => (usize::MAX, AMX_CHUNK),
                     true => (usize::MAX, inputs),
                     false => (16, (PACKED_CHUNK / input_bytes).next_multiple_of(2 * BLOCK)),
                 };
@@ -172,6 +196,8 @@ impl Plan {
     ) {
         let panels = part.columns.len().div_ceil(PANEL);
         let steps = inputs.len() / self.step_inputs;
+        #[cfg(target_arch = "x86_64")]
+        let mut registers = matches!(self.kernels.table, TileTable::Amx).then(Tiles::new);
         for tile in row_tiles {
             let (start, height) = (part.tiles.start(tile), part.tiles.height(tile));
             let words = inputs.start / self.step_inputs * self.step_words * height;
@@ -189,7 +215,15 @@ impl Plan {
             // SAFETY: the slices cover the activations and panels of the tile in the layouts of the kernels; this
             // task alone writes rows `start..start + height` of its columns, which lie inside the output; the level
             // of the kernels was checked when the weights were packed.
-            unsafe { self.kernels.table[height - 1][panels - 1](&tile) };
+            unsafe {
+                match self.kernels.table {
+                    TileTable::Vectors(table) => table[height - 1][panels - 1](&tile),
+                    #[cfg(target_arch = "x86_64")]
+                    TileTable::Amx => {
+                        amx::multiply(registers.as_mut().expect("made for this table"), height, panels, &tile);
+                    }
+                }
+            }
         }
     }
 }

@@ -58,8 +58,8 @@ impl Case {
 
     /// The activations as the kernel sees them: rounded to bf16, or to 8 bits in blocks of 32.
     fn seen(&self) -> Vec<f64> {
-        let name = self.weights.kernel_name();
-        if name.starts_with("avx512-bf16") {
+        let name = self.name();
+        if name.starts_with("avx512-bf16") || name.starts_with("amx-bf16") {
             self.input.iter().map(|&value| bf16::from_f32(value).to_f64()).collect()
         } else if name.starts_with("avx512-vnni") {
             let block = |values: &[f32]| {
@@ -70,6 +70,10 @@ impl Case {
         } else {
             self.input.iter().map(|&value| f64::from(value)).collect()
         }
+    }
+
+    fn name(&self) -> &'static str {
+        self.weights.kernel_name(self.rows)
     }
 
     fn check(&self) {
@@ -87,7 +91,7 @@ impl Case {
                 assert!(
                     error <= 2e-6 * magnitude + 1e-12,
                     "{} {} row {row} of {}, column {column}, {inputs} inputs: {value}, expected {expected}",
-                    self.weights.kernel_name(),
+                    self.name(),
                     self.weights.weight_type().name(),
                     self.rows,
                 );
@@ -98,7 +102,7 @@ impl Case {
 
 fn sizes(weight_type: WeightType) -> &'static [(usize, usize)] {
     match weight_type.block_weights() {
-        1 => &[(1, 1), (2, 17), (3, 16), (33, 130), (70, 65), (300, 33)],
+        1 => &[(1, 1), (2, 17), (3, 16), (33, 130), (70, 65), (300, 33), (64, 33), (1056, 70)],
         32 => &[(32, 1), (64, 17), (96, 70), (288, 130)],
         _ => &[(256, 1), (256, 130), (512, 33), (768, 70)],
     }
@@ -124,11 +128,11 @@ fn output_bits_do_not_depend_on_threads_or_on_other_rows() {
             let many = case(level, weight_type, 50, 512, 200);
             let expected = many.run(1);
             for threads in [2, 3, 5] {
-                assert_eq!(expected, many.run(threads), "{} {threads} threads", many.weights.kernel_name());
+                assert_eq!(expected, many.run(threads), "{} {threads} threads", many.name());
             }
             for rows in [1, 2, 6, 7, 13, 29] {
                 let few = case(level, weight_type, rows, 512, 200);
-                assert_eq!(expected[..rows * 200], few.run(2), "{} {rows} rows", many.weights.kernel_name());
+                assert_eq!(expected[..rows * 200], few.run(2), "{} {rows} rows", many.name());
             }
         }
     }
@@ -229,7 +233,7 @@ fn activations_that_are_no_numbers_spoil_their_row_and_no_other() {
                 let clean = case.run(1);
                 case.input[256 + 77] = bad;
                 let output = case.run(1);
-                let name = case.weights.kernel_name();
+                let name = case.name();
                 assert!(output[20..40].iter().all(|value| !value.is_finite()), "{name} {bad}: {:?}", &output[20..40]);
                 assert_eq!(output[..20], clean[..20], "{name} {bad}");
                 assert_eq!(output[40..], clean[40..], "{name} {bad}");

@@ -33,18 +33,41 @@ pub(super) struct Tile {
 /// A micro-kernel for one number of rows and panels.
 pub(super) type TileKernel = unsafe fn(&Tile);
 
-/// The micro-kernels of one kind for every tile size: `table[rows − 1][panels − 1]`.
+/// The micro-kernels of one kind.
 #[derive(Clone, Copy)]
 pub(super) struct TileKernels {
     /// As reports print it: level, type, rows × columns.
     pub name: &'static str,
-    pub table: &'static [&'static [TileKernel]; TILE_ROWS],
+    pub table: TileTable,
+}
+
+/// How a tile comes to its kernel.
+#[derive(Clone, Copy)]
+pub(super) enum TileTable {
+    /// A kernel for every tile size: `table[rows − 1][panels − 1]`.
+    Vectors(&'static [&'static [TileKernel]; TILE_ROWS]),
+    /// Tile registers, which take any size ([`super::amx`]).
+    #[cfg(target_arch = "x86_64")]
+    Amx,
 }
 
 impl TileKernels {
+    /// Most rows of a tile.
+    pub fn rows(&self) -> usize {
+        match self.table {
+            TileTable::Vectors(table) => table.len(),
+            #[cfg(target_arch = "x86_64")]
+            TileTable::Amx => crate::amx::PRODUCT_ROWS,
+        }
+    }
+
     /// Most panels of a tile.
     pub fn panels(&self) -> usize {
-        self.table[TILE_ROWS - 1].len()
+        match self.table {
+            TileTable::Vectors(table) => table[TILE_ROWS - 1].len(),
+            #[cfg(target_arch = "x86_64")]
+            TileTable::Amx => super::amx::PANELS,
+        }
     }
 }
 

@@ -48,7 +48,7 @@ pub fn run(arguments: &LinearArguments) -> anyhow::Result<Outcome> {
         "threads": team.threads(),
         "repeat": common.repeat,
         "instruction_set": InstructionSet::current().name(),
-        "kernel": weights.kernel_name(),
+        "kernel": weights.kernel_name(rows),
         "cpu_seconds": times.cpu_seconds,
         "wall_seconds": times.wall_seconds,
         "rate_per_core": rate,
