@@ -34,6 +34,8 @@ pub(super) const STRIP: usize = PRODUCT_ROWS * STRIP_PAGES * PAGE_KEYS;
 pub(super) unsafe fn micro_tiles(elements: Elements, micro_tiles: &[(usize, MicroTile<'_>)]) {
     let mut tiles = Tiles::new();
     let most = micro_tiles.iter().map(|(_, tile)| tile.pages).max().unwrap_or(0);
+    let all_rows: usize = micro_tiles.iter().map(|(rows, tile)| rows * tile.pages.div_ceil(STRIP_PAGES)).sum();
+    let mut ahead = Ahead::new(elements, micro_tiles, most, all_rows);
     for first in (0..most).step_by(STRIP_PAGES) {
         for (rows, tile) in micro_tiles.iter().filter(|(_, tile)| first < tile.pages) {
             let strip = Strip { rows: *rows, elements, first, pages: STRIP_PAGES.min(tile.pages - first) };
@@ -41,7 +43,7 @@ pub(super) unsafe fn micro_tiles(elements: Elements, micro_tiles: &[(usize, Micr
             unsafe {
                 strip.scores(&mut tiles, tile);
                 strip.mask(tile);
-                strip.softmax(tile);
+                strip.softmax(tile, &mut ahead);
                 strip.weighted_values(&mut tiles, tile);
             }
         }
@@ -63,11 +65,41 @@ fn step_bytes(row_bytes: usize) -> usize {
     row_bytes / parts.expect("as many parts as there are words divide the row")
 }
 
-/// Asks for `bytes` bytes from `start` on.
-#[inline(always)]
-fn fetch_range(start: *const u8, bytes: usize) {
-    for offset in (0..bytes).step_by(64) {
-        fetch_ahead(start, offset as isize);
+/// The keys and values of the next block, asked for little by little: the processor waits when too many lines are on
+/// their way at a time.
+struct Ahead {
+    /// Where the next keys and the next values to ask for lie, and how many bytes of each are left.
+    ranges: [(*const u8, usize); 2],
+    /// Bytes of each to ask for at a time.
+    share: usize,
+}
+
+impl Ahead {
+    /// Asks in `times` times for as many `pages` as this block has, after the first of the tiles that says where.
+    fn new(elements: Elements, micro_tiles: &[(usize, MicroTile<'_>)], pages: usize, times: usize) -> Self {
+        let nothing = Self { ranges: [(std::ptr::null(), 0); 2], share: 0 };
+        let Some((tile, (keys, values))) = micro_tiles.iter().find_map(|(_, tile)| Some((tile, tile.ahead?))) else {
+            return nothing;
+        };
+        let element_bytes = if elements == Elements::Bf16 { 2 } else { 1 };
+        let bytes = |width: usize| width * PAGE_KEYS * pages * element_bytes;
+        let (key_bytes, value_bytes) = (bytes(tile.key_dim), bytes(tile.value_dim));
+        Self {
+            ranges: [(tile.keys.wrapping_offset(keys), key_bytes), (tile.values.wrapping_offset(values), value_bytes)],
+            share: key_bytes.max(value_bytes).div_ceil(times.max(1)).next_multiple_of(64),
+        }
+    }
+
+    #[inline(always)]
+    fn fetch_next(&mut self) {
+        for (start, left) in &mut self.ranges {
+            let bytes = self.share.min(*left);
+            for offset in (0..bytes).step_by(64) {
+                fetch_ahead(*start, offset as isize);
+            }
+            *start = start.wrapping_add(bytes);
+            *left -= bytes;
+        }
     }
 }
 
@@ -82,15 +114,11 @@ impl Strip {
         let element_bytes = if self.elements == Elements::Bf16 { 2 } else { 1 };
         let row_bytes = tile.key_dim * element_bytes;
         let step_bytes = step_bytes(row_bytes);
-        let (page_bytes, value_bytes) = (row_bytes * PAGE_KEYS, tile.value_dim * element_bytes * PAGE_KEYS);
+        let page_bytes = row_bytes * PAGE_KEYS;
         tiles.configure(self.rows, step_bytes);
         for page in (0..self.pages).step_by(2) {
             let panels = (self.pages - page).min(2);
             let at = self.first + page;
-            if let Some((keys, values)) = tile.ahead {
-                fetch_range(tile.keys.wrapping_offset(keys).wrapping_add(at * page_bytes), panels * page_bytes);
-                fetch_range(tile.values.wrapping_offset(values).wrapping_add(at * value_bytes), panels * value_bytes);
-            }
             // SAFETY: the queries have `rows` rows, the block page `at + panels − 1`, the scores STRIP elements.
             unsafe {
                 let product = Product {
@@ -180,7 +208,7 @@ impl Strip {
     /// As [`micro_tiles`].
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn softmax(&self, tile: &MicroTile<'_>) {
+    unsafe fn softmax(&self, tile: &MicroTile<'_>, ahead: &mut Ahead) {
         for first in (0..self.rows).step_by(TILE_ROWS) {
             let count = TILE_ROWS.min(self.rows - first);
             // SAFETY: the rows have `pages` vectors of scores, a maximum, a sum and an output each.
@@ -201,6 +229,7 @@ impl Strip {
                 _mm512_storeu_ps(maxima.as_mut_ptr(), after);
                 _mm512_storeu_ps(decays.as_mut_ptr(), decay);
                 for index in 0..count {
+                    ahead.fetch_next();
                     match self.elements {
                         Elements::Bf16 => self.weights::<false>(tile, first + index, maxima[index], decays[index]),
                         Elements::Int8 => self.weights::<true>(tile, first + index, maxima[index], decays[index]),
