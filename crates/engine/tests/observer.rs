@@ -65,7 +65,7 @@ fn all_tokens_of_all_layers_are_shown_and_nothing_changes() {
     let (whole, logits) = observed(&model, &tokens, 64);
     assert_eq!(whole.len(), model.decoder().config().layers);
     for [queries, keys, values] in &whole {
-        assert_eq!([queries.len(), keys.len(), values.len()], [50 * 4 * 64, 50 * 2 * 64, 50 * 2 * 64]);
+        assert_eq!([queries.len(), keys.len(), values.len()], [50 * 6 * 64, 50 * 2 * 64, 50 * 2 * 64]);
     }
     let mut plain = session(&model, 64);
     plain.read(&tokens, |_, _| {}).unwrap();
@@ -83,8 +83,8 @@ fn all_tokens_of_all_layers_are_shown_and_nothing_changes() {
     let [queries, keys, values] = &whole[0];
     cache.append(keys, values, model.team());
     let attention = Attention { method: Method::Exact, mask: Mask::causal(), scale: 0.125 };
-    let queries = Queries { data: queries, query_heads: 4, first_position: 0 };
-    let mut output = vec![0.0; 50 * 4 * 64];
+    let queries = Queries { data: queries, query_heads: 6, first_position: 0 };
+    let mut output = vec![0.0; 50 * 6 * 64];
     attention.run(queries, &cache, &mut output, None, model.team(), &mut AttentionScratch::default());
     assert_eq!(output[..64], values[..64], "the first token attends to itself alone");
 }

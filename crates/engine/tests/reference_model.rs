@@ -151,7 +151,7 @@ fn limits_are_errors_before_any_work() {
     let too_long = SessionError::TooLong { tokens: 51, held: 0, context: 50 };
     assert_eq!(session.read(&[1; 51], |_, _| {}), Err(too_long));
     assert_eq!(session.read(&[], |_, _| {}), Err(SessionError::Empty));
-    assert_eq!(session.read(&[2048], |_, _| {}), Err(SessionError::Token { token: 2048, vocabulary: 2048 }));
+    assert_eq!(session.read(&[4096], |_, _| {}), Err(SessionError::Token { token: 4096, vocabulary: 4096 }));
     assert!(session.tokens().is_empty());
     let mut sampler = Sampler::new(SamplerSettings::default()).unwrap();
     let until_full = GenerationSettings { ignore_end: true, ..Default::default() };

@@ -55,7 +55,7 @@ fn text_goes_to_stdout_and_figures_to_stderr() {
     assert!(stdout(&output).len() > 12 && stdout(&output).ends_with('\n'));
     let told = stderr(&output);
     for part in
-        ["loading: 4 layers in", "reading: ", "prompt", "decode", "tokens/s", "attention", "int8", "--max-tokens"]
+        ["loading: 8 layers in", "reading: ", "prompt", "decode", "tokens/s", "attention", "int8", "--max-tokens"]
     {
         assert!(told.contains(part), "{part:?} is not in {told}");
     }
@@ -88,7 +88,7 @@ fn the_report_tells_what_attention_kept() {
     let tokens = value["prompt_tokens"].as_u64().unwrap();
     assert!(tokens > 4_700, "{tokens} tokens are too few for clusters");
     let attention = &value["attention"];
-    assert_eq!((&attention["method"], &attention["layers"].as_array().unwrap().len()), (&"budgeted".into(), &4));
+    assert_eq!((&attention["method"], &attention["layers"].as_array().unwrap().len()), (&"budgeted".into(), &8));
     let kept = attention["kept_share"].as_f64().unwrap();
     assert!(kept < 1.0, "kept {kept}");
     let of_heads: Vec<f64> = attention["layers"]
@@ -98,7 +98,7 @@ fn the_report_tells_what_attention_kept() {
         .flat_map(|layer| layer.as_array().unwrap())
         .map(|head| head["kept_share"].as_f64().unwrap())
         .collect();
-    assert_eq!(of_heads.len(), 16);
+    assert_eq!(of_heads.len(), 48);
     assert!(of_heads.iter().any(|&of_head| of_head <= kept) && of_heads.iter().any(|&of_head| of_head >= kept));
     assert!(attention["estimated_missed_mass_p99"].as_f64().unwrap() < 0.5);
 
@@ -233,14 +233,14 @@ fn the_chat_template_is_used_where_the_model_has_one() {
 fn inspect_tells_what_is_in_the_files() {
     let path = model();
     let table = iceformer(&["inspect", path.to_str().unwrap(), "--tensors"]);
-    for part in ["llama", "3,475,712", "65,536 tokens", "38 of bf16", "model.layers.3.mlp.down_proj.weight"] {
+    for part in ["llama", "14,162,304", "65,536 tokens", "74 of bf16", "model.layers.7.mlp.down_proj.weight"] {
         assert!(stdout(&table).contains(part), "{part:?} is not in {}", stdout(&table));
     }
     let value = json(&iceformer(&["inspect", path.to_str().unwrap(), "--json", "--tensors"]));
-    assert_eq!((value["family"].as_str(), value["parameters"].as_u64()), (Some("llama"), Some(3_475_712)));
-    assert_eq!(value["tensors"].as_array().unwrap().len(), 38);
+    assert_eq!((value["family"].as_str(), value["parameters"].as_u64()), (Some("llama"), Some(14_162_304)));
+    assert_eq!(value["tensors"].as_array().unwrap().len(), 74);
     assert_eq!(value["config"]["kv_heads"], 2);
-    assert_eq!(value["tokenizer"]["vocabulary"], 2048);
+    assert_eq!(value["tokenizer"]["vocabulary"], 4096);
 }
 
 #[test]
@@ -417,7 +417,7 @@ fn eval_reports_are_whole_pages() {
         let more = ["exact", "budgeted 0.05, text only", "dci, everything", "Time against length", "Missed mass"];
         let facts = [
             "iceformer eval",
-            "reference: 3,475,712 parameters",
+            "reference: 14,162,304 parameters",
             "Milly and Olly",
             "Kept share by layer and head",
             "thread",

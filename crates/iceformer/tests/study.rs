@@ -38,7 +38,7 @@ fn dump(folder: &Path, tokens: usize) -> PathBuf {
     let path = folder.join("dump.safetensors");
     let (output, count) = (path.to_str().unwrap(), tokens.to_string());
     let line = &lines(&["study", "dump", "--output", output, "--tokens", &count, "--chunk", "64", "-q"])[0];
-    assert_eq!((line["tokens"].as_u64(), line["layers"].as_u64()), (Some(tokens as u64), Some(4)));
+    assert_eq!((line["tokens"].as_u64(), line["layers"].as_u64()), (Some(tokens as u64), Some(8)));
     assert_eq!(line["bytes"].as_u64().unwrap(), std::fs::metadata(&path).unwrap().len());
     path
 }
@@ -49,12 +49,12 @@ fn a_dump_holds_every_layer() {
     let path = dump(folder.path(), 150);
     let dump = Dump::open(&path).unwrap();
     let description = dump.description();
-    assert_eq!((dump.layers(), description.scale, description.causal), (4, 0.125, true));
+    assert_eq!((dump.layers(), description.scale, description.causal), (8, 0.125, true));
     assert_eq!(description.model, "models/reference");
-    for layer in 0..4 {
+    for layer in 0..8 {
         let layer = dump.read(layer).unwrap();
         let shape = layer.shape;
-        assert_eq!((shape.key_tokens, shape.query_heads, shape.kv_heads, shape.key_dim), (150, 4, 2, 64));
+        assert_eq!((shape.key_tokens, shape.query_heads, shape.kv_heads, shape.key_dim), (150, 6, 2, 64));
         for part in [&layer.inputs.queries, &layer.inputs.keys, &layer.inputs.values] {
             assert!(part.chunks(64).all(|head| head.iter().any(|&value| value != 0.0)), "every row was written");
         }
@@ -90,18 +90,18 @@ fn attention_on_a_dump_is_measured_layer_by_layer() {
     let from = ["bench", "attention", "--from", path.to_str().unwrap()];
     let more = ["--kv-type", "f32", "--against", "exact", "--tokens", "250", "--chunk", "64", "--samples", "40"];
     let measured = lines(&[&from[..], &more, &ONCE].concat());
-    assert_eq!(measured.len(), 5, "a line for each layer and one for all");
+    assert_eq!(measured.len(), 9, "a line for each layer and one for all");
     for (index, line) in measured.iter().enumerate() {
-        let (layer, layers) = if index < 4 { (Value::from(index), 1) } else { ("all".into(), 4) };
+        let (layer, layers) = if index < 8 { (Value::from(index), 1) } else { ("all".into(), 8) };
         assert_eq!(line["layer"], layer);
-        assert_eq!(line["allowed_keys"], 4 * layers * (1..=250).sum::<u64>());
+        assert_eq!(line["allowed_keys"], 6 * layers * (1..=250).sum::<u64>());
         assert_eq!(line["samples"].as_u64(), Some(40 * layers));
         // Exact attention misses nothing.
         for field in ["missed_mass_p50", "missed_mass_p95", "missed_mass_p99", "relative_error"] {
             assert!(line[field].as_f64().unwrap() < 1e-5, "{field} of {line}");
         }
         assert_eq!((line["kept_share"].as_f64(), line["fallback_share"].as_f64()), (Some(1.0), Some(0.0)));
-        assert_eq!((line["mask"].as_str(), line["heads"].as_u64()), (Some("causal"), Some(4)));
+        assert_eq!((line["mask"].as_str(), line["heads"].as_u64()), (Some("causal"), Some(6)));
         assert!(line["exact_cpu_seconds"].as_f64().unwrap() > 0.0 && line["speedup"].as_f64().unwrap() > 0.0);
         for field in ["estimated_missed_mass_p95", "estimated_missed_mass_p99"] {
             assert!(line.get(field).is_some_and(Value::is_null), "exact estimates nothing");
@@ -110,8 +110,8 @@ fn attention_on_a_dump_is_measured_layer_by_layer() {
 
     let one = ["--layer", "2", "--queries", "1", "--mask", "full", "--tile-noise", "0.05"];
     let measured = lines(&[&from[..], &one, &ONCE].concat());
-    assert_eq!((measured.len(), measured[0]["allowed_keys"].as_u64()), (1, Some(400)));
-    assert_eq!(measured[0]["samples"], 4, "all rows there are");
+    assert_eq!((measured.len(), measured[0]["allowed_keys"].as_u64()), (1, Some(600)));
+    assert_eq!(measured[0]["samples"], 6, "all rows there are");
     assert_eq!(measured[0]["tile_noise"], 0.05);
 }
 
@@ -143,7 +143,7 @@ fn bad_dumps_and_settings_are_told_in_one_line() {
     let folder = tempfile::tempdir().unwrap();
     let path = dump(folder.path(), 60);
     let name = path.to_str().unwrap();
-    assert_error(&["bench", "attention", "--from", name, "--layer", "4"], &["--layer 4", "layers 0 to 3"]);
+    assert_error(&["bench", "attention", "--from", name, "--layer", "8"], &["--layer 8", "layers 0 to 7"]);
     assert_error(&["bench", "attention", "--from", name, "--queries", "61"], &["--queries 61"]);
     assert_error(&["bench", "attention", "--from", "no/dump"], &["no/dump"]);
     let mut bytes = std::fs::read(&path).unwrap();
@@ -162,7 +162,7 @@ fn a_replay_compares_choices() {
     let path = dump(folder.path(), 100);
     let name = path.to_str().unwrap();
     assert_error(&["study", "replay", name], &["100 tokens", "2704", "--tokens"]);
-    assert_error(&["study", "replay", name, "--layer", "4"], &["--layer 4", "layers 0 to 3"]);
+    assert_error(&["study", "replay", name, "--layer", "8"], &["--layer 8", "layers 0 to 7"]);
     assert_error(&["study", "replay", "no/dump"], &["no/dump"]);
     assert_eq!(iceformer(&["study", "replay", name, "--share", "1.5"]).status.code(), Some(2));
 
@@ -179,7 +179,7 @@ fn a_replay_compares_choices() {
     for scorer in scorers {
         let (few, many) = (of(scorer, 0.1), of(scorer, 0.3));
         let number = |line: &Value, field: &str| line[field].as_f64().unwrap_or_else(|| panic!("{field} in {line}"));
-        assert_eq!(few["rows"], 16, "four tokens of each tile, four heads");
+        assert_eq!(few["rows"], 24, "four tokens of each tile, six heads");
         assert!(number(many, "retained_p50") >= number(few, "retained_p50"), "{few} {many}");
         assert!(
             number(many, "touched") > number(few, "touched") && number(many, "operations") > number(few, "operations")
