@@ -1,10 +1,9 @@
 """Train the reference language model: a small Llama (Hugging Face layout) that reads long contexts.
 
+    python train_reference.py --books books-train.txt.xz --out OUT --minutes 8.3 --device cuda --workers 14 \
+        --dim 384 --layers 8 --heads 6 --kv-heads 2 --ffn 1024 --vocab 4096 --tokens 32768 --lr 1e-3 \
+        --stages 0:512,0.12:1024,0.25:2048,0.4:4096,0.55:8192,0.75:16384                              # one H100
     python train_reference.py --books books-train.txt.xz --out OUT --minutes 90                      # two CPU cores
-    python train_reference.py --books books-train.txt.xz --out OUT --minutes 170 --init . --lr 4e-4 --stages 0:1024,0.3:2048,0.7:4096   # train on
-    python train_reference.py --books books-train.txt.xz --out OUT --minutes 28 --device cuda --workers 14 \
-        --dim 512 --layers 8 --heads 8 --kv-heads 4 --ffn 1408 --vocab 4096 --tokens 65536 \
-        --stages 0:512,0.1:1024,0.25:2048,0.45:4096,0.65:8192,0.82:16384 --resume
 
 Data: public-domain books mixed with generated recall tasks (tables of keys and values in several
 wordings, needles in text, repeated spans). The words of the tasks come from the books, never from a

@@ -12,7 +12,7 @@ use super::study::StudyArguments;
 
 /// Runs pretrained Transformers on long inputs on ordinary CPUs.
 ///
-/// Without a command it shows itself at work: a small built-in model reads a novel of 16,000 tokens and answers a
+/// Without a command it shows itself at work: a small built-in model reads 17,000 tokens of a novel and answers a
 /// question about it.
 #[derive(Debug, Parser)]
 #[command(name = "iceformer", version)]
