@@ -5,7 +5,7 @@
 use bytemuck::Pod;
 use iceformer_kernels::attention::PAGE_KEYS;
 use iceformer_kernels::half::bf16;
-use iceformer_kernels::nearest_integer;
+use iceformer_kernels::{brain_bits, nearest_integer};
 
 /// Integers of a segment and the scale of the slot being written.
 pub(crate) struct Int8Slot<'a, T> {
@@ -24,9 +24,13 @@ pub(crate) fn write_key_f32(keys: &mut [f32], slot: usize, key: &[f32], key_dim:
 /// `[key_dim / 2][16][2]`.
 pub(crate) fn write_key_bf16(keys: &mut [u16], slot: usize, key: &[f32], key_dim: usize) {
     let page = &mut keys[slot / PAGE_KEYS * PAGE_KEYS * key_dim..][..PAGE_KEYS * key_dim];
-    for (step, pair) in key.chunks(2).enumerate() {
-        let target = &mut page[(step * PAGE_KEYS + slot % PAGE_KEYS) * 2..][..2];
-        target.iter_mut().zip(pair).for_each(|(target, value)| *target = bf16::from_f32(*value).to_bits());
+    // Rounded some at a time, side by side, before they are spread.
+    for (part, key) in key.chunks(PAGE_KEYS).enumerate() {
+        let mut bits = [0; PAGE_KEYS];
+        bits.iter_mut().zip(key).for_each(|(bits, value)| *bits = brain_bits(*value));
+        for (step, pair) in bits.chunks_exact(2).enumerate().take(key.len().div_ceil(2)) {
+            page[((part * PAGE_KEYS / 2 + step) * PAGE_KEYS + slot % PAGE_KEYS) * 2..][..2].copy_from_slice(pair);
+        }
     }
 }
 
@@ -54,7 +58,7 @@ pub(crate) fn write_value_f32(values: &mut [f32], slot: usize, value: &[f32], va
 pub(crate) fn write_value_bf16(values: &mut [u16], slot: usize, value: &[f32], value_dim: usize) {
     let pair = &mut values[slot / 2 * 2 * value_dim..][..2 * value_dim];
     for (target, value) in pair.iter_mut().skip(slot % 2).step_by(2).zip(value) {
-        *target = bf16::from_f32(*value).to_bits();
+        *target = brain_bits(*value);
     }
 }
 

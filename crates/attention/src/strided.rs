@@ -1,5 +1,6 @@
 //! Views of numbers that lie in a caller's memory with strides, as array libraries keep them.
 
+use iceformer_kernels::brain_bits;
 use iceformer_kernels::half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use iceformer_kernels::half::{bf16, f16};
 
@@ -197,7 +198,7 @@ impl FromF32 for f16 {
 
 impl FromF32 for bf16 {
     fn convert(values: &[f32], target: &mut [bf16]) {
-        target.iter_mut().zip(values).for_each(|(target, value)| *target = bf16::from_f32(*value));
+        target.iter_mut().zip(values).for_each(|(target, value)| *target = bf16::from_bits(brain_bits(*value)));
     }
 }
 

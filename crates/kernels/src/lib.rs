@@ -24,5 +24,5 @@ mod thread_team;
 pub use aligned::AlignedBuffer;
 pub use half;
 pub use instruction_set::InstructionSet;
-pub use rounding::nearest_integer;
+pub use rounding::{brain_bits, nearest_integer};
 pub use thread_team::ThreadTeam;

@@ -1,4 +1,4 @@
-//! Rounding to integers without a library call.
+//! Rounding without library calls, in code that vectorises.
 
 /// `value` rounded to the nearest integer, ties to even. For |value| < 2²²; beyond, or for NaN, some integer.
 ///
@@ -10,9 +10,33 @@ pub fn nearest_integer(value: f32) -> i32 {
     (value + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()) as i32
 }
 
+/// Bits of `value` as a brain float, rounded to nearest, ties to even; a NaN stays one.
+///
+/// The same bits as `half::bf16::from_f32` gives, without its branches.
+#[inline]
+pub fn brain_bits(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    let quiet_nan = bits >> 16 | 0x40;
+    (if bits & 0x7fff_ffff > 0x7f80_0000 { quiet_nan } else { rounded }) as u16
+}
+
 #[cfg(test)]
 mod tests {
-    use super::nearest_integer;
+    use half::bf16;
+
+    use super::{brain_bits, nearest_integer};
+
+    #[test]
+    fn brain_bits_are_those_of_the_library() {
+        // Every upper half with lower halves around the tie, infinities and NaNs among them.
+        for upper in 0..=u32::from(u16::MAX) {
+            for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let value = f32::from_bits(upper << 16 | lower);
+                assert_eq!(brain_bits(value), bf16::from_f32(value).to_bits(), "{:#x}", value.to_bits());
+            }
+        }
+    }
 
     #[test]
     fn rounds_ties_to_even() {

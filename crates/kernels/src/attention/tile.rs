@@ -9,7 +9,7 @@ use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_M
 use super::{amx as amx_kernel, bf16 as bf16_kernel, int8 as int8_kernel};
 #[cfg(target_arch = "x86_64")]
 use crate::amx::{Elements, PRODUCT_ROWS};
-use crate::{AlignedBuffer, InstructionSet, nearest_integer, simd};
+use crate::{AlignedBuffer, InstructionSet, brain_bits, nearest_integer, simd};
 
 /// Whole pages of keys and values, one after another, in the layouts of the [module](super).
 #[derive(Clone, Copy)]
@@ -267,7 +267,7 @@ impl AttentionTile {
             Arithmetic::Bf16 => {
                 let target = &mut self.queries_bf16[range];
                 for (target, value) in target.iter_mut().zip(query) {
-                    *target = bf16::from_f32(value * factor).to_bits();
+                    *target = brain_bits(value * factor);
                 }
                 target[query.len()..].fill(0);
             }
