@@ -163,19 +163,11 @@ impl Product {
     pub unsafe fn run(&self, elements: Elements, rows: usize, panels: usize, accumulate: bool) {
         // SAFETY: forwarded from the caller.
         unsafe {
-            match (elements, rows > TILE_ROWS, panels > 1, accumulate) {
-                (Elements::Bf16, true, true, false) => self.bf16_2x2(),
-                (Elements::Bf16, true, true, true) => self.bf16_2x2_more(),
-                (Elements::Bf16, true, false, false) => self.bf16_2x1(),
-                (Elements::Bf16, true, false, true) => self.bf16_2x1_more(),
-                (Elements::Bf16, false, true, false) => self.bf16_1x2(),
-                (Elements::Bf16, false, true, true) => self.bf16_1x2_more(),
-                (Elements::Bf16, false, false, false) => self.bf16_1x1(),
-                (Elements::Bf16, false, false, true) => self.bf16_1x1_more(),
-                (Elements::Int8, true, true, _) => self.int8_2x2(),
-                (Elements::Int8, true, false, _) => self.int8_2x1(),
-                (Elements::Int8, false, true, _) => self.int8_1x2(),
-                (Elements::Int8, false, false, _) => self.int8_1x1(),
+            match (elements, accumulate) {
+                (Elements::Bf16, false) => self.bf16(rows, panels),
+                (Elements::Bf16, true) => self.bf16_more(rows, panels),
+                (Elements::Int8, false) => self.int8(rows, panels),
+                (Elements::Int8, true) => unreachable!("sums of integers are never continued"),
             }
         }
     }
@@ -278,58 +270,62 @@ macro_rules! step {
     };
 }
 
+/// One product of so many tiles of rows and panels, as assembly.
 macro_rules! product {
-    ($name:ident, $start:ident, $multiply:literal, $rows:tt $panels:tt) => {
+    ($self:ident, $start:ident, $multiply:literal, $rows:tt $panels:tt) => {
+        asm!(
+            // What a product of one tile or panel does not need is named all the same.
+            "# {a1} {b1} {cp} {c1} {c1p}",
+            concat!(
+                each_sum!($start $rows $panels),
+                "2:\n",
+                step!($multiply $rows $panels),
+                "add {a}, {a_step}\nadd {a1}, {a_step}\nadd {b}, {b_step}\nadd {b1}, {b_step}\ndec {steps}\njnz 2b\n",
+                each_sum!(store $rows $panels),
+            ),
+            a = inout(reg) $self.a => _,
+            a1 = inout(reg) $self.a.wrapping_add($self.a_tile) => _,
+            a_row = in(reg) $self.a_row,
+            a_step = in(reg) $self.a_step,
+            b = inout(reg) $self.b => _,
+            b1 = inout(reg) $self.b.wrapping_add($self.b_panel) => _,
+            b_row = in(reg) $self.b_row,
+            b_step = in(reg) $self.b_step,
+            c = in(reg) $self.c,
+            cp = in(reg) $self.c.wrapping_add($self.c_panel),
+            c1 = in(reg) $self.c.wrapping_add($self.c_tile),
+            c1p = in(reg) $self.c.wrapping_add($self.c_tile + $self.c_panel),
+            c_row = in(reg) $self.c_row,
+            steps = inout(reg) $self.steps => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack)
+        )
+    };
+}
+
+/// Products of one kind, of every shape.
+macro_rules! products {
+    ($name:ident, $start:ident, $multiply:literal) => {
         /// # Safety
         /// As [`Product::run`].
         #[inline]
-        unsafe fn $name(&self) {
+        unsafe fn $name(&self, rows: usize, panels: usize) {
             // SAFETY: the tiles that the caller promises; each register written is named.
             unsafe {
-                asm!(
-                    // What a product of one tile or panel does not need is named all the same.
-                    "# {a1} {b1} {cp} {c1} {c1p}",
-                    concat!(
-                        each_sum!($start $rows $panels),
-                        "2:\n",
-                        step!($multiply $rows $panels),
-                        "add {a}, {a_step}\nadd {a1}, {a_step}\nadd {b}, {b_step}\nadd {b1}, {b_step}\ndec {steps}\njnz 2b\n",
-                        each_sum!(store $rows $panels),
-                    ),
-                    a = inout(reg) self.a => _,
-                    a1 = inout(reg) self.a.wrapping_add(self.a_tile) => _,
-                    a_row = in(reg) self.a_row,
-                    a_step = in(reg) self.a_step,
-                    b = inout(reg) self.b => _,
-                    b1 = inout(reg) self.b.wrapping_add(self.b_panel) => _,
-                    b_row = in(reg) self.b_row,
-                    b_step = in(reg) self.b_step,
-                    c = in(reg) self.c,
-                    cp = in(reg) self.c.wrapping_add(self.c_panel),
-                    c1 = in(reg) self.c.wrapping_add(self.c_tile),
-                    c1p = in(reg) self.c.wrapping_add(self.c_tile + self.c_panel),
-                    c_row = in(reg) self.c_row,
-                    steps = inout(reg) self.steps => _,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                    options(nostack)
-                )
+                match (rows > TILE_ROWS, panels > 1) {
+                    (true, true) => product!(self, $start, $multiply, 2 2),
+                    (true, false) => product!(self, $start, $multiply, 2 1),
+                    (false, true) => product!(self, $start, $multiply, 1 2),
+                    (false, false) => product!(self, $start, $multiply, 1 1),
+                }
             }
         }
     };
 }
 
 impl Product {
-    product!(bf16_1x1, zero, "tdpbf16ps", 1 1);
-    product!(bf16_1x2, zero, "tdpbf16ps", 1 2);
-    product!(bf16_2x1, zero, "tdpbf16ps", 2 1);
-    product!(bf16_2x2, zero, "tdpbf16ps", 2 2);
-    product!(bf16_1x1_more, load, "tdpbf16ps", 1 1);
-    product!(bf16_1x2_more, load, "tdpbf16ps", 1 2);
-    product!(bf16_2x1_more, load, "tdpbf16ps", 2 1);
-    product!(bf16_2x2_more, load, "tdpbf16ps", 2 2);
-    product!(int8_1x1, zero, "tdpbsud", 1 1);
-    product!(int8_1x2, zero, "tdpbsud", 1 2);
-    product!(int8_2x1, zero, "tdpbsud", 2 1);
-    product!(int8_2x2, zero, "tdpbsud", 2 2);
+    products!(bf16, zero, "tdpbf16ps");
+    products!(bf16_more, load, "tdpbf16ps");
+    products!(int8, zero, "tdpbsud");
 }

@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::softmax::exp2;
+use super::softmax::{BrainRow, exp2};
 use super::tile::MicroTile;
 use super::{PAGE_KEYS, fetch_ahead};
 use crate::amx::{Elements, PRODUCT_ROWS, Product, ROW_BYTES, TILE_ROWS, Tiles};
@@ -256,29 +256,20 @@ impl Strip {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn weights<const FACTORS: bool>(&self, tile: &MicroTile<'_>, row: usize, maximum: f32, decay: f32) {
-        // SAFETY: the row has `pages` vectors of scores and room for as many of weights.
+        let pair = VALUE_PAGES * PAGE_KEYS;
+        // SAFETY: the row has `pages` vectors of scores and room for whole pairs of weights.
         unsafe {
-            let scores = self.row_scores(tile, row);
-            let factors = if FACTORS { tile.value_factors.add(self.first * PAGE_KEYS) } else { std::ptr::null() };
-            let pair = VALUE_PAGES * PAGE_KEYS;
-            let weights =
-                tile.weights.add((row / TILE_ROWS * (STRIP_PAGES / VALUE_PAGES) * TILE_ROWS + row % TILE_ROWS) * pair);
-            let maximum = _mm512_set1_ps(maximum);
-            let total = tile.sums.add(row * PAGE_KEYS);
-            let mut even = _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(decay));
-            let mut odd = _mm512_setzero_ps();
-            for page in (0..self.pages).step_by(2) {
-                let weight = |page: usize, sum: &mut __m512| {
-                    let weight = exp2(_mm512_sub_ps(_mm512_loadu_ps(scores.add(page * TILE)), maximum));
-                    *sum = _mm512_add_ps(*sum, weight);
-                    if FACTORS { _mm512_mul_ps(weight, _mm512_loadu_ps(factors.add(page * PAGE_KEYS))) } else { weight }
-                };
-                let low = weight(page, &mut even);
-                let high = if page + 1 < self.pages { weight(page + 1, &mut odd) } else { low };
-                let packed: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
-                _mm512_storeu_si512(weights.add(page / VALUE_PAGES * TILE_ROWS * pair).cast(), packed);
-            }
-            _mm512_storeu_ps(total, _mm512_add_ps(even, odd));
+            let first_weight = (row / TILE_ROWS * (STRIP_PAGES / VALUE_PAGES) * TILE_ROWS + row % TILE_ROWS) * pair;
+            let row_of_scores = BrainRow {
+                scores: self.row_scores(tile, row),
+                page_stride: TILE,
+                weights: tile.weights.add(first_weight),
+                pair_stride: TILE_ROWS * pair,
+                pages: self.pages,
+                sum: tile.sums.add(row * PAGE_KEYS),
+                factors: if FACTORS { tile.value_factors.add(self.first * PAGE_KEYS) } else { std::ptr::null() },
+            };
+            row_of_scores.weigh::<FACTORS>(maximum, decay);
         }
     }
 

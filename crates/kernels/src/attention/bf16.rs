@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::clusters_bf16::pairs;
-use super::softmax::{brain_weights, exp2, largest_score};
+use super::softmax::{BrainRow, exp2, largest_score};
 use super::tile::MicroTile;
 use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead, pages_at_once};
 
@@ -48,7 +48,7 @@ unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<
             }
             page += panels;
         }
-        tile.apply_mask(ROWS);
+        tile.apply_mask::<ROWS>();
         let decay = softmax::<ROWS>(tile);
         let mut column = 0;
         while column < tile.value_dim {
@@ -120,7 +120,16 @@ unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Decay {
         }
         _mm512_store_ps(result.0.as_mut_ptr(), exp2(_mm512_load_ps(result.0.as_ptr())));
         for (row, maximum) in maxima.into_iter().enumerate() {
-            brain_weights::<false>(tile, row, maximum, result.0[row]);
+            let row_of_scores = BrainRow {
+                scores: tile.scores.add(row * MAX_BLOCK_KEYS),
+                page_stride: PAGE_KEYS,
+                weights: tile.weights.add(row * MAX_BLOCK_KEYS),
+                pair_stride: 2 * PAGE_KEYS,
+                pages: tile.pages,
+                sum: tile.sums.add(row * PAGE_KEYS),
+                factors: std::ptr::null(),
+            };
+            row_of_scores.weigh::<false>(maximum, result.0[row]);
         }
         result
     }

@@ -85,7 +85,7 @@ unsafe fn micro_tile<S: Simd, const ROWS: usize, const AHEAD: bool>(simd: S, til
                 }
             }
         }
-        tile.apply_mask(ROWS);
+        tile.apply_mask::<ROWS>();
         let decay = softmax::<S, ROWS>(simd, tile);
         let mut column = 0;
         while column < tile.value_dim {

@@ -51,7 +51,7 @@ unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<
             }
             page += panels;
         }
-        tile.apply_mask(ROWS);
+        tile.apply_mask::<ROWS>();
         let factors = softmax::<ROWS>(tile);
         let mut column = 0;
         while column < tile.value_dim {

@@ -20,6 +20,7 @@ mod bf16;
 mod clusters;
 #[cfg(target_arch = "x86_64")]
 mod clusters_bf16;
+mod expand;
 mod float;
 #[cfg(target_arch = "x86_64")]
 mod int8;

@@ -46,47 +46,53 @@ pub(super) unsafe fn largest_score(tile: &MicroTile<'_>, row: usize) -> f32 {
     }
 }
 
-/// Turns the scores of row `row` into bf16 weights relative to `maximum` and adds them to its sum, which shrinks by
-/// `decay` first. With `FACTORS` a weight is multiplied by its key's factor after it was added.
-///
-/// # Safety
-/// The row has `tile.pages` vectors of scores and room for as many of weights, a sum, and (with `FACTORS`) there is a
-/// factor for each key of the pages.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-pub(super) unsafe fn brain_weights<const FACTORS: bool>(tile: &MicroTile<'_>, row: usize, maximum: f32, decay: f32) {
-    // SAFETY: forwarded from the caller.
-    unsafe {
-        let scores = tile.scores.add(row * MAX_BLOCK_KEYS);
-        let weights = tile.weights.add(row * MAX_BLOCK_KEYS);
-        let maximum = _mm512_set1_ps(maximum);
-        let weight = |page: usize| exp2(_mm512_sub_ps(_mm512_loadu_ps(scores.add(page * PAGE_KEYS)), maximum));
-        let factored = |weight: __m512, page: usize| {
-            if FACTORS {
-                _mm512_mul_ps(weight, _mm512_loadu_ps(tile.value_factors.add(page * PAGE_KEYS)))
-            } else {
-                weight
+/// A row on its way from scores to bf16 weights.
+pub(super) struct BrainRow {
+    /// Scores of the first page; those of the next `page_stride` further.
+    pub scores: *const f32,
+    pub page_stride: usize,
+    /// Weights of the first two pages; those of the next two `pair_stride` further. Room for whole pairs of pages.
+    pub weights: *mut u16,
+    pub pair_stride: usize,
+    pub pages: usize,
+    /// Sum of the weights by lane, so far.
+    pub sum: *mut f32,
+    /// Factor of each key on its weight, with `FACTORS`.
+    pub factors: *const f32,
+}
+
+impl BrainRow {
+    /// Turns the scores into weights relative to `maximum` and adds them to the sum, which shrinks by `decay` first.
+    /// With `FACTORS` a weight is multiplied by its key's factor after it was added.
+    ///
+    /// # Safety
+    /// The pointers hold for `pages` pages.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub unsafe fn weigh<const FACTORS: bool>(&self, maximum: f32, decay: f32) {
+        // SAFETY: forwarded from the caller.
+        unsafe {
+            let maximum = _mm512_set1_ps(maximum);
+            let weight = |page: usize, sum: &mut __m512| {
+                let score = _mm512_loadu_ps(self.scores.add(page * self.page_stride));
+                let weight = exp2(_mm512_sub_ps(score, maximum));
+                *sum = _mm512_add_ps(*sum, weight);
+                if FACTORS {
+                    _mm512_mul_ps(weight, _mm512_loadu_ps(self.factors.add(page * PAGE_KEYS)))
+                } else {
+                    weight
+                }
+            };
+            let mut even = _mm512_mul_ps(_mm512_loadu_ps(self.sum), _mm512_set1_ps(decay));
+            let mut odd = _mm512_setzero_ps();
+            for page in (0..self.pages).step_by(2) {
+                let low = weight(page, &mut even);
+                // What stands beside a last single page is never read.
+                let high = if page + 1 < self.pages { weight(page + 1, &mut odd) } else { low };
+                let packed: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+                _mm512_storeu_si512(self.weights.add(page / 2 * self.pair_stride).cast(), packed);
             }
-        };
-        let total = tile.sums.add(row * PAGE_KEYS);
-        let mut even = _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(decay));
-        let mut odd = _mm512_setzero_ps();
-        let mut page = 0;
-        while page + 1 < tile.pages {
-            let (low, high) = (weight(page), weight(page + 1));
-            even = _mm512_add_ps(even, low);
-            odd = _mm512_add_ps(odd, high);
-            let (low, high) = (factored(low, page), factored(high, page + 1));
-            let packed: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
-            _mm512_storeu_si512(weights.add(page * PAGE_KEYS).cast(), packed);
-            page += 2;
+            _mm512_storeu_ps(self.sum, _mm512_add_ps(even, odd));
         }
-        if page < tile.pages {
-            let last = weight(page);
-            even = _mm512_add_ps(even, last);
-            let packed: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(factored(last, page)));
-            _mm256_storeu_si256(weights.add(page * PAGE_KEYS).cast(), packed);
-        }
-        _mm512_storeu_ps(total, _mm512_add_ps(even, odd));
     }
 }

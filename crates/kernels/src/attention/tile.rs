@@ -1,8 +1,7 @@
 //! The query side of an attention tile and its walk over key blocks.
 
-use half::bf16;
-
 use super::clusters::WeightedClusters;
+use super::expand::expand;
 use super::float::FloatMicroTile;
 use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE, fetch_ahead};
 #[cfg(target_arch = "x86_64")]
@@ -105,9 +104,9 @@ pub struct AttentionTile {
     sums: AlignedBuffer<f32>,
     /// Weighted sum of values so far. `[rows][value_dim]`
     output: AlignedBuffer<f32>,
-    /// Scores of a micro-tile. `[rows of it][MAX_BLOCK_KEYS]`
+    /// Scores of a micro-tile. `[MICRO_ROWS][MAX_BLOCK_KEYS]`, or a strip of AMX tiles.
     scores: AlignedBuffer<f32>,
-    /// Weights of a micro-tile in bf16 or int16. `[rows of it][MAX_BLOCK_KEYS]`
+    /// Weights of a micro-tile in bf16 or int16, laid out as the scores.
     weights: AlignedBuffer<u16>,
     expanded_keys: AlignedBuffer<f32>,
     expanded_values: AlignedBuffer<f32>,
@@ -120,7 +119,7 @@ pub struct AttentionTile {
 /// Up to so many rows of an int8 block the vector kernel is faster, as it need not widen the values first.
 const FEW_ROWS: usize = 12;
 #[cfg(target_arch = "x86_64")]
-use amx_kernel::STRIP as AMX_STRIP;
+const AMX_STRIP: usize = amx_kernel::STRIP;
 #[cfg(not(target_arch = "x86_64"))]
 const AMX_STRIP: usize = 0;
 #[cfg(not(target_arch = "x86_64"))]
@@ -165,10 +164,10 @@ pub(super) struct MicroTile<'a> {
 impl MicroTile<'_> {
     /// Sets the scores of keys that a row may not see to −∞.
     #[inline(always)]
-    pub(super) unsafe fn apply_mask(&mut self, rows: usize) {
+    pub(super) unsafe fn apply_mask<const ROWS: usize>(&mut self) {
         let Some((first, visible)) = self.mask else { return };
         let keys = self.pages * PAGE_KEYS;
-        for (row, (start, end)) in visible.iter().take(rows).enumerate() {
+        for (row, (start, end)) in visible.iter().take(ROWS).enumerate() {
             // SAFETY: row `row` of scores holds at least `keys` elements.
             let scores = unsafe { std::slice::from_raw_parts_mut(self.scores.add(row * MAX_BLOCK_KEYS), keys) };
             let start = start.saturating_sub(first).min(keys);
@@ -362,10 +361,12 @@ impl AttentionTile {
             (Arithmetic::Bf16, KeyBlock::Bf16 { keys, values }) => {
                 (keys.as_ptr().cast(), std::ptr::null(), values.as_ptr().cast())
             }
+            #[cfg(target_arch = "x86_64")]
             (Arithmetic::Int8, KeyBlock::Int8 { keys, key_scales, values, value_scales }) if amx => {
                 value_factors = value_scales.as_ptr();
                 self.brain_values.grow(value_elements);
-                widen(level, values, &mut self.brain_values);
+                // SAFETY: a level is only in use when this machine has it.
+                unsafe { amx_kernel::widen(values, &mut self.brain_values) };
                 (keys.as_ptr(), key_scales.as_ptr(), self.brain_values.as_ptr().cast())
             }
             (Arithmetic::Int8, KeyBlock::Int8 { keys, key_scales, values, value_scales }) => {
@@ -561,68 +562,6 @@ unsafe fn run_micro_tile(level: InstructionSet, arithmetic: Arithmetic, rows: us
             #[cfg(target_arch = "x86_64")]
             (Arithmetic::Int8, _) => int8_kernel::micro_tile_rows(rows, tile),
             _ => simd::run(level, FloatMicroTile { tile, rows }),
-        }
-    }
-}
-
-/// Writes int8 values as brain floats, which hold them exactly.
-fn widen(level: InstructionSet, values: &[i8], brain_values: &mut [u16]) {
-    #[cfg(target_arch = "x86_64")]
-    if level == InstructionSet::Amx {
-        // SAFETY: a level is only in use when this machine has it.
-        return unsafe { amx_kernel::widen(values, brain_values) };
-    }
-    let _ = level;
-    for (source, target) in values.iter().zip(brain_values) {
-        *target = bf16::from_f32(f32::from(*source)).to_bits();
-    }
-}
-
-/// Writes a bf16 or int8 block in the f32 page layout.
-fn expand(block: KeyBlock<'_>, key_dim: usize, value_dim: usize, keys_out: &mut [f32], values_out: &mut [f32]) {
-    let from_bits = |bits: u16| f32::from_bits(u32::from(bits) << 16);
-    match block {
-        KeyBlock::F32 { .. } => unreachable!("f32 blocks are used in place"),
-        KeyBlock::Bf16 { keys, values } => {
-            for (source, target) in keys.chunks_exact(32).zip(keys_out.chunks_exact_mut(32)) {
-                let (even, odd) = target.split_at_mut(PAGE_KEYS);
-                for (key, pair) in source.chunks_exact(2).enumerate() {
-                    even[key] = from_bits(pair[0]);
-                    odd[key] = from_bits(pair[1]);
-                }
-            }
-            for (source, target) in values.chunks_exact(2 * value_dim).zip(values_out.chunks_exact_mut(2 * value_dim)) {
-                let (even, odd) = target.split_at_mut(value_dim);
-                for (channel, pair) in source.chunks_exact(2).enumerate() {
-                    even[channel] = from_bits(pair[0]);
-                    odd[channel] = from_bits(pair[1]);
-                }
-            }
-        }
-        KeyBlock::Int8 { keys, key_scales, values, value_scales } => {
-            let page = PAGE_KEYS * key_dim;
-            for ((source, target), scales) in
-                keys.chunks_exact(page).zip(keys_out.chunks_exact_mut(page)).zip(key_scales.chunks_exact(PAGE_KEYS))
-            {
-                for (source, target) in source.chunks_exact(64).zip(target.chunks_exact_mut(64)) {
-                    for (channel, target) in target.chunks_exact_mut(PAGE_KEYS).enumerate() {
-                        for (key, target) in target.iter_mut().enumerate() {
-                            *target = (f32::from(source[key * 4 + channel]) - 128.0) * scales[key];
-                        }
-                    }
-                }
-            }
-            for ((source, target), scales) in values
-                .chunks_exact(2 * value_dim)
-                .zip(values_out.chunks_exact_mut(2 * value_dim))
-                .zip(value_scales.chunks_exact(2))
-            {
-                let (even, odd) = target.split_at_mut(value_dim);
-                for (channel, pair) in source.chunks_exact(2).enumerate() {
-                    even[channel] = f32::from(pair[0]) * scales[0];
-                    odd[channel] = f32::from(pair[1]) * scales[1];
-                }
-            }
         }
     }
 }

@@ -27,39 +27,42 @@ const STEP_BYTES: usize = STEP_INPUTS * PANEL * size_of::<u16>();
 pub(super) unsafe fn multiply(tiles: &mut Tiles, rows: usize, panels: usize, tile: &Tile) {
     tiles.configure(rows, ROW_BYTES);
     let width = panels * PANEL;
-    // The last columns of an output may be no whole panel, and a tile is stored whole.
-    let mut aside = [0.0_f32; PRODUCT_ROWS * PANELS * PANEL];
-    let whole = tile.columns == width;
-    // SAFETY: precondition 3: rows of `columns` floats.
-    let output_row =
-        |row: usize| unsafe { std::slice::from_raw_parts_mut(tile.output.add(row * tile.row_stride), tile.columns) };
-    if !whole && tile.accumulate {
-        aside.chunks_exact_mut(width).take(rows).enumerate().for_each(|(row, aside)| {
-            aside[..tile.columns].copy_from_slice(output_row(row));
-        });
-    }
-    let (c, row_floats) = if whole { (tile.output, tile.row_stride) } else { (aside.as_mut_ptr(), width) };
-    let product = Product {
-        a: tile.activations.cast(),
-        a_row: ROW_BYTES,
-        a_tile: TILE_ROWS * ROW_BYTES,
-        a_step: rows * ROW_BYTES,
-        b: tile.weights,
-        b_row: ROW_BYTES,
-        b_panel: tile.panel_stride,
-        b_step: STEP_BYTES,
-        c: c.cast(),
-        c_row: row_floats * size_of::<f32>(),
-        c_tile: TILE_ROWS * row_floats * size_of::<f32>(),
-        c_panel: PANEL * size_of::<f32>(),
-        steps: tile.steps,
+    // SAFETY: the preconditions; `c` has `rows` rows of `width` floats, `row_floats` apart.
+    let multiply_into = |c: *mut f32, row_floats: usize| unsafe {
+        let product = Product {
+            a: tile.activations.cast(),
+            a_row: ROW_BYTES,
+            a_tile: TILE_ROWS * ROW_BYTES,
+            a_step: rows * ROW_BYTES,
+            b: tile.weights,
+            b_row: ROW_BYTES,
+            b_panel: tile.panel_stride,
+            b_step: STEP_BYTES,
+            c: c.cast(),
+            c_row: row_floats * size_of::<f32>(),
+            c_tile: TILE_ROWS * row_floats * size_of::<f32>(),
+            c_panel: PANEL * size_of::<f32>(),
+            steps: tile.steps,
+        };
+        product.run(Elements::Bf16, rows, panels, tile.accumulate);
     };
-    // SAFETY: the preconditions; `c` has `rows` rows of `width` floats.
-    unsafe { product.run(Elements::Bf16, rows, panels, tile.accumulate) }
-    if !whole {
-        aside.chunks_exact(width).take(rows).enumerate().for_each(|(row, aside)| {
-            output_row(row).copy_from_slice(&aside[..tile.columns]);
-        });
+    if tile.columns == width {
+        return multiply_into(tile.output, tile.row_stride);
+    }
+    // The last columns of an output are no whole panel, and a tile is stored whole: it goes aside first.
+    let mut aside = [0.0_f32; PRODUCT_ROWS * PANELS * PANEL];
+    let output_row = |row: usize| {
+        // SAFETY: precondition 3: rows of `columns` floats.
+        unsafe { std::slice::from_raw_parts_mut(tile.output.add(row * tile.row_stride), tile.columns) }
+    };
+    if tile.accumulate {
+        for (row, aside) in aside.chunks_exact_mut(width).take(rows).enumerate() {
+            aside[..tile.columns].copy_from_slice(output_row(row));
+        }
+    }
+    multiply_into(aside.as_mut_ptr(), width);
+    for (row, aside) in aside.chunks_exact(width).take(rows).enumerate() {
+        output_row(row).copy_from_slice(&aside[..tile.columns]);
     }
 }
 
