@@ -1,7 +1,7 @@
 //! Tiles of queries: how a call is cut into tasks, how a task walks over keys, and how the parts come together.
 //!
-//! A task is one key/value head, a tile of consecutive query tokens (with all query heads that read the head), and a
-//! range of keys. Prompts have tasks enough without cutting the keys; a decode step cuts them (flash decoding), and
+//! A task is one key/value head, a tile of consecutive query tokens (with all query heads that read the head, one head's
+//! rows behind another's), and a range of keys. Prompts have tasks enough without cutting the keys; a decode step cuts them (flash decoding), and
 //! the parts are merged by their log-sum-exp. The cut depends on the shapes alone, never on the number of threads, so
 //! the result does not either.
 
@@ -83,6 +83,20 @@ pub(crate) struct Task {
     pub keys: Range<usize>,
 }
 
+impl Task {
+    /// Query head of the group and token of row `row`: all tokens of one head, then those of the next, so that a
+    /// micro-tile holds rows that attend to much the same keys.
+    pub fn head_and_token(&self, row: usize) -> (usize, usize) {
+        let tokens = self.tokens.len();
+        (row / tokens, self.tokens.start + row % tokens)
+    }
+
+    /// Row of `token` of query head `head` of the group.
+    pub fn row(&self, head: usize, token: usize) -> usize {
+        head * self.tokens.len() + token - self.tokens.start
+    }
+}
+
 impl Plan {
     /// The cut of `call`, of its keys too where `cut_keys` says so.
     pub fn new(call: &Call<'_>, cut_keys: bool) -> Self {
@@ -118,7 +132,8 @@ impl Plan {
     /// The parts that hold `token` of `head`, and its row in them.
     fn parts_of<'p>(&self, parts: &'p [Part], token: usize, head: usize) -> (&'p [Part], usize) {
         let (tile, token) = (token / self.tile_tokens, token % self.tile_tokens);
-        let row = token * self.group + head % self.group;
+        let tile_tokens = self.tile_tokens.min(self.tokens - tile * self.tile_tokens);
+        let row = head % self.group * tile_tokens + token;
         let first = ((self.tiles - 1 - tile) * self.kv_heads + head / self.group) * self.ranges;
         (&parts[first..first + self.ranges], row)
     }
@@ -175,9 +190,7 @@ impl Part {
     }
 }
 
-/// Starts `tile` with the rows of `task`: all heads of the group for one token, then those for the next, so that a
-/// micro-tile holds rows that attend to much the same keys. Returns the keys that some row
-/// sees; empty when none does.
+/// Starts `tile` with the rows of `task`. Returns the keys that some row sees; empty when none does.
 pub(crate) fn begin(tile: &mut AttentionTile, call: &Call<'_>, task: &Task) -> Range<usize> {
     let shape = call.cache.shape();
     let (group, tokens) = (call.group(), task.tokens.len());
@@ -186,13 +199,14 @@ pub(crate) fn begin(tile: &mut AttentionTile, call: &Call<'_>, task: &Task) -> R
     tile.begin_capped(InstructionSet::current(), tile_shape, call.cache.kind().empty_block(), call.soft_cap);
     let (mut low, mut high) = (usize::MAX, 0);
     for row in 0..group * tokens {
-        let (head, token) = (task.kv_head * group + row % group, task.tokens.start + row / group);
+        let (head, token) = task.head_and_token(row);
         let seen = call.seen(token);
         let (start, end) = (seen.start.max(task.keys.start), seen.end.min(task.keys.end));
         if start < end {
             (low, high) = (low.min(start), high.max(end));
         }
-        tile.set_row(row, call.query(head, token), call.attention.scale, (start, end));
+        let query = call.query(task.kv_head * group + head, token);
+        tile.set_row(row, query, call.attention.scale, (start, end));
     }
     low.min(high)..high
 }

@@ -51,6 +51,11 @@ impl Calibration {
         self.limit * measured / SAFETY
     }
 
+    /// Whether it was found that clusters do not pay.
+    pub fn is_hopeless(self) -> bool {
+        self.samples > 0 && self.limit == 0.0
+    }
+
     /// Both measurements together.
     pub fn merge(self, other: Self) -> Self {
         match (self.samples, other.samples) {
@@ -98,6 +103,9 @@ struct Trial {
     step: usize,
     samples: usize,
     rows: usize,
+    /// Clusters that micro-tiles would have computed, of so many.
+    computed: usize,
+    clusters: usize,
     /// Largest missed mass at the current step, in relation to what is allowed.
     worst: f32,
     /// Least error, as estimated, with which a row would miss what is allowed, if it missed in proportion. Infinite where
@@ -105,6 +113,20 @@ struct Trial {
     bearable: f32,
     /// True over estimated error of the rows measured at the current step that have an error to speak of.
     ratios: Vec<f32>,
+}
+
+/// What the rows of a head at one place show at one limit.
+#[derive(Clone)]
+struct Finding {
+    worst: f32,
+    bearable: f32,
+    ratios: Vec<f32>,
+}
+
+impl Default for Finding {
+    fn default() -> Self {
+        Self { worst: 0.0, bearable: f32::INFINITY, ratios: Vec::new() }
+    }
 }
 
 impl Trial {
@@ -115,7 +137,29 @@ impl Trial {
             false => 0,
         };
         let step = step.saturating_sub(STEPS_UP);
-        Self { step, samples: 0, rows: 0, worst: 0.0, bearable: f32::INFINITY, ratios: Vec::new() }
+        let Finding { worst, bearable, ratios } = Finding::default();
+        Self { step, samples: 0, rows: 0, computed: 0, clusters: 0, worst, bearable, ratios }
+    }
+
+    /// Whether no limit is small enough, or none that is would pay.
+    fn is_given_up(&self) -> bool {
+        self.step >= STEPS
+    }
+
+    fn give_up(&mut self) {
+        self.step = STEPS;
+    }
+
+    /// Whether clusters cost more than they save, as far as measured.
+    fn is_too_costly(&self) -> bool {
+        self.samples > 0
+            && ESTIMATE_COST + COMPUTE_COST * self.computed as f32 / self.clusters.max(1) as f32 > MOST_COST
+    }
+
+    fn take(&mut self, finding: Finding) {
+        self.worst = self.worst.max(finding.worst);
+        self.bearable = self.bearable.min(finding.bearable);
+        self.ratios.extend(finding.ratios);
     }
 
     /// The limit at this step, in budgets.
@@ -131,7 +175,7 @@ impl Trial {
     }
 
     fn judge(&self, budget: f32) -> Calibration {
-        if self.samples == 0 || self.step >= STEPS {
+        if self.samples == 0 || self.is_given_up() {
             return Calibration { samples: self.samples, rows: self.rows, ..Calibration::default() };
         }
         // What is left to the next larger step, which was too large.
@@ -151,14 +195,20 @@ impl Trial {
 pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut CalibrationScratch) -> Vec<Calibration> {
     let call = &budgeted.call;
     let (group, tokens) = (call.group(), call.tokens());
-    let sample_tokens = (MICRO_ROWS / group).max(ENOUGH_ROWS / SAMPLES).min(tokens);
+    let sample_tokens = MICRO_ROWS.min(tokens);
     let samples = SAMPLES.min(tokens / sample_tokens);
     // Under a causal mask the first queries see little from afar.
     let earliest = if call.attention.mask.causal { (tokens / 4).min(tokens - sample_tokens) } else { 0 };
     let budget = budgeted.settings.budget;
     let head = budgeted.index.head(kv_head);
     let mut trials: Vec<_> = (0..group).map(|query_head| Trial::after(head.calibration(query_head), budget)).collect();
-    let (mut computed, mut clusters) = (0, 0);
+    for (query_head, trial) in trials.iter_mut().enumerate() {
+        if head.is_given_up(query_head, budget) {
+            trial.give_up();
+        }
+    }
+    // Heads whose rows share micro-tiles are tried together: they share the clusters that are computed.
+    let together = if sample_tokens == MICRO_ROWS { 1 } else { group };
     for sample in 0..samples {
         let end = tokens - (tokens - earliest - sample_tokens) * sample / samples;
         let task = Task { kv_head, tokens: end - sample_tokens..end, keys: 0..call.cache.len() };
@@ -167,12 +217,17 @@ pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut C
             continue;
         }
         let work = Work { budgeted, task: &task, regions: &regions };
-        computed += scratch.measure(&work, &mut trials);
-        clusters += work.micro_tiles() * work.clusters();
-        let cost = ESTIMATE_COST + COMPUTE_COST * computed as f32 / clusters as f32;
-        let is_enough = sample + 1 == samples || trials[0].samples >= LEAST_SAMPLES;
-        if is_enough && cost > MOST_COST || trials.iter().any(|trial| trial.step == STEPS) {
-            trials.iter_mut().for_each(|trial| trial.step = STEPS);
+        scratch.begin(&work, |head| !trials[head].is_given_up());
+        for (index, trials) in trials.chunks_mut(together).enumerate() {
+            let is_enough = |trial: &Trial| sample + 1 == samples || trial.samples >= LEAST_SAMPLES;
+            if !trials.iter().any(Trial::is_given_up) {
+                scratch.measure(&work, index * together, trials);
+            }
+            if trials.iter().any(|trial| trial.is_given_up() || is_enough(trial) && trial.is_too_costly()) {
+                trials.iter_mut().for_each(Trial::give_up);
+            }
+        }
+        if trials.iter().all(Trial::is_given_up) {
             break;
         }
     }
@@ -180,75 +235,90 @@ pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut C
 }
 
 impl CalibrationScratch {
-    /// Takes the heads of `work` down to limits that its rows can bear, or to the last. Returns the clusters that its
-    /// micro-tiles compute then.
-    fn measure(&mut self, work: &Work<'_>, trials: &mut [Trial]) -> usize {
+    /// Computes the rows of the heads that `wanted` names exactly.
+    fn begin(&mut self, work: &Work<'_>, wanted: impl Fn(usize) -> bool) {
         let (budgeted, task) = (work.budgeted, work.task);
-        let call = &budgeted.call;
-        let budget = budgeted.settings.budget;
-        let value_scale = work.value_scale();
-        let Self { near, exact, trial: tile, tile: scratch, output, exact_output } = self;
-        output.resize(call.cache.shape().value_dim, 0.0);
-        exact_output.resize(call.cache.shape().value_dim, 0.0);
-        let seen = tiles::begin(near, call, task);
-        budgeted.accumulate_near(near, task, work.regions, seen);
-        exact.clone_from(near);
-        work.accumulate_exactly(exact, |_| true);
+        let seen = tiles::begin(&mut self.near, &budgeted.call, task);
+        budgeted.accumulate_near(&mut self.near, task, work.regions, seen);
+        self.exact.clone_from(&self.near);
+        work.accumulate_exactly(&mut self.exact, |micro_tile| work.heads_of(micro_tile).any(&wanted));
+        let value_dim = budgeted.call.cache.shape().value_dim;
+        self.output.resize(value_dim, 0.0);
+        self.exact_output.resize(value_dim, 0.0);
+    }
+
+    /// Takes the heads of `work` from `first` on down to limits that their rows can bear, or to the last.
+    fn measure(&mut self, work: &Work<'_>, first: usize, trials: &mut [Trial]) {
+        let rows_of_head = work.task.tokens.len();
+        let heads = first..first + trials.len();
+        let micro_tiles = first * rows_of_head / MICRO_ROWS..(heads.end * rows_of_head).div_ceil(MICRO_ROWS);
+        let clusters = micro_tiles.len() * work.clusters();
         for trial in trials.iter_mut() {
             trial.samples += 1;
-            trial.rows += task.tokens.len();
+            trial.rows += rows_of_head;
+            trial.clusters += clusters;
         }
-        loop {
-            tile.clone_from(near);
-            let limits: Vec<f32> = trials.iter().map(|trial| trial.limit() * budget).collect();
-            let mut beyond = vec![0.0_f32; trials.len()];
-            let mut ratios = vec![Vec::new(); trials.len()];
-            let mut bearable = vec![f32::INFINITY; trials.len()];
+        let budget = work.budgeted.settings.budget;
+        let mut limits = vec![0.0; work.budgeted.call.group()];
+        while !trials.iter().any(Trial::is_given_up) {
+            for (limit, trial) in limits[heads.clone()].iter_mut().zip(&*trials) {
+                *limit = trial.limit() * budget;
+            }
+            self.trial.clone_from(&self.near);
+            let mut findings = vec![Finding::default(); trials.len()];
             let mut computed = 0;
-            for micro_tile in 0..work.micro_tiles() {
-                let estimated = work.micro_tile(micro_tile, &limits, usize::MAX, tile, scratch);
-                let Some(estimated) = estimated else {
-                    // What is no number is computed exactly.
-                    computed += work.clusters();
-                    continue;
-                };
-                // Where it would fall back its rows are measured all the same: others much like them may not.
-                let falls_back = estimated.selected > work.most_computed();
-                computed += if falls_back { work.clusters() } else { estimated.selected };
-                for (row, error) in work.rows_of(micro_tile).zip(estimated.errors) {
-                    let (head, _) = work.head_and_token(row);
-                    tile.finish_row(row, output);
-                    exact.finish_row(row, exact_output);
-                    let size = exact_output.iter().map(|value| value * value).sum::<f32>().sqrt();
-                    let allowed = budget.min(MOST_OF_OUTPUT * size / value_scale);
-                    let missed = distance(output, exact_output) / value_scale;
-                    // A NaN is within nothing.
-                    let share = if missed <= allowed { missed / allowed.max(f32::MIN_POSITIVE) } else { f32::INFINITY };
-                    beyond[head] = beyond[head].max(share);
-                    if share > BEARING {
-                        bearable[head] = bearable[head].min(error / share);
-                    }
-                    if error > TELLING * limits[head] {
-                        ratios[head].push(missed / error);
-                    }
-                }
+            for micro_tile in micro_tiles.clone() {
+                computed += self.try_limits(work, micro_tile, &limits, first, &mut findings);
             }
-            if beyond.iter().all(|share| *share <= 1.0) {
-                for (((trial, ratios), share), bearable) in trials.iter_mut().zip(ratios).zip(beyond).zip(bearable) {
-                    trial.worst = trial.worst.max(share);
-                    trial.bearable = trial.bearable.min(bearable);
-                    trial.ratios.extend(ratios);
+            if findings.iter().all(|finding| finding.worst <= 1.0) {
+                for (trial, finding) in trials.iter_mut().zip(findings) {
+                    trial.computed += computed;
+                    trial.take(finding);
                 }
-                return computed;
+                return;
             }
-            for (trial, _) in trials.iter_mut().zip(beyond).filter(|(_, share)| *share > 1.0) {
+            for (trial, _) in trials.iter_mut().zip(findings).filter(|(_, finding)| finding.worst > 1.0) {
                 trial.step_down();
             }
-            if trials.iter().any(|trial| trial.step >= STEPS) {
-                trials.iter_mut().for_each(|trial| trial.step = STEPS);
-                return work.micro_tiles() * work.clusters();
+        }
+    }
+
+    /// Computes a micro-tile within `limits` and adds to the findings of its heads, from `first` on, how far off it is.
+    /// Returns the clusters that it computes.
+    fn try_limits(
+        &mut self,
+        work: &Work<'_>,
+        micro_tile: usize,
+        limits: &[f32],
+        first: usize,
+        findings: &mut [Finding],
+    ) -> usize {
+        let Some(estimated) = work.micro_tile(micro_tile, limits, usize::MAX, &mut self.trial, &mut self.tile) else {
+            // What is no number is computed exactly.
+            return work.clusters();
+        };
+        let budget = work.budgeted.settings.budget;
+        let value_scale = work.value_scale();
+        for (row, error) in work.rows_of(micro_tile).zip(estimated.errors) {
+            let (head, _) = work.task.head_and_token(row);
+            let finding = &mut findings[head - first];
+            self.trial.finish_row(row, &mut self.output);
+            self.exact.finish_row(row, &mut self.exact_output);
+            let size = self.exact_output.iter().map(|value| value * value).sum::<f32>().sqrt();
+            let allowed = budget.min(MOST_OF_OUTPUT * size / value_scale);
+            let missed = distance(&self.output, &self.exact_output) / value_scale;
+            // A NaN is within nothing.
+            let share = if missed <= allowed { missed / allowed.max(f32::MIN_POSITIVE) } else { f32::INFINITY };
+            finding.worst = finding.worst.max(share);
+            if share > BEARING {
+                finding.bearable = finding.bearable.min(error / share);
+            }
+            if error > TELLING * limits[head] {
+                finding.ratios.push(missed / error);
             }
         }
+        // Where it would fall back its rows are measured all the same: others much like them may not.
+        if estimated.selected > work.most_computed() { work.clusters() } else { estimated.selected }
     }
 }
 

@@ -207,22 +207,26 @@ impl HeadClusters {
         self.calibrations.get(head).copied().unwrap_or_default()
     }
 
-    /// Whether clusters pay: for every query head that reads the head, as all share the clusters that are computed.
-    pub fn pays(&self) -> bool {
-        let pays = |calibration: &Calibration| calibration.limit > 0.0 && calibration.samples >= LEAST_SAMPLES;
-        !self.calibrations.is_empty() && self.calibrations.iter().all(pays)
+    /// Whether clusters pay for query head `head` of the group.
+    pub fn pays(&self, head: usize) -> bool {
+        let calibration = self.calibration(head);
+        calibration.limit > 0.0 && calibration.samples >= LEAST_SAMPLES
     }
 
-    /// Whether clusters may pay, as far as is known.
+    /// Whether query head `head` of the group was found not to be worth it, not long ago.
+    pub fn is_given_up(&self, head: usize, budget: f32) -> bool {
+        !self.is_stale(budget) && self.calibration(head).is_hopeless()
+    }
+
+    /// Whether clusters may pay for some query head, as far as is known.
     fn may_pay(&self) -> bool {
-        !self.calibrations.iter().any(|calibration| calibration.samples > 0 && calibration.limit == 0.0)
+        self.calibrations.is_empty() || self.calibrations.iter().any(|calibration| !calibration.is_hopeless())
     }
 
     /// Whether queries should be measured, because too few were, or the keys have become many more or fewer.
     pub fn wants_calibration(&self, budget: f32) -> bool {
-        let unmeasured = |calibration: &Calibration| calibration.samples < SAMPLES;
-        !self.regions.is_empty()
-            && (self.is_stale(budget) || (self.may_pay() && self.calibrations.iter().any(unmeasured)))
+        let unmeasured = |calibration: &Calibration| calibration.samples < SAMPLES && !calibration.is_hopeless();
+        !self.regions.is_empty() && (self.is_stale(budget) || self.calibrations.iter().any(unmeasured))
     }
 
     fn is_stale(&self, budget: f32) -> bool {

@@ -1,6 +1,6 @@
 //! One tile of queries: near keys exactly, clusters by estimate or exactly, as the budget says.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use iceformer_kernels::InstructionSet;
 use iceformer_kernels::attention::{
@@ -119,7 +119,17 @@ impl<'a> Budgeted<'a> {
 
     /// Whether `task` has no cluster to make use of.
     pub fn is_exact(&self, task: &Task) -> bool {
-        !self.index.head(task.kv_head).pays() || self.far_regions(task).is_empty()
+        !self.pays(task) || self.far_regions(task).is_empty()
+    }
+
+    /// Whether clusters pay for some micro-tile of `task`: for all heads that have rows in it, which share the clusters
+    /// that are computed.
+    fn pays(&self, task: &Task) -> bool {
+        let (head, mut heads) = (self.index.head(task.kv_head), 0..self.call.group());
+        match self.is_decoding(task) {
+            true => heads.all(|query_head| head.pays(query_head)),
+            false => heads.any(|query_head| head.pays(query_head)),
+        }
     }
 
     /// Adds the keys of `seen` that are in none of `regions`.
@@ -144,7 +154,7 @@ impl<'a> Budgeted<'a> {
         let group = self.call.group();
         let seen = tiles::begin(tile, &self.call, task);
         let mut regions = self.far_regions(task);
-        let falls_back = !regions.is_empty() && !self.index.head(task.kv_head).pays();
+        let falls_back = !regions.is_empty() && !self.pays(task);
         if falls_back {
             regions.clear();
         }
@@ -187,10 +197,15 @@ impl Work<'_> {
         scratch.counts.resize(micro_tiles, 0);
         let limits: Vec<f32> =
             (0..self.budgeted.call.group()).map(|head| self.calibration(head).safe_limit()).collect();
-        // Where the first micro-tiles needed everything, the next will too, and estimates cost.
-        let mut failures = 0;
+        // Where the first micro-tiles of a head needed everything, the next will too, and estimates cost.
+        let (mut failures, mut failing) = (0, 0);
         for micro_tile in 0..micro_tiles {
-            let estimated = match failures < MOST_FAILURES {
+            let heads = self.heads_of(micro_tile);
+            if *heads.start() != failing {
+                (failures, failing) = (0, *heads.start());
+            }
+            let pays = heads.clone().all(|head| self.head().pays(head));
+            let estimated = match pays && failures < MOST_FAILURES {
                 true => self.micro_tile(micro_tile, &limits, self.most_computed(), tile, scratch),
                 false => None,
             };
@@ -202,7 +217,7 @@ impl Work<'_> {
             failures = 0;
             scratch.counts[micro_tile] = estimated.selected;
             for (row, error) in self.rows_of(micro_tile).zip(estimated.errors) {
-                let (head, _) = self.head_and_token(row);
+                let (head, _) = self.task.head_and_token(row);
                 reports[head].estimated_missed_mass.add(self.calibration(head).error_factor * error);
             }
         }
@@ -245,10 +260,10 @@ impl Work<'_> {
         micro_tile * MICRO_ROWS..self.rows().min((micro_tile + 1) * MICRO_ROWS)
     }
 
-    /// Query head of the group and token of row `row`.
-    pub fn head_and_token(&self, row: usize) -> (usize, usize) {
-        let group = self.budgeted.call.group();
-        (row % group, self.task.tokens.start + row / group)
+    /// Query heads of the group that have rows in a micro-tile.
+    pub fn heads_of(&self, micro_tile: usize) -> RangeInclusive<usize> {
+        let rows = self.rows_of(micro_tile);
+        self.task.head_and_token(rows.start).0..=self.task.head_and_token(rows.end - 1).0
     }
 
     /// What was measured of query head `head` of the group.
@@ -271,7 +286,7 @@ impl Work<'_> {
         let TileScratch { queries, masses, uncertainties, errors, .. } = scratch;
         queries.begin(rows.len(), call.cache.shape().padded_key_dim());
         for row in rows.clone() {
-            let (head, token) = self.head_and_token(row);
+            let (head, token) = self.task.head_and_token(row);
             let query = call.query(self.task.kv_head * call.group() + head, token);
             queries.set_row(row - rows.start, query, call.attention.scale);
         }
@@ -285,7 +300,7 @@ impl Work<'_> {
         }
         errors.clear();
         errors.resize(clusters, 0.0);
-        let rows_of_head = (rows.len() as f32 / call.group() as f32).max(1.0);
+        let rows_of_head = rows.len() as f32 / self.heads_of(micro_tile).count() as f32;
         let mut totals = [0.0; MICRO_ROWS];
         let matrices = masses.chunks_exact_mut(clusters).zip(uncertainties.chunks_exact(clusters));
         for ((row, total), (masses, uncertainties)) in rows.clone().zip(&mut totals).zip(matrices) {
@@ -295,7 +310,7 @@ impl Work<'_> {
             if !(total.is_finite() && *total > 0.0) {
                 return None;
             }
-            let limit = limits[self.head_and_token(row).0];
+            let limit = limits[self.task.head_and_token(row).0];
             let factor = Self::squared_error_factor(*total) / (limit * limit * rows_of_head);
             add_squared_errors(masses, uncertainties, factor, errors);
         }
@@ -384,7 +399,7 @@ impl Work<'_> {
             let is_exact = scratch.exact[micro_tile];
             let computed = (scratch.counts[micro_tile] * CLUSTER_KEYS) as u64;
             for row in self.rows_of(micro_tile) {
-                let (head, token) = self.head_and_token(row);
+                let (head, token) = self.task.head_and_token(row);
                 let report = &mut reports[head];
                 let kept = near(token) + if is_exact { far } else { computed };
                 report.kept_keys += kept;
@@ -414,7 +429,7 @@ impl Work<'_> {
         output.resize(shape.value_dim, 0.0);
         audited_output.resize(shape.value_dim, 0.0);
         for (head, report) in reports.iter_mut().enumerate() {
-            let row = (token - self.task.tokens.start) * group + head;
+            let row = self.task.row(head, token);
             if exact[row / MICRO_ROWS] {
                 continue;
             }
