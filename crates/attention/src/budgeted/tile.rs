@@ -17,7 +17,7 @@ use crate::tiles::{self, Call, Task};
 use crate::{CacheShape, HeadReport, KeyValueType};
 
 /// Keys before (and, without a causal mask, behind) the queries of a tile that are always exact.
-pub(super) const NEAR_KEYS: usize = 512;
+pub(super) const NEAR_KEYS: usize = 256;
 /// Above this share of clusters to compute, exact attention over the keys in their own order is faster.
 pub(super) const FALLBACK_SHARE: f32 = 0.5;
 /// Micro-tiles in a row that may fall back before the rest of the tile does untried.
