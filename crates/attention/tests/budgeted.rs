@@ -38,10 +38,10 @@ fn topical(shape: Shape, mask: Mask) -> Case {
         keys.extend(around(&centres, key_dim, random.normals(key_dim, 0.25)));
         values.extend(around(&value_centres, value_dim, random.normals(value_dim, 0.5)));
     }
-    // A topic for several queries in a row, as text has it.
+    // A topic for several queries in a row, as text has it, and topics enough that one alone is no percentile.
     for token in 0..query_tokens {
         for head in 0..query_heads {
-            let topic = (token / 48 * 7 + head * 3) % 40;
+            let topic = (token / 16 * 7 + head * 3) % 40;
             let noise = random.normals(key_dim, 0.3);
             queries
                 .extend(centres[topic * key_dim..][..key_dim].iter().zip(noise).map(|(centre, noise)| centre + noise));

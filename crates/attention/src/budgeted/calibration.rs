@@ -13,8 +13,9 @@ use crate::tiles::{self, Task};
 /// Places in the text that are measured for each head, a few tokens each.
 pub(super) const SAMPLES: usize = 16;
 /// The limit that is kept is the largest that every measured row could bear, less this factor: the most demanding of
-/// [`ENOUGH_ROWS`] rows stands for the 98th percentile. It grows as fewer were measured.
-const SAFETY: f32 = 1.4;
+/// twice [`ENOUGH_ROWS`] rows, as a prompt has them, stands for the 99th percentile. It grows as fewer than
+/// [`ENOUGH_ROWS`] were measured.
+const SAFETY: f32 = 1.2;
 const ENOUGH_ROWS: usize = 3 * SAMPLES;
 /// Rows that miss a smaller share of what is allowed, or have a smaller share of the limit as their error, do not tell
 /// how errors relate to estimates: the rounding of the cache may be all that there is.
@@ -87,9 +88,9 @@ pub(super) struct CalibrationScratch {
 /// Time that estimating clusters takes, as a share of computing their keys exactly.
 const ESTIMATE_COST: f32 = 0.04;
 /// Time that chosen clusters take, beside that of as many keys in their own order.
-const COMPUTE_COST: f32 = 1.4;
+const COMPUTE_COST: f32 = 1.2;
 /// Share of exact attention's time on far keys above which clusters are not worth it: making them takes time too.
-const MOST_COST: f32 = 0.65;
+const MOST_COST: f32 = 0.85;
 /// Samples without which nothing is left to an estimate, and after which a head is given up whose clusters do not pay so
 /// far.
 pub(super) const LEAST_SAMPLES: usize = 4;
@@ -197,8 +198,12 @@ pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut C
     let (group, tokens) = (call.group(), call.tokens());
     let sample_tokens = MICRO_ROWS.min(tokens);
     let samples = SAMPLES.min(tokens / sample_tokens);
-    // Under a causal mask the first queries see little from afar.
-    let earliest = if call.attention.mask.causal { (tokens / 4).min(tokens - sample_tokens) } else { 0 };
+    // Under a causal mask the first queries of a text see little from afar.
+    let position = call.queries.first_position;
+    let earliest = match call.attention.mask.causal {
+        true => ((position + tokens) / 4).saturating_sub(position).min(tokens - sample_tokens),
+        false => 0,
+    };
     let budget = budgeted.settings.budget;
     let head = budgeted.index.head(kv_head);
     let mut trials: Vec<_> = (0..group).map(|query_head| Trial::after(head.calibration(query_head), budget)).collect();
@@ -293,7 +298,7 @@ impl CalibrationScratch {
         first: usize,
         findings: &mut [Finding],
     ) -> usize {
-        let Some(estimated) = work.micro_tile(micro_tile, limits, usize::MAX, &mut self.trial, &mut self.tile) else {
+        let Some(estimated) = work.micro_tile(micro_tile, limits, &mut self.trial, &mut self.tile) else {
             // What is no number is computed exactly.
             return work.clusters();
         };

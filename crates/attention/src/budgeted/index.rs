@@ -18,10 +18,10 @@ use crate::{CacheShape, KeyValueCache, ThreadTeam};
 const SEGMENT_PAGES: usize = SEGMENT_KEYS / PAGE_KEYS;
 /// Keys of the smallest region.
 pub(super) const REGION_KEYS: usize = 1024;
-/// So many regions of one size become one, which is clustered anew: the more keys, the tighter their clusters.
-const MERGED: usize = 4;
-/// Keys of the largest region: sorting out more of them costs more than it saves.
-const MOST_REGION_KEYS: usize = REGION_KEYS * MERGED * MERGED;
+/// Sizes of regions, in units of [`REGION_KEYS`] keys, the largest first. As many of one size as make the next become one,
+/// which is clustered anew: the more keys, the tighter their clusters. Sorting them again takes as long as some thousand
+/// keys of exact attention do, which is little beside many keys, so that the larger sizes are only twice one another.
+const REGION_UNITS: [usize; 7] = [256, 128, 64, 32, 16, 4, 1];
 /// Keys at the start that are in no region: attention sinks are unlike all others and would spoil a cluster.
 pub(super) const FIRST_KEYS: usize = 64;
 /// Regions that a head is tried on.
@@ -169,18 +169,15 @@ impl ClusterIndex {
 /// ones as there are first, then smaller ones.
 fn layout(settled: usize, wanted: usize) -> Vec<Range<usize>> {
     let mut regions = Vec::new();
-    let (mut first, end) = (FIRST_KEYS, FIRST_KEYS + settled * REGION_KEYS);
-    let mut keys = MOST_REGION_KEYS;
-    while keys > REGION_KEYS {
-        while first + keys <= end {
-            regions.push(first..first + keys);
-            first += keys;
+    let mut unit = 0;
+    for size in REGION_UNITS {
+        // The smallest need not be settled.
+        let end = if size == 1 { wanted } else { settled };
+        while unit + size <= end {
+            let first = FIRST_KEYS + unit * REGION_KEYS;
+            regions.push(first..first + size * REGION_KEYS);
+            unit += size;
         }
-        keys /= MERGED;
-    }
-    while first < FIRST_KEYS + wanted * REGION_KEYS {
-        regions.push(first..first + REGION_KEYS);
-        first += REGION_KEYS;
     }
     regions
 }

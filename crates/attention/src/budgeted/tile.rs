@@ -28,6 +28,8 @@ const AUDITED_TILES: usize = 16;
 const AUDITED_TOKENS: usize = 256;
 /// Pages that are computed at a time: they are gathered into one block.
 const GATHERED_PAGES: usize = MAX_BLOCK_KEYS / PAGE_KEYS;
+/// Clusters that all micro-tiles compute before the next: their keys and values stay in the second-level cache meanwhile.
+const PASS_CLUSTERS: u32 = 4096 / CLUSTER_KEYS as u32;
 /// Clusters between the one that is copied and the one that the memory is asked for.
 const FETCHED_AHEAD: usize = 4;
 
@@ -50,8 +52,10 @@ pub(super) struct TileScratch {
     uncertainties: Vec<f32>,
     /// `[clusters]`
     errors: Vec<f32>,
-    /// Numbers of the clusters that are computed, ascending.
+    /// Numbers of the clusters that a micro-tile computes, ascending.
     selected: Vec<u32>,
+    /// Those of all micro-tiles, one behind the other.
+    selections: Vec<u32>,
     gathered: Gathered,
     /// Micro-tiles that compute everything.
     exact: Vec<bool>,
@@ -195,6 +199,7 @@ impl Work<'_> {
         scratch.exact.resize(micro_tiles, false);
         scratch.counts.clear();
         scratch.counts.resize(micro_tiles, 0);
+        scratch.selections.clear();
         let limits: Vec<f32> =
             (0..self.budgeted.call.group()).map(|head| self.calibration(head).safe_limit()).collect();
         // Where the first micro-tiles of a head needed everything, the next will too, and estimates cost.
@@ -206,7 +211,7 @@ impl Work<'_> {
             }
             let pays = heads.clone().all(|head| self.head().pays(head));
             let estimated = match pays && failures < MOST_FAILURES {
-                true => self.micro_tile(micro_tile, &limits, self.most_computed(), tile, scratch),
+                true => self.estimate_and_select(micro_tile, &limits, self.most_computed(), tile, scratch),
                 false => None,
             };
             let Some(estimated) = estimated else {
@@ -216,15 +221,38 @@ impl Work<'_> {
             };
             failures = 0;
             scratch.counts[micro_tile] = estimated.selected;
+            scratch.selections.extend_from_slice(&scratch.selected);
             for (row, error) in self.rows_of(micro_tile).zip(estimated.errors) {
                 let (head, _) = self.task.head_and_token(row);
                 reports[head].estimated_missed_mass.add(self.calibration(head).error_factor * error);
             }
         }
+        self.compute_selections(tile, scratch);
         if scratch.exact.contains(&true) {
             self.accumulate_exactly(tile, |micro_tile| scratch.exact[micro_tile]);
         }
         self.count(scratch, reports);
+    }
+
+    /// Adds the selected clusters of all micro-tiles key by key.
+    fn compute_selections(&self, tile: &mut AttentionTile, scratch: &mut TileScratch) {
+        let TileScratch { selections, counts, gathered, .. } = scratch;
+        let block = gathered.of(&self.budgeted.call);
+        let clusters = self.clusters() as u32;
+        // A single micro-tile has nobody to share them with.
+        let pass = if counts.iter().filter(|count| **count > 0).count() > 1 { PASS_CLUSTERS } else { clusters };
+        let mut first = 0;
+        while first < clusters {
+            let mut rest = &selections[..];
+            for (micro_tile, &count) in counts.iter().enumerate() {
+                let (selected, others) = rest.split_at(count);
+                rest = others;
+                let start = selected.partition_point(|cluster| *cluster < first);
+                let end = selected.partition_point(|cluster| *cluster < first + pass);
+                self.compute(micro_tile, &selected[start..end], tile, block);
+            }
+            first += pass;
+        }
     }
 
     /// Adds all keys of the far regions to the micro-tiles that `wanted` names.
@@ -318,9 +346,22 @@ impl Work<'_> {
     }
 
     /// Adds the far keys to a micro-tile: exactly in as few clusters as leave each head's rows within its entry of
-    /// `limits` on average, by estimate in the others. `None`, with nothing added, where more than `most` would be
-    /// computed.
+    /// `limits` on average, by estimate in the others. `None`, with nothing added, where a number is none.
     pub fn micro_tile(
+        &self,
+        micro_tile: usize,
+        limits: &[f32],
+        tile: &mut AttentionTile,
+        scratch: &mut TileScratch,
+    ) -> Option<Estimated> {
+        let estimated = self.estimate_and_select(micro_tile, limits, usize::MAX, tile, scratch)?;
+        self.compute(micro_tile, &scratch.selected, tile, scratch.gathered.of(&self.budgeted.call));
+        Some(estimated)
+    }
+
+    /// Leaves in `scratch.selected` as few clusters as leave each head's rows within its entry of `limits` on average, and
+    /// adds the others by estimate. `None`, with nothing added, where more than `most` would be computed.
+    fn estimate_and_select(
         &self,
         micro_tile: usize,
         limits: &[f32],
@@ -330,7 +371,7 @@ impl Work<'_> {
     ) -> Option<Estimated> {
         let totals = self.estimate(micro_tile, limits, tile, scratch)?;
         let (rows, clusters) = (self.rows_of(micro_tile), self.clusters());
-        let TileScratch { masses, uncertainties, errors, selected, gathered, .. } = scratch;
+        let TileScratch { masses, uncertainties, errors, selected, .. } = scratch;
         select(errors, 1.0, selected);
         if selected.len() > most {
             return None;
@@ -347,12 +388,14 @@ impl Work<'_> {
             tile.add_clusters(rows.start, rows.len(), &masses[first..], clusters, region.summaries().values);
             first += region.clusters();
         }
-        self.compute(micro_tile, selected, tile, gathered.of(&self.budgeted.call));
         Some(estimated)
     }
 
     /// Adds the `selected` clusters key by key, gathered in blocks.
     fn compute(&self, micro_tile: usize, selected: &[u32], tile: &mut AttentionTile, block: &mut Segment) {
+        if selected.is_empty() {
+            return;
+        }
         let shape = self.budgeted.call.cache.shape();
         // Every row sees all keys of the block, wherever they were: as it does those of a region.
         let position = self.head().regions[self.regions[0]].keys().start;
