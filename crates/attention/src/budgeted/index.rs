@@ -22,6 +22,8 @@ pub(super) const REGION_KEYS: usize = 1024;
 /// which is clustered anew: the more keys, the tighter their clusters. Sorting them again takes as long as some thousand
 /// keys of exact attention do, which is little beside many keys, so that the larger sizes are only twice one another.
 const REGION_UNITS: [usize; 7] = [256, 128, 64, 32, 16, 4, 1];
+/// The largest that a call of few queries makes: a decode step must not wait for more to be sorted.
+const MOST_UNITS_OF_FEW: usize = 4;
 /// Keys at the start that are in no region: attention sinks are unlike all others and would spoil a cluster.
 pub(super) const FIRST_KEYS: usize = 64;
 /// Regions that a head is tried on.
@@ -47,11 +49,20 @@ pub(super) struct HeadClusters {
     /// In the order of their keys, without gaps from [`FIRST_KEYS`] on.
     pub regions: Vec<Region>,
     /// Of the keys from [`FIRST_KEYS`] on, those that regions may be merged over, in units of [`REGION_KEYS`].
-    settled: usize,
+    settled: Settled,
     /// One for each query head that reads the head, empty before the first measurement.
     calibrations: Vec<Calibration>,
     /// Budget and clustered keys at the last measurement.
     calibrated: (f32, usize),
+}
+
+/// Keys that every query to come sees whole, so that regions may be merged over them.
+#[derive(Clone, Copy, Default)]
+struct Settled {
+    /// To regions of up to [`MOST_UNITS_OF_FEW`] units.
+    small: usize,
+    /// To larger ones.
+    large: usize,
 }
 
 /// Where clusters do not pay for a head, it is tried again on half of its keys when those have become so many times
@@ -114,12 +125,13 @@ impl ClusterIndex {
 
     /// Clusters the first `len` keys of `cache`, as far as they are not: of each head a few regions first, the others
     /// when measurements have shown that they pay. Regions that end at `settled` or before, which every query to come
-    /// sees whole, become larger ones.
+    /// sees whole, become larger ones: the largest where there are `many` queries, for which they are worth the time.
     pub(super) fn extend(
         &mut self,
         cache: &KeyValueCache,
         len: usize,
         settled: usize,
+        many: bool,
         team: &ThreadTeam,
         scratch: &[Mutex<IndexScratch>],
     ) {
@@ -130,7 +142,10 @@ impl ClusterIndex {
         for (index, head) in self.heads.iter_mut().enumerate() {
             // Never fewer: queries at earlier positions may follow.
             let wanted = head.wanted(total).max(head.keys() / REGION_KEYS);
-            head.settled = head.settled.max(settled.min(wanted));
+            head.settled.small = head.settled.small.max(settled.min(wanted));
+            if many {
+                head.settled.large = head.settled.small;
+            }
             let layout = layout(head.settled, wanted);
             let kept = head.regions.iter().zip(&layout).take_while(|(region, keys)| region.keys() == **keys).count();
             head.regions.truncate(kept);
@@ -165,14 +180,17 @@ impl ClusterIndex {
     }
 }
 
-/// The regions that `wanted` units of [`REGION_KEYS`] keys form, of which the first `settled` may be merged: as large
+/// The regions that `wanted` units of [`REGION_KEYS`] keys form, of which those that are `settled` may be merged: as large
 /// ones as there are first, then smaller ones.
-fn layout(settled: usize, wanted: usize) -> Vec<Range<usize>> {
+fn layout(settled: Settled, wanted: usize) -> Vec<Range<usize>> {
     let mut regions = Vec::new();
     let mut unit = 0;
     for size in REGION_UNITS {
-        // The smallest need not be settled.
-        let end = if size == 1 { wanted } else { settled };
+        let end = match size {
+            1 => wanted,
+            ..=MOST_UNITS_OF_FEW => settled.small,
+            _ => settled.large,
+        };
         while unit + size <= end {
             let first = FIRST_KEYS + unit * REGION_KEYS;
             regions.push(first..first + size * REGION_KEYS);
@@ -391,7 +409,7 @@ mod tests {
     #[test]
     fn regions_cover_all_keys_in_order() {
         for (settled, wanted) in [(0, 0), (0, 3), (3, 3), (4, 9), (16, 16), (39, 40)] {
-            let regions = layout(settled, wanted);
+            let regions = layout(Settled { small: settled, large: settled }, wanted);
             let mut end = FIRST_KEYS;
             for region in &regions {
                 assert_eq!(region.start, end);
@@ -400,7 +418,10 @@ mod tests {
             }
             assert_eq!(end, FIRST_KEYS + wanted * REGION_KEYS);
         }
-        let units: Vec<usize> = layout(39, 40).iter().map(|keys| keys.len() / REGION_KEYS).collect();
-        assert_eq!(units, [16, 16, 4, 1, 1, 1, 1]);
+        let units = |small, large| -> Vec<usize> {
+            layout(Settled { small, large }, 40).iter().map(|keys| keys.len() / REGION_KEYS).collect()
+        };
+        assert_eq!(units(39, 39), [32, 4, 1, 1, 1, 1]);
+        assert_eq!(units(39, 17), [16, 4, 4, 4, 4, 4, 1, 1, 1, 1]);
     }
 }

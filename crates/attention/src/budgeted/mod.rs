@@ -35,6 +35,9 @@ use tile::{Budgeted, NEAR_KEYS, TileScratch};
 
 /// Keys from which clusters are made: below, they do not pay.
 const LEAST_KEYS: usize = 4096;
+/// Queries from which a call makes large regions: their clusters take as long to make as exact attention of so many queries
+/// to their keys.
+const MANY_TOKENS: usize = 256;
 /// Positions between two changes of the regions: a long call is cut there.
 const STEP_TOKENS: usize = 4096;
 
@@ -120,9 +123,10 @@ fn run_step(
         true => (cache.len().min(first + call.tokens()), first.saturating_sub(NEAR_KEYS)),
         false => (cache.len(), cache.len()),
     };
+    let many = call.tokens() >= MANY_TOKENS;
     // The second round adds what the first has shown to pay.
     for _ in 0..2 {
-        guard.extend(cache, len, settled, team, &scratch.budgeted.index);
+        guard.extend(cache, len, settled, many, team, &scratch.budgeted.index);
         // Nearly every decode step: nothing to measure, and so nothing to add either.
         if !guard.heads_mut().iter().any(|head| head.wants_calibration(settings.budget)) {
             break;

@@ -84,10 +84,12 @@ const NATS: f32 = std::f32::consts::LN_2;
 pub struct AttentionTile {
     instruction_set: Option<InstructionSet>,
     arithmetic: Option<Arithmetic>,
+    /// Where bf16 dot products are slow: a block of bf16 that many rows want is expanded, and computed in f32.
+    expands_for_many: bool,
     /// What scores are soft-capped to, in their unit; 0: nothing.
     soft_cap: f32,
     shape: TileShape,
-    /// `[rows][key_dim]`, one of the three by `arithmetic`; multiplied by the factor on the logits and by log2 e, as the
+    /// `[rows][key_dim]`, those that the arithmetic takes; multiplied by the factor on the logits and by log2 e, as the
     /// kernels compute powers of two.
     queries_f32: AlignedBuffer<f32>,
     queries_bf16: AlignedBuffer<u16>,
@@ -118,6 +120,8 @@ pub struct AttentionTile {
 
 /// Up to so many rows of an int8 block the vector kernel is faster, as it need not widen the values first.
 const FEW_ROWS: usize = 12;
+/// Up to so many rows of a bf16 block slow dot products are faster than expanding it.
+const FEW_BRAIN_ROWS: usize = 12;
 #[cfg(target_arch = "x86_64")]
 const AMX_STRIP: usize = amx_kernel::STRIP;
 #[cfg(not(target_arch = "x86_64"))]
@@ -207,11 +211,15 @@ impl AttentionTile {
             _ => Arithmetic::F32,
         };
         self.arithmetic = Some(arithmetic);
+        self.expands_for_many = arithmetic == Arithmetic::Bf16 && expands_for_many(instruction_set);
         self.shape = shape;
         match arithmetic {
             Arithmetic::F32 => self.queries_f32.grow(rows * key_dim),
             Arithmetic::Bf16 => self.queries_bf16.grow(rows * key_dim),
             Arithmetic::Int8 => self.queries_int8.grow(rows * key_dim),
+        }
+        if self.expands_for_many {
+            self.queries_f32.grow(rows * key_dim);
         }
         self.query_scales.resize(rows, 1.0);
         self.query_offsets.resize(rows, 0);
@@ -235,11 +243,12 @@ impl AttentionTile {
         self.output.fill(0.0);
     }
 
-    /// Name of the kernel that [`accumulate`](Self::accumulate) runs, as reports print it.
+    /// Name of the kernel that [`accumulate`](Self::accumulate) runs for many rows, as reports print it.
     pub fn kernel_name(instruction_set: InstructionSet, kind: KeyBlock<'_>) -> &'static str {
         match (instruction_set, kind) {
             (InstructionSet::Amx, KeyBlock::Bf16 { .. }) => "amx-bf16-32x32",
             (InstructionSet::Amx, KeyBlock::Int8 { .. }) => "amx-int8-32x32",
+            (level @ InstructionSet::Avx512Bf16, KeyBlock::Bf16 { .. }) if expands_for_many(level) => "avx512-f32-6x64",
             (InstructionSet::Avx512Bf16, KeyBlock::Bf16 { .. }) => "avx512-bf16-6x64",
             (InstructionSet::Avx512Vnni | InstructionSet::Avx512Bf16, KeyBlock::Int8 { .. }) => "avx512-vnni-6x64",
             (InstructionSet::Portable, _) => "portable-f32-6x16",
@@ -257,12 +266,13 @@ impl AttentionTile {
         self.visible[row] = (start, end.max(start));
         let arithmetic = self.arithmetic.expect("begin was called");
         let factor = scale / NATS;
+        if arithmetic == Arithmetic::F32 || self.expands_for_many {
+            let target = &mut self.queries_f32[range.clone()];
+            target.iter_mut().zip(query).for_each(|(target, value)| *target = value * factor);
+            target[query.len()..].fill(0.0);
+        }
         match arithmetic {
-            Arithmetic::F32 => {
-                let target = &mut self.queries_f32[range];
-                target.iter_mut().zip(query).for_each(|(target, value)| *target = value * factor);
-                target[query.len()..].fill(0.0);
-            }
+            Arithmetic::F32 => {}
             Arithmetic::Bf16 => {
                 let target = &mut self.queries_bf16[range];
                 for (target, value) in target.iter_mut().zip(query) {
@@ -336,9 +346,12 @@ impl AttentionTile {
         if !self.visible.iter().any(|&(start, end)| start < end_key && end > first_key && start < end) {
             return;
         }
-        let arithmetic = self.arithmetic.expect("begin was called");
         let level = self.instruction_set.expect("begin was called");
         let wanted_rows = || (0..rows.div_ceil(MICRO_ROWS)).filter(|tile| wanted(*tile)).count() * MICRO_ROWS;
+        let arithmetic = match self.arithmetic.expect("begin was called") {
+            Arithmetic::Bf16 if self.expands_for_many && wanted_rows() > FEW_BRAIN_ROWS => Arithmetic::F32,
+            arithmetic => arithmetic,
+        };
         let amx = level == InstructionSet::Amx
             && match arithmetic {
                 Arithmetic::F32 => false,
@@ -547,6 +560,11 @@ impl AttentionTile {
         output.iter_mut().zip(sums).for_each(|(target, value)| *target = value * inverse);
         self.maxima[row] * NATS + sum.ln()
     }
+}
+
+/// Whether a block of bf16 is computed in f32 where many rows want it.
+fn expands_for_many(level: InstructionSet) -> bool {
+    level == InstructionSet::Avx512Bf16 && InstructionSet::brain_dots_are_slow()
 }
 
 /// Enters the kernel of the instruction set and the number of rows.

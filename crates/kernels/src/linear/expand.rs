@@ -1,7 +1,7 @@
-//! Panels of GGML types as f32, for instruction sets without 8-bit dot products.
+//! Panels of GGML types and of bf16 as f32, for instruction sets without dot products of 8 or 16 bits.
 
 use super::WeightType;
-use super::packed::expand_panel;
+use super::packed::{PANEL, expand_panel};
 use crate::InstructionSet;
 
 /// Writes inputs `first..first + output.len() / 16` of a packed panel as f32 `[k][16]`.
@@ -36,7 +36,21 @@ fn by_type(weight_type: WeightType, panel: &[u8], first: usize, output: &mut [f3
         Q4_K => expand_panel(Q4_K, panel, first, output),
         Q5_K => expand_panel(Q5_K, panel, first, output),
         Q6_K => expand_panel(Q6_K, panel, first, output),
-        F32 | F16 | Bf16 => unreachable!("floats are multiplied as they are"),
+        F16 | Bf16 => expand_brain(panel, first, output),
+        F32 => unreachable!("multiplied as it is"),
+    }
+}
+
+/// Pairs of bf16 weights `[k/2][16][2]`; `first` is even.
+#[inline(always)]
+fn expand_brain(panel: &[u8], first: usize, output: &mut [f32]) {
+    let pairs = panel[2 * first * PANEL..].chunks_exact(4 * PANEL);
+    for (output, pairs) in output.chunks_exact_mut(2 * PANEL).zip(pairs) {
+        let (even, odd) = output.split_at_mut(PANEL);
+        for ((even, odd), pair) in even.iter_mut().zip(odd).zip(pairs.chunks_exact(4)) {
+            let pair = u32::from_le_bytes([pair[0], pair[1], pair[2], pair[3]]);
+            (*even, *odd) = (f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000));
+        }
     }
 }
 

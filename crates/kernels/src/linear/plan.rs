@@ -27,8 +27,8 @@ const INT8_CHUNK: usize = 4096;
 /// are then loaded and stored more often; twice as many no faster).
 #[cfg(target_arch = "x86_64")]
 const AMX_CHUNK: usize = 1024;
-/// Up to so many rows the int8 kernels unpack weights again for every tile instead of once (measured: 16 % faster at 12
-/// rows of Q4_K, even at 30, 6 % slower at 512).
+/// Up to so many rows the int8 kernels, and the f32 kernels of bf16 weights, unpack weights again for every tile instead
+/// of once (measured: 16 % faster at 12 rows of Q4_K, even at 30, 6 % slower at 512).
 const DIRECT_ROWS: usize = 30;
 
 /// How weights come to the micro-kernel.
@@ -90,7 +90,9 @@ impl Plan {
                 return (amx::kernels(), Source::Packed, amx::STEP_INPUTS, amx::STEP_INPUTS / 2);
             }
             #[cfg(target_arch = "x86_64")]
-            WeightType::F16 | WeightType::Bf16 if level >= InstructionSet::Avx512Bf16 => {
+            WeightType::F16 | WeightType::Bf16
+                if level >= InstructionSet::Avx512Bf16 && !InstructionSet::brain_dots_are_slow() =>
+            {
                 return (brain_float::kernels(), Source::Packed, 2, 1);
             }
             #[cfg(target_arch = "x86_64")]
@@ -103,7 +105,9 @@ impl Plan {
                     _ => (kernels.direct, Source::Packed, 32, int8::BLOCK_WORDS),
                 };
             }
-            WeightType::F16 | WeightType::Bf16 => return (float::brain_kernels(level), Source::Packed, 1, 1),
+            WeightType::F16 | WeightType::Bf16 if rows <= DIRECT_ROWS => {
+                return (float::brain_kernels(level), Source::Packed, 1, 1);
+            }
             _ => {}
         }
         (float::kernels(level), Source::F32, 1, 1)
