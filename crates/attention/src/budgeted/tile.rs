@@ -300,8 +300,7 @@ impl Work<'_> {
     }
 
     /// Fills `masses` (relative to each row's largest logit, which `tile` learns), `uncertainties` and `errors` (the
-    /// squared error that each cluster would add, in units of the row's limit: the mean over the rows of a head, summed
-    /// over heads, so that none takes more than its limit). Returns the rows' softmax sums; `None` when one is no number.
+    /// squared error that each cluster would add, in units of the row's limit: the mean over the rows). Returns the rows' softmax sums; `None` when one is no number.
     fn estimate(
         &self,
         micro_tile: usize,
@@ -328,7 +327,6 @@ impl Work<'_> {
         }
         errors.clear();
         errors.resize(clusters, 0.0);
-        let rows_of_head = rows.len() as f32 / self.heads_of(micro_tile).count() as f32;
         let mut totals = [0.0; MICRO_ROWS];
         let matrices = masses.chunks_exact_mut(clusters).zip(uncertainties.chunks_exact(clusters));
         for ((row, total), (masses, uncertainties)) in rows.clone().zip(&mut totals).zip(matrices) {
@@ -339,7 +337,7 @@ impl Work<'_> {
                 return None;
             }
             let limit = limits[self.task.head_and_token(row).0];
-            let factor = Self::squared_error_factor(*total) / (limit * limit * rows_of_head);
+            let factor = Self::squared_error_factor(*total) / (limit * limit * rows.len() as f32);
             add_squared_errors(masses, uncertainties, factor, errors);
         }
         Some(totals)
