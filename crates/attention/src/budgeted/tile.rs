@@ -153,27 +153,39 @@ impl<'a> Budgeted<'a> {
         task.tokens.len() < MICRO_ROWS
     }
 
-    /// Attends from the queries of `task`; the result stays in `tile`.
+    /// Attends from the queries of `task`; the result stays in `tile`. Of a task whose keys are cut into ranges each part
+    /// takes its own where nothing is left to clusters; else the first takes all.
     pub fn run(&self, task: &Task, tile: &mut AttentionTile, scratch: &mut TileScratch, reports: &mut Vec<HeadReport>) {
         let group = self.call.group();
+        let regions = self.far_regions(task);
+        let is_first = task.keys.start == 0;
+        let is_exact = regions.is_empty() || !self.pays(task);
+        let keys = match (is_exact, is_first) {
+            (true, _) => task.keys.clone(),
+            (false, true) => 0..self.call.cache.len(),
+            (false, false) => 0..0,
+        };
+        let task = &Task { keys, tokens: task.tokens.clone(), ..*task };
         let seen = tiles::begin(tile, &self.call, task);
-        let mut regions = self.far_regions(task);
-        let falls_back = !regions.is_empty() && !self.pays(task);
-        if falls_back {
-            regions.clear();
-        }
-        let allowed: u64 = task.tokens.clone().map(|token| self.call.seen(token).len() as u64).sum();
-        let report = HeadReport { rows: task.tokens.len() as u64, allowed_keys: allowed, ..HeadReport::default() };
         reports.clear();
-        reports.resize(group, report);
-        self.accumulate_near(tile, task, &regions, seen);
-        if regions.is_empty() {
+        reports.resize(group, HeadReport::default());
+        if is_first {
+            let rows = task.tokens.len() as u64;
+            let allowed_keys = task.tokens.clone().map(|token| self.call.seen(token).len() as u64).sum();
+            reports.fill(HeadReport { rows, allowed_keys, ..HeadReport::default() });
+        }
+        if is_exact {
+            self.accumulate_near(tile, task, &[], seen);
             for report in reports.iter_mut() {
-                (report.evaluated_keys, report.kept_keys) = (allowed, allowed);
-                report.fallback_rows = if falls_back { report.rows } else { 0 };
+                (report.evaluated_keys, report.kept_keys) = (report.allowed_keys, report.allowed_keys);
+                report.fallback_rows = if regions.is_empty() { 0 } else { report.rows };
             }
             return;
         }
+        if !is_first {
+            return;
+        }
+        self.accumulate_near(tile, task, &regions, seen);
         let work = Work { budgeted: self, task, regions: &regions };
         work.far(tile, scratch, reports);
         if self.audits(task) {
