@@ -82,7 +82,8 @@ fn json_holds_text_and_figures() {
 fn the_report_tells_what_attention_kept() {
     let text = (0..420).map(|line| format!("Line {line} tells of the {} hill.\n", line * 37 % 101)).collect::<String>();
     let run = |more: &[&str]| with_input(&[&["run", "-n", "2", "--threads", "2"], more].concat(), &text);
-    let output = run(&["--method", "budgeted", "--budget", "0.2", "--json"]);
+    // A budget asks for the method that keeps it.
+    let output = run(&["--budget", "0.2", "--json"]);
     assert!(stderr(&output).contains("budgeted kept "), "{}", stderr(&output));
     let value = json(&output);
     let tokens = value["prompt_tokens"].as_u64().unwrap();
@@ -104,7 +105,7 @@ fn the_report_tells_what_attention_kept() {
 
     let exact = json(&on_reference(&["--prompt", "Once", "-n", "1", "--json", "-q"]));
     assert_eq!((&exact["attention"]["kept_share"], &exact["attention"]["layers"]), (&1.0.into(), &Value::Null));
-    assert_error(&run(&["--budget", "0.1"]), 1, &["--budget is for --method budgeted"]);
+    assert_error(&run(&["--method", "exact", "--budget", "0.1"]), 1, &["--budget is for --method budgeted"]);
     assert_error(&run(&["--method", "budgeted", "--budget", "7"]), 2, &["--budget", "above 0 and up to 1"]);
 }
 

@@ -122,9 +122,9 @@ pub struct SamplingArguments {
 
 #[derive(Clone, Debug, Args)]
 pub struct MethodArguments {
-    /// How attention chooses keys.
-    #[arg(long, default_value = "exact", value_name = "METHOD", value_parser = method)]
-    method: Method,
+    /// How attention chooses keys [default: budgeted where --budget is given, else exact].
+    #[arg(long, value_name = "METHOD", value_parser = method)]
+    method: Option<Method>,
     /// Share of the softmax mass that a query may miss [default: 0.05].
     #[arg(long, value_name = "SHARE", value_parser = budget, allow_negative_numbers = true)]
     budget: Option<f32>,
@@ -134,9 +134,9 @@ impl MethodArguments {
     /// The method with its settings.
     pub fn method(&self) -> Result<Method, anyhow::Error> {
         match (self.method, self.budget) {
-            (Method::Budgeted(_), Some(budget)) => Ok(Method::Budgeted(BudgetSettings { budget })),
-            (method, None) => Ok(method),
-            (method, Some(_)) => {
+            (None | Some(Method::Budgeted(_)), Some(budget)) => Ok(Method::Budgeted(BudgetSettings { budget })),
+            (method, None) => Ok(method.unwrap_or(Method::Exact)),
+            (Some(method), Some(_)) => {
                 anyhow::bail!("--budget is for --method budgeted; --method {} has no budget", method.name())
             }
         }
