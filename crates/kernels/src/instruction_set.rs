@@ -75,16 +75,22 @@ impl InstructionSet {
     /// Rapids) does 86 G operations a second and core with `vdpbf16ps` and 177 in f32, a Zen 5 550 and 276. Intel's
     /// processors are fast at bf16 with AMX alone, which a virtual machine may hide.
     pub(crate) fn brain_dots_are_slow() -> bool {
-        static SLOW: OnceLock<bool> = OnceLock::new();
-        *SLOW.get_or_init(|| {
-            #[cfg(target_arch = "x86_64")]
-            {
+        Self::is_intel()
+    }
+
+    /// Whether the processor is one of Intel's.
+    #[inline]
+    pub(crate) fn is_intel() -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            static INTEL: OnceLock<bool> = OnceLock::new();
+            *INTEL.get_or_init(|| {
                 let vendor = std::arch::x86_64::__cpuid(0);
                 [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() == b"GenuineIntel"
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            false
-        })
+            })
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 
     /// The level in use: the detected one, or the lower one that `ICEFORMER_ISA` names. Read once per process.

@@ -28,6 +28,8 @@ mod int8;
 mod softmax;
 mod tile;
 
+#[cfg(target_arch = "x86_64")]
+use crate::InstructionSet;
 pub use clusters::{
     ClusterQueries, ClusterSummaries, PANEL_CLUSTERS, add_squared_errors, largest, masses_in_place,
     sum_of_squared_errors, sums_up_to,
@@ -60,16 +62,22 @@ pub fn fetch<T>(values: &[T]) {
     }
 }
 
-/// Asks for the cache line `offset` bytes from `address`. Only a hint: any address may be given. The line comes to the
-/// second-level cache: a block and the next are more than the first level holds, and a Xeon, whose first level waits for
-/// sixteen lines at most, decodes 5 to 15 % faster so.
+/// Asks for the cache line `offset` bytes from `address`. Only a hint: any address may be given. A Xeon decodes 5 to 15 %
+/// faster where lines come to the second-level cache, as its first level waits for sixteen lines at most; a Zen 4 decodes
+/// 8 % faster where they come to the first.
 #[inline(always)]
 pub(crate) fn fetch_ahead<T>(address: *const T, offset: isize) {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        let address = address.cast::<i8>().wrapping_offset(offset);
         // SAFETY: a prefetch never faults, whatever the address; SSE is part of x86-64.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast::<i8>().wrapping_offset(offset)) }
+        unsafe {
+            match InstructionSet::is_intel() {
+                true => _mm_prefetch::<_MM_HINT_T1>(address),
+                false => _mm_prefetch::<_MM_HINT_T0>(address),
+            }
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (address, offset);
