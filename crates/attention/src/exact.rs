@@ -31,7 +31,7 @@ pub(crate) fn run(
     let cache = call.cache;
     // Its keys are centred, and a capped logit minds a shift.
     assert!(call.soft_cap.is_none() || cache.kind() != KeyValueType::Int8, "soft-capping over a cache of int8");
-    let plan = Plan::new(call, true);
+    let plan = Plan::new(call);
     scratch.tiles.resize_with(team.threads(), Mutex::default);
     if scratch.parts.len() < plan.tasks() {
         scratch.parts.resize_with(plan.tasks(), Part::default);

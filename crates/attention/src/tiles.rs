@@ -98,18 +98,15 @@ impl Task {
 }
 
 impl Plan {
-    /// The cut of `call`, of its keys too where `cut_keys` says so.
-    pub fn new(call: &Call<'_>, cut_keys: bool) -> Self {
+    /// The cut of `call`.
+    pub fn new(call: &Call<'_>) -> Self {
         let (tokens, group, kv_heads, keys) =
             (call.tokens(), call.group(), call.cache.shape().kv_heads, call.cache.len());
         // A whole number of micro-tiles.
         let tile_tokens = (TILE_ROWS / group / MICRO_ROWS * MICRO_ROWS).max(MICRO_ROWS).min(tokens.max(1));
         let tiles = tokens.div_ceil(tile_tokens);
         let wanted = WANTED_TASKS.div_ceil((tiles * kv_heads).max(1));
-        let range_keys = match cut_keys {
-            true => keys.div_ceil(wanted).max(RANGE_KEYS).next_multiple_of(SEGMENT_KEYS),
-            false => keys.max(1),
-        };
+        let range_keys = keys.div_ceil(wanted).max(RANGE_KEYS).next_multiple_of(SEGMENT_KEYS);
         let ranges = keys.div_ceil(range_keys).max(1);
         Self { group, kv_heads, tokens, tile_tokens, tiles, ranges, range_keys }
     }

@@ -143,7 +143,7 @@ fn run_step(
     let index = RwLockWriteGuard::downgrade(guard);
 
     let budgeted = Budgeted { call: *call, settings: *settings, index: &index };
-    let plan = Plan::new(call, true);
+    let plan = Plan::new(call);
     let mut tasks = (0..plan.tasks()).map(|task| plan.task(task, cache.len()));
     if tasks.all(|task| budgeted.is_exact(&task)) {
         let mut report = exact::run(call, output, log_sum_exp, team, scratch);
