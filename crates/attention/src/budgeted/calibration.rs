@@ -107,26 +107,33 @@ struct Trial {
     /// Clusters that micro-tiles would have computed, of so many.
     computed: usize,
     clusters: usize,
-    /// Largest missed mass at the current step, in relation to what is allowed.
+    /// What all rows measured at the current step show.
+    finding: Finding,
+}
+
+/// What rows of a head show at one limit.
+#[derive(Clone)]
+struct Finding {
+    /// Largest missed mass, in relation to what is allowed.
     worst: f32,
     /// Least error, as estimated, with which a row would miss what is allowed, if it missed in proportion. Infinite where
     /// none missed enough to tell.
     bearable: f32,
-    /// True over estimated error of the rows measured at the current step that have an error to speak of.
-    ratios: Vec<f32>,
-}
-
-/// What the rows of a head at one place show at one limit.
-#[derive(Clone)]
-struct Finding {
-    worst: f32,
-    bearable: f32,
+    /// True over estimated error of the rows that have an error to speak of.
     ratios: Vec<f32>,
 }
 
 impl Default for Finding {
     fn default() -> Self {
         Self { worst: 0.0, bearable: f32::INFINITY, ratios: Vec::new() }
+    }
+}
+
+impl Finding {
+    fn merge(&mut self, other: Self) {
+        self.worst = self.worst.max(other.worst);
+        self.bearable = self.bearable.min(other.bearable);
+        self.ratios.extend(other.ratios);
     }
 }
 
@@ -138,8 +145,7 @@ impl Trial {
             false => 0,
         };
         let step = step.saturating_sub(STEPS_UP);
-        let Finding { worst, bearable, ratios } = Finding::default();
-        Self { step, samples: 0, rows: 0, computed: 0, clusters: 0, worst, bearable, ratios }
+        Self { step, samples: 0, rows: 0, computed: 0, clusters: 0, finding: Finding::default() }
     }
 
     /// Whether no limit is small enough, or none that is would pay.
@@ -157,12 +163,6 @@ impl Trial {
             && ESTIMATE_COST + COMPUTE_COST * self.computed as f32 / self.clusters.max(1) as f32 > MOST_COST
     }
 
-    fn take(&mut self, finding: Finding) {
-        self.worst = self.worst.max(finding.worst);
-        self.bearable = self.bearable.min(finding.bearable);
-        self.ratios.extend(finding.ratios);
-    }
-
     /// The limit at this step, in budgets.
     fn limit(&self) -> f32 {
         MOST * (-0.5 * self.step as f32).exp2()
@@ -171,8 +171,7 @@ impl Trial {
     /// Forgets the rows that were measured at a limit that was too large.
     fn step_down(&mut self) {
         self.step += 1;
-        (self.worst, self.bearable) = (0.0, f32::INFINITY);
-        self.ratios.clear();
+        self.finding = Finding::default();
     }
 
     fn judge(&self, budget: f32) -> Calibration {
@@ -180,12 +179,12 @@ impl Trial {
             return Calibration { samples: self.samples, rows: self.rows, ..Calibration::default() };
         }
         // What is left to the next larger step, which was too large.
-        let room = (1.0 / self.worst).min(std::f32::consts::SQRT_2);
-        let limit = (room * self.limit() * budget).min(self.bearable);
+        let room = (1.0 / self.finding.worst).min(std::f32::consts::SQRT_2);
+        let limit = (room * self.limit() * budget).min(self.finding.bearable);
         // Between the mean of a few rows and the worst of them lies about the 90th percentile of all.
-        let worst = self.ratios.iter().copied().reduce(f32::max).unwrap_or(1.0);
-        let mean = self.ratios.iter().sum::<f32>() / self.ratios.len().max(1) as f32;
-        let error_factor = if self.ratios.is_empty() { 1.0 } else { 0.5 * (mean + worst) };
+        let worst = self.finding.ratios.iter().copied().reduce(f32::max).unwrap_or(1.0);
+        let mean = self.finding.ratios.iter().sum::<f32>() / self.finding.ratios.len().max(1) as f32;
+        let error_factor = if self.finding.ratios.is_empty() { 1.0 } else { 0.5 * (mean + worst) };
         // A row at the limit misses no more than the budget.
         let error_factor = error_factor.min(budget / (SAFETY * limit));
         Calibration { samples: self.samples, rows: self.rows, limit, error_factor }
@@ -278,7 +277,7 @@ impl CalibrationScratch {
             if findings.iter().all(|finding| finding.worst <= 1.0) {
                 for (trial, finding) in trials.iter_mut().zip(findings) {
                     trial.computed += computed;
-                    trial.take(finding);
+                    trial.finding.merge(finding);
                 }
                 return;
             }
@@ -334,17 +333,17 @@ mod tests {
     #[test]
     fn a_limit_leaves_room_for_rows_that_were_not_measured() {
         let mut trial = Trial::after(Calibration::default(), 0.1);
-        (trial.samples, trial.worst, trial.ratios) = (3, 1.0, vec![1.0, 3.0, 2.0]);
+        (trial.samples, trial.finding.worst, trial.finding.ratios) = (3, 1.0, vec![1.0, 3.0, 2.0]);
         let measured = trial.judge(0.1);
         assert_eq!((measured.samples, measured.limit, measured.error_factor), (3, 0.1 * MOST, 2.0 / SAFETY));
         trial.step_down();
         trial.step_down();
         assert_eq!(trial.judge(0.1).error_factor, 1.0, "nothing was measured at this step");
-        trial.worst = 1.0 / 1.1;
+        trial.finding.worst = 1.0 / 1.1;
         assert!((trial.judge(0.1).limit - 0.055 * MOST).abs() < 1e-6);
-        trial.bearable = 0.01;
+        trial.finding.bearable = 0.01;
         assert_eq!(trial.judge(0.1).limit, 0.01);
-        (trial.worst, trial.bearable) = (0.1, f32::INFINITY);
+        (trial.finding.worst, trial.finding.bearable) = (0.1, f32::INFINITY);
         assert!((trial.judge(0.1).limit - 0.05 * MOST * std::f32::consts::SQRT_2).abs() < 1e-6);
         trial.step = STEPS;
         assert_eq!(trial.judge(0.1).limit, 0.0);
