@@ -1,27 +1,29 @@
 //! Attention of a whole call on a caller's arrays: `[batch, heads, tokens, width]` with any strides, f32, f16 or bf16.
 //!
-//! Queries go through in chunks of tokens, so that what is copied or widened stays in the caches; keys and values go
-//! into a cache of their own, packed once. A few queries (a decode step) do not pay for packing and read the caller's
-//! rows where they lie ([`few`](crate::few)).
+//! Queries are read and results written where they lie; keys and values go into a cache of their own, packed once. A few
+//! queries (a decode step) do not pay for packing and read the caller's keys and values where they lie too
+//! ([`few`](crate::few)).
 
 use std::ops::{ControlFlow, Range};
 
 use iceformer_kernels::half::slice::HalfBitsSliceExt;
 use iceformer_kernels::half::{bf16, f16};
 
-use crate::exact;
 use crate::few::{self, FewScratch};
+use crate::output::Output;
 use crate::strided::FromF32;
 use crate::tiles::Call;
 use crate::{
-    Attention, AttentionScratch, CacheShape, Elements, ElementsMut, KeyValueCache, KeyValueType, Queries, Report,
-    StridedView, ThreadTeam,
+    Attention, AttentionScratch, CacheShape, Elements, ElementsMut, KeyValueCache, KeyValueType, Report, StridedView,
+    ThreadTeam,
 };
 
-/// Numbers of a chunk of queries, about: a few megabytes.
+/// Numbers of the queries between two looks at whether to go on, about …
 const CHUNK_NUMBERS: usize = 1 << 20;
-/// Fewest tokens of a chunk: several whole tiles.
+/// … and fewest tokens: several whole tiles.
 const CHUNK_TOKENS: usize = 512;
+/// Largest cache that is kept for the next call, which saves that call the system's clearing of new memory.
+const KEPT_BYTES: usize = 32 << 20;
 
 /// What a call on arrays reads.
 #[derive(Clone, Copy, Debug)]
@@ -198,47 +200,24 @@ impl Arrays<'_> {
 pub struct ArrayScratch {
     attention: AttentionScratch,
     few: FewScratch,
-    queries: Vec<f32>,
-    output: Vec<f32>,
-    log_sum_exp: Vec<f32>,
+    /// The last call's cache, for its memory.
+    cache: Option<KeyValueCache>,
 }
 
-/// Queries over a cache.
-struct CachedCall<'a> {
-    queries: StridedView<'a>,
-    first_position: usize,
-    soft_cap: Option<f32>,
-    sinks: Option<&'a [f32]>,
-}
+impl ArrayScratch {
+    /// An empty cache, with the last one's memory where it fits.
+    fn take_cache(&mut self, shape: CacheShape, kind: KeyValueType) -> KeyValueCache {
+        match self.cache.take() {
+            Some(mut cache) if cache.shape() == shape && cache.kind() == kind => {
+                cache.clear();
+                cache
+            }
+            _ => KeyValueCache::new(shape, kind),
+        }
+    }
 
-/// The caller's output for a group of entries of the batch.
-struct Target<'a, T> {
-    /// `[entries, tokens, heads, value_dim]`
-    output: &'a mut [T],
-    tokens: usize,
-    /// Numbers of one token of one entry: `heads · value_dim`.
-    token_numbers: usize,
-}
-
-impl KeyValueCache {
-    /// Appends the tokens of `keys` and `values`, whose row heads (the heads of all entries of the batch, entry by
-    /// entry) are the heads of the cache.
-    ///
-    /// # Panics
-    /// When heads, widths or lengths differ from the cache's or from one another.
-    pub fn append_view(&mut self, keys: StridedView<'_>, values: StridedView<'_>, team: &ThreadTeam) {
-        let shape = self.shape();
-        assert_eq!(keys.row_heads(), shape.kv_heads, "keys of another number of heads");
-        assert_eq!(values.row_heads(), shape.kv_heads, "values of another number of heads");
-        let ([_, _, tokens, key_dim], [_, _, value_tokens, value_dim]) = (keys.shape(), values.shape());
-        assert_eq!((key_dim, value_dim), (shape.key_dim, shape.value_dim), "keys or values of another width");
-        assert_eq!(tokens, value_tokens, "values for another number of tokens than keys");
-        self.append_rows(
-            tokens,
-            |head, token, row| keys.read_row(head, token, row),
-            |head, token, row| values.read_row(head, token, row),
-            team,
-        );
+    fn keep_cache(&mut self, cache: KeyValueCache) {
+        self.cache = (cache.bytes() <= KEPT_BYTES).then_some(cache);
     }
 }
 
@@ -289,7 +268,7 @@ impl Attention {
         proceed: &mut dyn FnMut() -> ControlFlow<()>,
     ) -> ControlFlow<(), Report> {
         let [batch, heads, tokens, _] = arrays.queries.shape();
-        let numbers = heads * arrays.values.shape()[3];
+        let value_dim = arrays.values.shape()[3];
         if output.is_empty() {
             // No rows, or none of any width.
             return ControlFlow::Continue(Report::default());
@@ -302,68 +281,57 @@ impl Attention {
         };
         let one_by_one = match arrays.key_ranges {
             Some([first, others @ ..]) if others.iter().all(|range| range == first) => {
-                return masked(first).run_together(
-                    &Arrays { key_ranges: None, ..*arrays },
-                    Target { output, tokens, token_numbers: numbers },
-                    team,
-                    scratch,
-                    proceed,
-                );
+                let arrays = Arrays { key_ranges: None, ..*arrays };
+                return masked(first).run_together(&arrays, output, team, scratch, proceed);
             }
             Some(ranges) => ranges,
-            None => {
-                let target = Target { output, tokens, token_numbers: numbers };
-                return self.run_together(arrays, target, team, scratch, proceed);
-            }
+            None => return self.run_together(arrays, output, team, scratch, proceed),
         };
         let mut total = Report::default();
-        for (entry, output) in (0..batch).zip(output.chunks_exact_mut(tokens * numbers)) {
-            let target = Target { output, tokens, token_numbers: numbers };
+        for (entry, output) in (0..batch).zip(output.chunks_exact_mut(tokens * heads * value_dim)) {
             let attention = masked(&one_by_one[entry]);
-            total += &attention.run_together(&arrays.entry(entry), target, team, scratch, proceed)?;
+            total += &attention.run_together(&arrays.entry(entry), output, team, scratch, proceed)?;
         }
         ControlFlow::Continue(total)
     }
 
-    /// Runs all entries under `self.mask`.
+    /// Runs all entries under `self.mask`. Writes `output`, `[batch, tokens, query_heads, value_dim]`.
     fn run_together<T: FromF32>(
         &self,
         arrays: &Arrays<'_>,
-        mut target: Target<'_, T>,
+        output: &mut [T],
         team: &ThreadTeam,
         scratch: &mut ArrayScratch,
         proceed: &mut dyn FnMut() -> ControlFlow<()>,
     ) -> ControlFlow<(), Report> {
         let [batch, heads, tokens, key_dim] = arrays.queries.shape();
-        let row_heads = batch * heads;
         // Keys that no query sees are not packed: the unused end of a cache of fixed size, padding on the right.
         let last = self.mask.visible(arrays.first_position + tokens - 1, arrays.keys.shape()[2]);
         let first = self.mask.visible(arrays.first_position, arrays.keys.shape()[2]);
         let used = last.end.max(first.end);
         let (keys, values) = (arrays.keys.first_tokens(used), arrays.values.first_tokens(used));
         let value_dim = values.shape()[3];
+        let output = Output::new(output, [batch, tokens, heads, value_dim], arrays.sinks);
 
         if let Some(rows) = few::Rows::new(&Arrays { keys, values, ..*arrays }) {
-            scratch.output.resize(tokens * row_heads * value_dim, 0.0);
-            scratch.log_sum_exp.resize(tokens * row_heads, 0.0);
-            let (output, log_sum_exp) = (&mut scratch.output, &mut scratch.log_sum_exp);
-            let mut report = few::run(self, &rows, output, log_sum_exp, team, &mut scratch.few);
-            add_sinks(arrays.sinks, output, log_sum_exp, value_dim);
-            target.write(0, &scratch.output, batch, team);
+            let mut report = few::run(self, &rows, output, team, &mut scratch.few);
             report.fold_batch(batch);
             return ControlFlow::Continue(report);
         }
 
         let kv_heads = keys.row_heads();
-        let mut cache = KeyValueCache::new(CacheShape { kv_heads, key_dim, value_dim }, arrays.packed_type());
+        let mut cache = scratch.take_cache(CacheShape { kv_heads, key_dim, value_dim }, arrays.packed_type());
         cache.append_view(keys, values, team);
-        let call = CachedCall {
+        let call = Call {
+            attention: self,
             queries: arrays.queries,
             first_position: arrays.first_position,
+            cache: &cache,
             soft_cap: arrays.soft_cap,
-            sinks: arrays.sinks,
         };
-        self.run_chunks(&call, &cache, target, team, scratch, proceed)
+        let report = self.run_chunks(&call, output, team, &mut scratch.attention, proceed);
+        scratch.keep_cache(cache);
+        report
     }
 
     /// As [`run`](Self::run), for `queries` `[batch, query_heads, tokens, key_dim]` with any strides, whose row heads
@@ -390,115 +358,50 @@ impl Attention {
         let [batch, heads, tokens, width] = queries.shape();
         let shape = cache.shape();
         assert_eq!(width, shape.key_dim, "queries of another width than keys");
-        let token_numbers = heads * shape.value_dim;
-        assert_eq!(output.len(), batch * tokens * token_numbers, "output is [batch, tokens, query_heads, value_dim]");
+        let output_shape = [batch, tokens, heads, shape.value_dim];
+        let numbers: usize = output_shape.iter().product();
+        assert_eq!(output.len(), numbers, "output is [batch, tokens, query_heads, value_dim]");
         if output.is_empty() {
             return ControlFlow::Continue(Report::default());
         }
-        let call = CachedCall { queries, first_position, soft_cap: None, sinks: None };
+        let call = Call { attention: self, queries, first_position, cache, soft_cap: None };
+        let scratch = &mut scratch.attention;
         match output {
             ElementsMut::F32(output) => {
-                self.run_chunks(&call, cache, Target { output, tokens, token_numbers }, team, scratch, proceed)
+                self.run_chunks(&call, Output::new(output, output_shape, None), team, scratch, proceed)
             }
             ElementsMut::F16(bits) => {
-                let output = bits.reinterpret_cast_mut::<f16>();
-                self.run_chunks(&call, cache, Target { output, tokens, token_numbers }, team, scratch, proceed)
+                let output = Output::new(bits.reinterpret_cast_mut::<f16>(), output_shape, None);
+                self.run_chunks(&call, output, team, scratch, proceed)
             }
             ElementsMut::Bf16(bits) => {
-                let output = bits.reinterpret_cast_mut::<bf16>();
-                self.run_chunks(&call, cache, Target { output, tokens, token_numbers }, team, scratch, proceed)
+                let output = Output::new(bits.reinterpret_cast_mut::<bf16>(), output_shape, None);
+                self.run_chunks(&call, output, team, scratch, proceed)
             }
         }
     }
 
-    /// Queries over a cache, chunk by chunk.
+    /// Runs `call` chunk by chunk.
     fn run_chunks<T: FromF32>(
         &self,
-        call: &CachedCall<'_>,
-        cache: &KeyValueCache,
-        mut target: Target<'_, T>,
+        call: &Call<'_>,
+        mut output: Output<'_, T>,
         team: &ThreadTeam,
-        scratch: &mut ArrayScratch,
+        scratch: &mut AttentionScratch,
         proceed: &mut dyn FnMut() -> ControlFlow<()>,
     ) -> ControlFlow<(), Report> {
         let [batch, _, tokens, key_dim] = call.queries.shape();
-        let (row_heads, value_dim) = (call.queries.row_heads(), cache.shape().value_dim);
-        let in_place = call.queries.token_major_f32();
-        let chunk = (CHUNK_NUMBERS / (row_heads * key_dim.max(value_dim))).max(CHUNK_TOKENS);
+        let width = call.query_heads() * key_dim.max(call.cache.shape().value_dim);
+        let chunk = (CHUNK_NUMBERS / width).max(CHUNK_TOKENS);
         let mut report = Report::default();
         for first in (0..tokens).step_by(chunk) {
             if first > 0 {
                 proceed()?;
             }
-            let count = chunk.min(tokens - first);
-            let data = match in_place {
-                Some(data) => &data[first * row_heads * key_dim..][..count * row_heads * key_dim],
-                None => {
-                    scratch.queries.resize(count * row_heads * key_dim, 0.0);
-                    team.run_chunks(&mut scratch.queries, 4 * row_heads * key_dim, |part, rows, _| {
-                        for (index, row) in rows.chunks_exact_mut(key_dim).enumerate() {
-                            let token = first + part * 4 + index / row_heads;
-                            call.queries.read_row(index % row_heads, token, row);
-                        }
-                    });
-                    &scratch.queries
-                }
-            };
-            let queries = Queries { data, query_heads: row_heads, first_position: call.first_position + first };
-            scratch.output.resize(count * row_heads * value_dim, 0.0);
-            let log_sum_exp = call.sinks.map(|_| {
-                scratch.log_sum_exp.resize(count * row_heads, 0.0);
-                &mut scratch.log_sum_exp[..]
-            });
-            let (output, buffers) = (&mut scratch.output, &mut scratch.attention);
-            report += &match call.soft_cap {
-                None => self.run(queries, cache, output, log_sum_exp, team, buffers),
-                soft_cap => {
-                    let call = Call { attention: self, queries, cache, soft_cap };
-                    exact::run(&call, output, log_sum_exp, team, buffers)
-                }
-            };
-            add_sinks(call.sinks, &mut scratch.output, &scratch.log_sum_exp, value_dim);
-            target.write(first, &scratch.output, batch, team);
+            let part = first..tokens.min(first + chunk);
+            report += &self.run_call(&call.part(part.clone()), output.part(part), team, scratch);
         }
         report.fold_batch(batch);
         ControlFlow::Continue(report)
-    }
-}
-
-/// Gives each head's sink its share: rows are `[tokens, row heads, value_dim]`, log-sum-exps `[tokens, row heads]`.
-fn add_sinks(sinks: Option<&[f32]>, output: &mut [f32], log_sum_exp: &[f32], value_dim: usize) {
-    let Some(sinks) = sinks else { return };
-    for (row, (output, log_sum_exp)) in output.chunks_exact_mut(value_dim).zip(log_sum_exp).enumerate() {
-        // A row that sees nothing gives all its mass to the sink, and is zero already.
-        if *log_sum_exp != f32::NEG_INFINITY {
-            let share = 1.0 / (1.0 + (sinks[row % sinks.len()] - log_sum_exp).exp());
-            output.iter_mut().for_each(|value| *value *= share);
-        }
-    }
-}
-
-impl<T: FromF32> Target<'_, T> {
-    /// Writes `source`, `[tokens, entries · heads, value_dim]`, to the tokens from `first` on.
-    fn write(&mut self, first: usize, source: &[f32], entries: usize, team: &ThreadTeam) {
-        const TOKENS: usize = 16;
-        let numbers = self.token_numbers;
-        let count = source.len() / (entries * numbers);
-        let mut parts: Vec<(usize, usize, &mut [T])> = Vec::new();
-        for (entry, output) in self.output.chunks_exact_mut(self.tokens * numbers).enumerate() {
-            let output = &mut output[first * numbers..(first + count) * numbers];
-            parts.extend(output.chunks_mut(TOKENS * numbers).enumerate().map(|(part, rows)| (entry, part, rows)));
-        }
-        let write = |(entry, part, rows): &mut (usize, usize, &mut [T])| {
-            for (offset, row) in rows.chunks_exact_mut(numbers).enumerate() {
-                let token = *part * TOKENS + offset;
-                T::convert(&source[(token * entries + *entry) * numbers..][..numbers], row);
-            }
-        };
-        if source.len() < 1 << 14 {
-            parts.iter_mut().for_each(write);
-        } else {
-            team.run_chunks(&mut parts, 4, |_, parts, _| parts.iter_mut().for_each(write));
-        }
     }
 }

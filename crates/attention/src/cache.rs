@@ -5,13 +5,14 @@
 
 use std::sync::{PoisonError, RwLock};
 
-use iceformer_kernels::attention::{KEY_DIM_MULTIPLE, KeyBlock, VALUE_DIM_MULTIPLE};
+use iceformer_kernels::attention::{KEY_DIM_MULTIPLE, KeyBlock, PAGE_KEYS, VALUE_DIM_MULTIPLE};
 
 use crate::ThreadTeam;
 use crate::budgeted::ClusterIndex;
 use crate::dci::DciIndex;
 use crate::page::{self, Int8Slot};
 use crate::segment::{SEGMENT_KEYS, Segment};
+use crate::strided::StridedView;
 
 /// Keys from which an int8 cache takes the channel mean that it centres keys on. Their originals are kept, so the mean
 /// does not depend on how the keys came (at once, in chunks, one by one).
@@ -135,6 +136,8 @@ pub struct KeyValueCache {
     shape: CacheShape,
     kind: KeyValueType,
     len: usize,
+    /// Slots before this one may hold values from before [`clear`](Self::clear).
+    stale: usize,
     heads: Vec<Head>,
     search_index: RwLock<Option<DciIndex>>,
     clusters: RwLock<ClusterIndex>,
@@ -150,7 +153,7 @@ impl KeyValueCache {
         let mean = if kind == KeyValueType::Int8 { vec![0.0; shape.key_dim] } else { Vec::new() };
         let head = || Head { segments: Vec::new(), mean: mean.clone(), first_keys: Vec::new() };
         let heads = (0..shape.kv_heads).map(|_| head()).collect();
-        Self { shape, kind, len: 0, heads, search_index: RwLock::default(), clusters: RwLock::default() }
+        Self { shape, kind, len: 0, stale: 0, heads, search_index: RwLock::default(), clusters: RwLock::default() }
     }
 
     /// Appends `keys` `[tokens, kv_heads, key_dim]` and `values` `[tokens, kv_heads, value_dim]`.
@@ -162,48 +165,52 @@ impl KeyValueCache {
         let tokens = keys.len() / (kv_heads * key_dim);
         assert_eq!(keys.len(), tokens * kv_heads * key_dim, "keys are no whole number of tokens");
         assert_eq!(values.len(), tokens * kv_heads * value_dim, "values for another number of tokens than keys");
-        self.append_rows(
-            tokens,
-            |head, token, row| row.copy_from_slice(&keys[(token * kv_heads + head) * key_dim..][..key_dim]),
-            |head, token, row| row.copy_from_slice(&values[(token * kv_heads + head) * value_dim..][..value_dim]),
+        self.append_view(
+            StridedView::token_major(keys, tokens, kv_heads, key_dim),
+            StridedView::token_major(values, tokens, kv_heads, value_dim),
             team,
         );
     }
 
-    /// Appends `tokens` tokens; `key` and `value` write the row of a head and a token (of those to append).
-    pub(crate) fn append_rows(
-        &mut self,
-        tokens: usize,
-        key: impl Fn(usize, usize, &mut [f32]) + Sync,
-        value: impl Fn(usize, usize, &mut [f32]) + Sync,
-        team: &ThreadTeam,
-    ) {
-        let CacheShape { key_dim, value_dim, .. } = self.shape;
-        let (shape, kind, before) = (self.shape, self.kind, self.len);
+    /// Appends the tokens of `keys` and `values`, whose row heads (the heads of all entries of the batch, entry by
+    /// entry) are the heads of the cache.
+    ///
+    /// # Panics
+    /// When heads, widths or lengths differ from the cache's or from one another.
+    pub fn append_view(&mut self, keys: StridedView<'_>, values: StridedView<'_>, team: &ThreadTeam) {
+        let shape = self.shape;
+        assert_eq!(keys.row_heads(), shape.kv_heads, "keys of another number of heads");
+        assert_eq!(values.row_heads(), shape.kv_heads, "values of another number of heads");
+        let ([_, _, tokens, key_dim], [_, _, value_tokens, value_dim]) = (keys.shape(), values.shape());
+        assert_eq!((key_dim, value_dim), (shape.key_dim, shape.value_dim), "keys or values of another width");
+        assert_eq!(tokens, value_tokens, "values for another number of tokens than keys");
+        let (kind, before) = (self.kind, self.len);
         let (padded_key_dim, padded_value_dim) = (shape.padded_key_dim(), shape.padded_value_dim());
-        let segments = (before + tokens).div_ceil(SEGMENT_KEYS);
+        let after = before + tokens;
+        let segments = after.div_ceil(SEGMENT_KEYS);
+        // A stale value in a page in use would still meet a weight of zero, and NaN · 0 is NaN.
+        let cleared = after..self.stale.min(after.next_multiple_of(PAGE_KEYS));
+        let zeros = if cleared.is_empty() { Vec::new() } else { vec![0.0; padded_value_dim] };
         let append_head = |index: usize, head: &mut Head| {
             while head.segments.len() < segments {
                 head.segments.push(Segment::new(kind, padded_key_dim, padded_value_dim));
             }
-            let mut row = vec![0.0; key_dim.max(value_dim)];
+            let mut row = Vec::new();
             let mut first = 0;
             if kind == KeyValueType::Int8 && before < MEAN_KEYS && tokens > 0 {
                 first = tokens.min(MEAN_KEYS - before);
                 for token in 0..first {
-                    key(index, token, &mut row[..key_dim]);
-                    head.first_keys.extend_from_slice(&row[..key_dim]);
+                    head.first_keys.extend_from_slice(keys.row(index, token, &mut row));
                 }
                 head.centre_first_keys(shape);
             }
             for token in 0..tokens {
                 if token >= first {
-                    key(index, token, &mut row[..key_dim]);
-                    head.write_key(before + token, &row[..key_dim], padded_key_dim);
+                    head.write_key(before + token, keys.row(index, token, &mut row), padded_key_dim);
                 }
-                value(index, token, &mut row[..value_dim]);
-                head.write_value(before + token, &row[..value_dim], padded_value_dim);
+                head.write_value(before + token, values.row(index, token, &mut row), padded_value_dim);
             }
+            cleared.clone().for_each(|index| head.write_value(index, &zeros, padded_value_dim));
         };
         if tokens < 16 {
             // A decode step: waking the team costs more than the copy.
@@ -211,7 +218,7 @@ impl KeyValueCache {
         } else {
             team.run_chunks(&mut self.heads, 1, |index, head, _| append_head(index, &mut head[0]));
         }
-        self.len += tokens;
+        self.len = after;
     }
 
     /// Tokens held.
@@ -251,6 +258,18 @@ impl KeyValueCache {
         }
         let clusters = self.clusters.get_mut().unwrap_or_else(PoisonError::into_inner);
         clusters.truncate(if keys_are_final { len } else { 0 });
+    }
+
+    /// Drops all tokens, but not the memory that held them: as good as new, and quicker.
+    pub(crate) fn clear(&mut self) {
+        self.stale = self.stale.max(self.len);
+        self.len = 0;
+        for head in &mut self.heads {
+            head.mean.fill(0.0);
+            head.first_keys.clear();
+        }
+        self.search_index = RwLock::default();
+        self.clusters = RwLock::default();
     }
 
     /// Bytes held for keys and values, those of pages not yet full included.

@@ -6,6 +6,8 @@ use iceformer_kernels::attention::AttentionTile;
 
 use crate::budgeted::BudgetScratch;
 use crate::dci::DciScratch;
+use crate::output::Output;
+use crate::strided::FromF32;
 use crate::tiles::{self, Call, Part, Plan};
 use crate::{HeadReport, KeyValueType, Report, ThreadTeam};
 
@@ -21,10 +23,9 @@ pub struct AttentionScratch {
 }
 
 /// Runs `call` over all keys its mask allows. Shapes were checked by the caller.
-pub(crate) fn run(
+pub(crate) fn run<T: FromF32>(
     call: &Call<'_>,
-    output: &mut [f32],
-    log_sum_exp: Option<&mut [f32]>,
+    output: Output<'_, T>,
     team: &ThreadTeam,
     scratch: &mut AttentionScratch,
 ) -> Report {
@@ -33,22 +34,17 @@ pub(crate) fn run(
     assert!(call.soft_cap.is_none() || cache.kind() != KeyValueType::Int8, "soft-capping over a cache of int8");
     let plan = Plan::new(call);
     scratch.tiles.resize_with(team.threads(), Mutex::default);
-    if scratch.parts.len() < plan.tasks() {
-        scratch.parts.resize_with(plan.tasks(), Part::default);
-    }
-    let tiles = &scratch.tiles;
-    let parts = &mut scratch.parts[..plan.tasks()];
-    team.run_chunks(parts, 1, |index, part, worker| {
-        let task = plan.task(index, cache.len());
+    let AttentionScratch { tiles, parts, .. } = scratch;
+    let tiles = &*tiles;
+    plan.run(call, output, parts, &mut vec![(); plan.tasks()], team, |task, _, worker, store| {
         let mut tile = tiles[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        let seen = tiles::begin(&mut tile, call, &task);
+        let seen = tiles::begin(&mut tile, call, task);
         if !seen.is_empty() {
             let first = tiles::block_start(cache, seen.start);
             tiles::accumulate(&mut tile, cache, task.kv_head, first..seen.end, |_| true);
         }
-        part[0].fill(&tile, call.group() * task.tokens.len(), cache.shape().value_dim);
+        store(&tile);
     });
-    plan.collect(call, parts, output, log_sum_exp, team);
 
     let allowed = (0..call.tokens()).map(|token| call.seen(token).len() as u64).sum();
     let each = HeadReport {
@@ -58,5 +54,5 @@ pub(crate) fn run(
         kept_keys: allowed,
         ..HeadReport::default()
     };
-    Report::of_heads(call.queries.query_heads, &each)
+    Report::of_heads(call.query_heads(), &each)
 }

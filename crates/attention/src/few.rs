@@ -11,6 +11,8 @@ use iceformer_kernels::half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use iceformer_kernels::rows::{self, ROW_MULTIPLE, add_weighted_rows, dot_rows};
 use iceformer_kernels::softmax::{soft_cap_in_place, softmax_in_place};
 
+use crate::output::Output;
+use crate::strided::FromF32;
 use crate::{Arrays, Attention, Elements, HeadReport, Report, ThreadTeam};
 
 /// Most query rows of a key/value head: above, packing pays, because the tiled kernel reads each key for six rows.
@@ -96,12 +98,11 @@ impl Part {
     }
 }
 
-/// Writes `output` `[tokens, row heads, value_dim]` and `log_sum_exp` `[tokens, row heads]`.
-pub(crate) fn run(
+/// Writes `output`.
+pub(crate) fn run<T: FromF32>(
     attention: &Attention,
     rows: &Rows<'_>,
-    output: &mut [f32],
-    log_sum_exp: &mut [f32],
+    output: Output<'_, T>,
     team: &ThreadTeam,
     scratch: &mut FewScratch,
 ) -> Report {
@@ -128,16 +129,18 @@ pub(crate) fn run(
         run_task(attention, arrays, task / ranges, range, &mut part[0], &mut task_scratch);
     });
 
-    for (index, (output, log_sum_exp)) in output.chunks_exact_mut(value_dim).zip(log_sum_exp).enumerate() {
-        let (token, head) = (index / row_heads, index % row_heads);
-        let (kv_head, row) = (head / group, head % group * tokens + token);
-        let parts = &mut scratch.parts[kv_head * ranges..(kv_head + 1) * ranges];
+    for mut rows in output.into_rows(group) {
+        let parts = &mut scratch.parts[rows.kv_head * ranges..(rows.kv_head + 1) * ranges];
         let (total, others) = parts.split_first_mut().expect("at least one range");
-        for other in others {
-            total.merge(row, &other.output[row * value_dim..(row + 1) * value_dim], other.log_sum_exp[row]);
+        for head in 0..group {
+            let row = head * tokens + rows.token;
+            let numbers = row * value_dim..(row + 1) * value_dim;
+            for other in &*others {
+                total.merge(row, &other.output[numbers.clone()], other.log_sum_exp[row]);
+            }
+            let log_sum_exp = total.log_sum_exp[row];
+            rows.write(head, &mut total.output[numbers], || log_sum_exp);
         }
-        output.copy_from_slice(&total.output[row * value_dim..(row + 1) * value_dim]);
-        *log_sum_exp = total.log_sum_exp[row];
     }
     let allowed = (0..tokens).map(|token| visible(token).len() as u64).sum();
     let each = HeadReport {

@@ -23,6 +23,7 @@ mod exact;
 mod few;
 mod mask;
 mod method;
+mod output;
 mod page;
 mod report;
 mod segment;

@@ -1,9 +1,12 @@
 //! One attention call: queries against a cache under a mask, by a method.
 
 use crate::exact::{self, AttentionScratch};
+use crate::output::Output;
+use crate::strided::FromF32;
 use crate::tiles::Call;
 use crate::{
-    BudgetError, BudgetSettings, DciSettings, DciSettingsError, KeyValueCache, Mask, Report, ThreadTeam, budgeted, dci,
+    BudgetError, BudgetSettings, DciSettings, DciSettingsError, KeyValueCache, Mask, Report, StridedView, ThreadTeam,
+    budgeted, dci,
 };
 
 /// How the keys of a query are chosen.
@@ -141,13 +144,30 @@ impl Attention {
             assert_eq!(log_sum_exp.len(), tokens * heads, "log_sum_exp is [tokens, query_heads]");
         }
         self.method.validate().unwrap_or_else(|error| panic!("{error}"));
-        let call = Call { attention: self, queries, cache, soft_cap: None };
+        let call = Call {
+            attention: self,
+            queries: StridedView::token_major(queries.data, tokens, heads, shape.key_dim),
+            first_position: queries.first_position,
+            cache,
+            soft_cap: None,
+        };
+        let output = Output::new(output, [1, tokens, heads, shape.value_dim], None).with_log_sum_exp(log_sum_exp);
+        self.run_call(&call, output, team, scratch)
+    }
+
+    /// As [`run`](Self::run), for a call whose shapes and settings were checked.
+    pub(crate) fn run_call<T: FromF32>(
+        &self,
+        call: &Call<'_>,
+        output: Output<'_, T>,
+        team: &ThreadTeam,
+        scratch: &mut AttentionScratch,
+    ) -> Report {
         match self.method {
-            Method::Exact => exact::run(&call, output, log_sum_exp, team, scratch),
-            Method::Budgeted(settings) => budgeted::run(&call, &settings, output, log_sum_exp, team, scratch),
-            Method::Dci(settings) => {
-                dci::run(self, &settings, queries, cache, output, log_sum_exp, team, &mut scratch.dci)
-            }
+            _ if call.soft_cap.is_some() => exact::run(call, output, team, scratch),
+            Method::Exact => exact::run(call, output, team, scratch),
+            Method::Budgeted(settings) => budgeted::run(call, &settings, output, team, scratch),
+            Method::Dci(settings) => dci::run(call, &settings, output, team, &mut scratch.dci),
         }
     }
 

@@ -1,5 +1,7 @@
 //! Views of numbers that lie in a caller's memory with strides, as array libraries keep them.
 
+use std::ops::Range;
+
 use iceformer_kernels::brain_bits;
 use iceformer_kernels::half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use iceformer_kernels::half::{bf16, f16};
@@ -58,6 +60,13 @@ impl<'a> StridedView<'a> {
         if inside { Ok(view) } else { Err(StridedError { shape, strides, elements: elements.len() }) }
     }
 
+    /// Contiguous f32 `[tokens, heads, width]`, as the library takes them, as a batch of one.
+    pub(crate) fn token_major(values: &'a [f32], tokens: usize, heads: usize, width: usize) -> Self {
+        assert_eq!(values.len(), tokens * heads * width, "[{tokens}, {heads}, {width}] numbers");
+        let (shape, strides) = ([1, heads, tokens, width], [values.len(), width, heads * width, 1]);
+        Self { elements: Elements::F32(values), shape, strides, offset: 0 }
+    }
+
     /// `[batch, heads, tokens, width]`
     pub fn shape(&self) -> [usize; 4] {
         self.shape
@@ -86,6 +95,14 @@ impl<'a> StridedView<'a> {
         Self { shape: [batch, heads, all.min(tokens), width], ..*self }
     }
 
+    /// The tokens of `range` alone.
+    pub(crate) fn tokens(&self, range: Range<usize>) -> Self {
+        let [batch, heads, _, width] = self.shape;
+        let empty = range.is_empty() || self.shape.contains(&0);
+        let offset = self.offset + if empty { 0 } else { range.start * self.strides[2] };
+        Self { shape: [batch, heads, range.len(), width], offset, ..*self }
+    }
+
     /// Heads of all entries of the batch: head `h` of entry `b` is row head `b · heads + h`.
     pub(crate) fn row_heads(&self) -> usize {
         self.shape[0] * self.shape[1]
@@ -95,6 +112,22 @@ impl<'a> StridedView<'a> {
     fn start(&self, head: usize, token: usize) -> usize {
         let (entry, head) = (head / self.shape[1], head % self.shape[1]);
         self.offset + entry * self.strides[0] + head * self.strides[1] + token * self.strides[2]
+    }
+
+    /// The numbers of `token` of row head `head`, `[width]`: where they lie, or widened or brought together in `buffer`.
+    pub(crate) fn row<'b>(&self, head: usize, token: usize, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        let width = self.shape[3];
+        match self.elements {
+            Elements::F32(values) if self.strides[3] == 1 || width == 1 => &values[self.start(head, token)..][..width],
+            _ => {
+                buffer.resize(width, 0.0);
+                self.read_row(head, token, buffer);
+                buffer
+            }
+        }
     }
 
     /// Writes the numbers of `token` of row head `head` to `row`, `[width]`.
@@ -117,19 +150,6 @@ impl<'a> StridedView<'a> {
                 Elements::Bf16(bits) => bf16::from_bits(bits[index]).to_f32(),
             };
         }
-    }
-
-    /// The whole view as `[tokens, row heads, width]` where it lies in memory just so, in f32.
-    pub(crate) fn token_major_f32(&self) -> Option<&'a [f32]> {
-        let Elements::F32(values) = self.elements else { return None };
-        let [batch, heads, tokens, width] = self.shape;
-        let in_order = |size: usize, stride: usize, wanted: usize| size <= 1 || stride == wanted;
-        let fits = in_order(width, self.strides[3], 1)
-            && in_order(heads, self.strides[1], width)
-            && in_order(batch, self.strides[0], heads * width)
-            && in_order(tokens, self.strides[2], batch * heads * width);
-        let length: usize = self.shape.iter().product();
-        if length == 0 { Some(&[]) } else { fits.then(|| &values[self.offset..self.offset + length]) }
     }
 
     /// The rows of row head `head` as `[tokens, width]` where they lie one behind the other.
@@ -227,7 +247,8 @@ mod tests {
                 }
             }
         }
-        assert!(view.token_major_f32().is_none());
+        let mut buffer = Vec::new();
+        assert_eq!(view.tokens(1..3).row(3, 1, &mut buffer), [21.0, 23.0]);
         assert!(view.head_rows(0).is_none());
     }
 
@@ -235,10 +256,12 @@ mod tests {
     fn memory_is_used_in_place_where_it_lies_right() {
         let memory = values(2 * 3 * 4);
         let token_major = StridedView::new(Elements::F32(&memory), [1, 3, 2, 4], [24, 4, 12, 1]).unwrap();
-        assert_eq!(token_major.token_major_f32(), Some(&memory[..]));
+        let mut buffer = Vec::new();
+        assert_eq!(token_major.tokens(1..2).row(1, 0, &mut buffer), &memory[16..20]);
         assert!(token_major.head_rows(1).is_none());
         let head_major = StridedView::new(Elements::F32(&memory), [1, 3, 2, 4], [24, 8, 4, 1]).unwrap();
-        assert!(head_major.token_major_f32().is_none());
+        assert_eq!(head_major.row(1, 1, &mut buffer), &memory[12..16]);
+        assert!(buffer.is_empty(), "nothing was copied");
         assert!(matches!(head_major.head_rows(1), Some(Elements::F32(rows)) if rows == &memory[8..16]));
         assert!(matches!(head_major.first_tokens(1).head_rows(1), Some(Elements::F32(rows)) if rows == &memory[8..12]));
     }
@@ -254,8 +277,8 @@ mod tests {
                 (spread(|value| f16::from_f32(value).to_bits()), spread(|value| bf16::from_f32(value).to_bits()));
             for elements in [Elements::F16(&half), Elements::Bf16(&brain)] {
                 let view = StridedView::new(elements, [1, 1, 1, 4], [0, 0, 0, stride]).unwrap();
-                let mut row = [0.0; 4];
-                view.read_row(0, 0, &mut row);
+                let mut buffer = Vec::new();
+                let row = view.row(0, 0, &mut buffer);
                 assert_eq!(row, numbers, "stride {stride}");
             }
         }

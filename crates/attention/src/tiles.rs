@@ -10,8 +10,10 @@ use std::ops::Range;
 use iceformer_kernels::InstructionSet;
 use iceformer_kernels::attention::{AttentionTile, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, TileShape};
 
-use crate::method::{Attention, Queries};
+use crate::method::Attention;
+use crate::output::{Output, OutputRows};
 use crate::segment::SEGMENT_KEYS;
+use crate::strided::{FromF32, StridedView};
 use crate::{KeyValueCache, KeyValueType, ThreadTeam};
 
 /// Query rows of a tile: enough that expanding a block of int8 values is a small part of the work on it, few enough
@@ -24,6 +26,9 @@ const RANGE_KEYS: usize = 1024;
 /// Bytes of a block's keys and values. They come from the second-level cache for every micro-tile, which the products
 /// outweigh; what a longer block saves is the start and the end of the loops over it.
 const BLOCK_BYTES: usize = 64 * 1024;
+
+/// Rows that a thread brings together at a time; fewer are not worth waking the team.
+const MERGED_TOKENS: usize = 16;
 
 /// What a task leaves: output and log-sum-exp of its rows over its range of keys.
 #[derive(Default)]
@@ -38,30 +43,52 @@ pub(crate) struct Part {
 #[derive(Clone, Copy)]
 pub(crate) struct Call<'a> {
     pub attention: &'a Attention,
-    pub queries: Queries<'a>,
+    /// `[batch, query heads, tokens, key_dim]`; the row heads of `queries` are a multiple of the heads of `cache`.
+    pub queries: StridedView<'a>,
+    /// Position of the first query among the keys.
+    pub first_position: usize,
     pub cache: &'a KeyValueCache,
     /// What logits are soft-capped to, by method `exact` only.
     pub soft_cap: Option<f32>,
 }
 
-impl Call<'_> {
+impl<'a> Call<'a> {
     pub fn tokens(&self) -> usize {
-        self.queries.data.len() / (self.queries.query_heads * self.cache.shape().key_dim)
+        self.queries.shape()[2]
     }
 
-    pub fn query(&self, head: usize, token: usize) -> &[f32] {
-        let key_dim = self.cache.shape().key_dim;
-        &self.queries.data[(token * self.queries.query_heads + head) * key_dim..][..key_dim]
+    pub fn query_heads(&self) -> usize {
+        self.queries.row_heads()
+    }
+
+    /// The query of `token` of row head `head`, in `buffer` unless it can be read where it lies.
+    pub fn query<'b>(&self, head: usize, token: usize, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        self.queries.row(head, token, buffer)
+    }
+
+    /// The queries of `tokens` alone.
+    pub fn part(&self, tokens: Range<usize>) -> Self {
+        Self { first_position: self.first_position + tokens.start, queries: self.queries.tokens(tokens), ..*self }
+    }
+
+    /// What the logits of a query lack because the cache has centred its keys.
+    pub fn centre(&self, head: usize, token: usize, buffer: &mut Vec<f32>) -> f32 {
+        let mean = self.cache.key_mean(head / self.group());
+        let query = self.query(head, token, buffer);
+        self.attention.scale * query.iter().zip(mean).map(|(query, mean)| query * mean).sum::<f32>()
     }
 
     /// Keys that query `token` sees.
     pub fn seen(&self, token: usize) -> Range<usize> {
-        self.attention.mask.visible(self.queries.first_position + token, self.cache.len())
+        self.attention.mask.visible(self.first_position + token, self.cache.len())
     }
 
     /// Query heads that read one key/value head.
     pub fn group(&self) -> usize {
-        self.queries.query_heads / self.cache.shape().kv_heads
+        self.query_heads() / self.cache.shape().kv_heads
     }
 }
 
@@ -126,51 +153,83 @@ impl Plan {
         }
     }
 
-    /// The parts that hold `token` of `head`, and its row in them.
-    fn parts_of<'p>(&self, parts: &'p [Part], token: usize, head: usize) -> (&'p [Part], usize) {
-        let (tile, token) = (token / self.tile_tokens, token % self.tile_tokens);
-        let tile_tokens = self.tile_tokens.min(self.tokens - tile * self.tile_tokens);
-        let row = head % self.group * tile_tokens + token;
-        let first = ((self.tiles - 1 - tile) * self.kv_heads + head / self.group) * self.ranges;
-        (&parts[first..first + self.ranges], row)
+    /// The task whose rows hold `token` of `kv_head`: the first, where keys are cut into ranges.
+    fn task_of(&self, token: usize, kv_head: usize) -> usize {
+        ((self.tiles - 1 - token / self.tile_tokens) * self.kv_heads + kv_head) * self.ranges
     }
 
-    /// Brings the parts together in the order of `output` and `log_sum_exp`.
-    pub fn collect(
+    /// Row of `token` of query head `head` of the group in its task.
+    fn row_of(&self, head: usize, token: usize) -> usize {
+        let (tile, offset) = (token / self.tile_tokens, token % self.tile_tokens);
+        head * self.tile_tokens.min(self.tokens - tile * self.tile_tokens) + offset
+    }
+
+    /// Runs `body(task, its entry of `extras`, worker, store)` for every task, which calls `store` with the tile that it
+    /// has filled, and writes `output`: at once, or by way of `parts` where keys are cut into ranges.
+    pub fn run<T: FromF32, E: Send>(
         &self,
         call: &Call<'_>,
-        parts: &[Part],
-        output: &mut [f32],
-        log_sum_exp: Option<&mut [f32]>,
+        output: Output<'_, T>,
+        parts: &mut Vec<Part>,
+        extras: &mut [E],
         team: &ThreadTeam,
+        body: impl Fn(&Task, &mut E, usize, &mut dyn FnMut(&AttentionTile)) + Sync,
     ) {
-        let (heads, shape) = (call.queries.query_heads, call.cache.shape());
-        let value_dim = shape.value_dim;
-        let gather_token = |token: usize, output: &mut [f32]| {
-            for (head, output) in output.chunks_exact_mut(value_dim).enumerate() {
-                let (parts, row) = self.parts_of(parts, token, head);
-                merge(parts, row, output);
+        assert_eq!(extras.len(), self.tasks(), "one for each task");
+        let (keys, value_dim) = (call.cache.len(), call.cache.shape().value_dim);
+        let rows = output.into_rows(self.group);
+        if self.ranges == 1 {
+            let mut targets: Vec<_> =
+                extras.iter_mut().map(|extra| (Vec::with_capacity(self.tile_tokens), extra)).collect();
+            for rows in rows {
+                targets[self.task_of(rows.token, rows.kv_head)].0.push(rows);
             }
-        };
-        if self.tokens < 16 {
-            output
-                .chunks_exact_mut(heads * value_dim)
-                .enumerate()
-                .for_each(|(token, output)| gather_token(token, output));
-        } else {
-            team.run_chunks(output, 16 * heads * value_dim, |index, chunk, _| {
-                for (offset, output) in chunk.chunks_exact_mut(heads * value_dim).enumerate() {
-                    gather_token(index * 16 + offset, output);
-                }
+            team.run_chunks(&mut targets, 1, |task, target, worker| {
+                let (rows, extra) = &mut target[0];
+                let mut store = |tile: &AttentionTile| {
+                    self.write(call, rows, |_, row, output| tile.finish_row(row, output));
+                };
+                body(&self.task(task, keys), extra, worker, &mut store);
             });
+            return;
         }
-        if let Some(log_sum_exp) = log_sum_exp {
-            for (index, target) in log_sum_exp.iter_mut().enumerate() {
-                let (token, head) = (index / heads, index % heads);
-                let (parts, row) = self.parts_of(parts, token, head);
-                let mean = call.cache.key_mean(head / self.group);
-                let centre: f32 = call.query(head, token).iter().zip(mean).map(|(query, mean)| query * mean).sum();
-                *target = total(parts, row) + call.attention.scale * centre;
+        if parts.len() < self.tasks() {
+            parts.resize_with(self.tasks(), Part::default);
+        }
+        let mut targets: Vec<_> = parts.iter_mut().zip(extras).collect();
+        team.run_chunks(&mut targets, 1, |task, target, worker| {
+            let (part, extra) = &mut target[0];
+            let task = self.task(task, keys);
+            let mut store = |tile: &AttentionTile| part.fill(tile, self.group * task.tokens.len(), value_dim);
+            body(&task, extra, worker, &mut store);
+        });
+        let parts = &*parts;
+        let merge_rows = |rows: &mut [OutputRows<'_, T>]| {
+            self.write(call, rows, |first, row, output| merge(&parts[first..first + self.ranges], row, output));
+        };
+        let mut rows: Vec<_> = rows.collect();
+        if self.tokens < MERGED_TOKENS {
+            merge_rows(&mut rows);
+        } else {
+            team.run_chunks(&mut rows, MERGED_TOKENS, |_, rows, _| merge_rows(rows));
+        }
+    }
+
+    /// Writes `rows`: `finish` is given the first task that holds a row, its number there and a place for its output, and
+    /// returns its log-sum-exp.
+    fn write<T: FromF32>(
+        &self,
+        call: &Call<'_>,
+        rows: &mut [OutputRows<'_, T>],
+        finish: impl Fn(usize, usize, &mut [f32]) -> f32,
+    ) {
+        let (mut output, mut query) = (vec![0.0; call.cache.shape().value_dim], Vec::new());
+        for rows in rows {
+            let (first, token) = (self.task_of(rows.token, rows.kv_head), rows.token);
+            let first_head = rows.kv_head * self.group;
+            for head in 0..self.group {
+                let log_sum_exp = finish(first, self.row_of(head, token), &mut output);
+                rows.write(head, &mut output, || log_sum_exp + call.centre(first_head + head, token, &mut query));
             }
         }
     }
@@ -195,6 +254,7 @@ pub(crate) fn begin(tile: &mut AttentionTile, call: &Call<'_>, task: &Task) -> R
         TileShape { rows: group * tokens, key_dim: shape.padded_key_dim(), value_dim: shape.padded_value_dim() };
     tile.begin_capped(InstructionSet::current(), tile_shape, call.cache.kind().empty_block(), call.soft_cap);
     let (mut low, mut high) = (usize::MAX, 0);
+    let mut buffer = Vec::new();
     for row in 0..group * tokens {
         let (head, token) = task.head_and_token(row);
         let seen = call.seen(token);
@@ -202,7 +262,7 @@ pub(crate) fn begin(tile: &mut AttentionTile, call: &Call<'_>, task: &Task) -> R
         if start < end {
             (low, high) = (low.min(start), high.max(end));
         }
-        let query = call.query(task.kv_head * group + head, token);
+        let query = call.query(task.kv_head * group + head, token, &mut buffer);
         tile.set_row(row, query, call.attention.scale, (start, end));
     }
     low.min(high)..high
@@ -246,35 +306,21 @@ fn block_keys(cache: &KeyValueCache) -> usize {
     1 << fitting.ilog2()
 }
 
-/// Log-sum-exp of a row over all ranges of keys.
-fn total(parts: &[Part], row: usize) -> f32 {
-    if let [part] = parts {
-        return part.log_sum_exp[row];
-    }
+/// Output of a row over all ranges of keys: the parts' outputs weighted by their share of the softmax sum. Returns the
+/// row's log-sum-exp.
+fn merge(parts: &[Part], row: usize, output: &mut [f32]) -> f32 {
+    let range = row * output.len()..(row + 1) * output.len();
     let largest = parts.iter().map(|part| part.log_sum_exp[row]).fold(f32::NEG_INFINITY, f32::max);
+    output.fill(0.0);
     if largest == f32::NEG_INFINITY {
         return largest;
     }
-    largest + parts.iter().map(|part| (part.log_sum_exp[row] - largest).exp()).sum::<f32>().ln()
-}
-
-/// Output of a row over all ranges of keys: the parts' outputs weighted by their share of the softmax sum.
-fn merge(parts: &[Part], row: usize, output: &mut [f32]) {
-    let row_range = row * output.len()..(row + 1) * output.len();
-    if let [part] = parts {
-        output.copy_from_slice(&part.output[row_range]);
-        return;
-    }
-    let total = total(parts, row);
-    output.fill(0.0);
-    if total == f32::NEG_INFINITY {
-        return;
-    }
+    let total = largest + parts.iter().map(|part| (part.log_sum_exp[row] - largest).exp()).sum::<f32>().ln();
     for part in parts {
         let share = (part.log_sum_exp[row] - total).exp();
         if share != 0.0 {
-            let source = &part.output[row_range.clone()];
-            output.iter_mut().zip(source).for_each(|(target, value)| *target += share * value);
+            output.iter_mut().zip(&part.output[range.clone()]).for_each(|(target, value)| *target += share * value);
         }
     }
+    total
 }

@@ -189,12 +189,13 @@ impl Case {
 }
 
 fn run(attention: &Attention, arrays: &Arrays<'_>, threads: usize) -> Vec<f32> {
+    run_with(attention, arrays, threads, &mut ArrayScratch::default())
+}
+
+fn run_with(attention: &Attention, arrays: &Arrays<'_>, threads: usize, scratch: &mut ArrayScratch) -> Vec<f32> {
     let mut output = vec![f32::NAN; arrays.output_len()];
-    let team = ThreadTeam::new(threads);
-    let flow =
-        attention.run_arrays(arrays, ElementsMut::F32(&mut output), &team, &mut ArrayScratch::default(), &mut || {
-            ControlFlow::Continue(())
-        });
+    let (team, numbers) = (ThreadTeam::new(threads), ElementsMut::F32(&mut output));
+    let flow = attention.run_arrays(arrays, numbers, &team, scratch, &mut || ControlFlow::Continue(()));
     assert!(flow.is_continue());
     output
 }
@@ -246,6 +247,26 @@ fn more_tokens_than_a_chunk() {
     let wide = Case { batch: 3, heads: (8, 2), widths: (80, 48), ..Case::new(1200, 1200) };
     wide.check();
     Case { layout: Layout::TokenMajor, batch: 1, ..wide }.check();
+}
+
+#[test]
+fn what_an_earlier_call_left_in_memory_does_not_show() {
+    for kept in KeyValueType::ALL {
+        let mut scratch = ArrayScratch::default();
+        for keys in [600, 37, 300, 64, 513, 5, 601] {
+            let case = Case { kept: Some(kept), ..Case::new(keys, keys) };
+            let arrays = case.arrays();
+            let attention = case.attention(Method::Exact);
+            let fresh = case.run(&case.input(&arrays), 2);
+            assert!(run_with(&attention, &case.input(&arrays), 2, &mut scratch) == fresh, "{keys} keys of {kept:?}");
+            // What comes next must not meet these.
+            let spoilt = arrays.map(|mut array| {
+                array.wide.fill(f32::NAN);
+                array
+            });
+            run_with(&attention, &case.input(&spoilt), 2, &mut scratch);
+        }
+    }
 }
 
 #[test]

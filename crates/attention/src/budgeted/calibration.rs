@@ -198,7 +198,7 @@ pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut C
     let sample_tokens = MICRO_ROWS.min(tokens);
     let samples = SAMPLES.min(tokens / sample_tokens);
     // Under a causal mask the first queries of a text see little from afar.
-    let position = call.queries.first_position;
+    let position = call.first_position;
     let earliest = match call.attention.mask.causal {
         true => ((position + tokens) / 4).saturating_sub(position).min(tokens - sample_tokens),
         false => 0,

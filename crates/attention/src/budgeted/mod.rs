@@ -27,8 +27,10 @@ pub(crate) use index::ClusterIndex;
 pub use settings::{BudgetError, BudgetSettings};
 
 use crate::exact::{self, AttentionScratch};
-use crate::tiles::{Call, Part, Plan};
-use crate::{HeadReport, Queries, Report, ThreadTeam};
+use crate::output::Output;
+use crate::strided::FromF32;
+use crate::tiles::{Call, Plan};
+use crate::{HeadReport, Report, ThreadTeam};
 use calibration::{Calibration, CalibrationScratch};
 use index::{IndexScratch, REGION_KEYS};
 use tile::{Budgeted, NEAR_KEYS, TileScratch};
@@ -54,18 +56,11 @@ pub(crate) struct BudgetScratch {
     reports: Vec<Vec<HeadReport>>,
 }
 
-/// What a task leaves.
-struct Outcome<'a> {
-    part: &'a mut Part,
-    reports: &'a mut Vec<HeadReport>,
-}
-
 /// Runs `call` within a budget. Shapes and settings were checked by the caller.
-pub(crate) fn run(
+pub(crate) fn run<T: FromF32>(
     call: &Call<'_>,
     settings: &BudgetSettings,
-    output: &mut [f32],
-    mut log_sum_exp: Option<&mut [f32]>,
+    mut output: Output<'_, T>,
     team: &ThreadTeam,
     scratch: &mut AttentionScratch,
 ) -> Report {
@@ -73,44 +68,29 @@ pub(crate) fn run(
     let least_window = REGION_KEYS + NEAR_KEYS;
     let is_narrow = call.attention.mask.window.is_some_and(|window| window < least_window);
     if call.cache.len() < LEAST_KEYS || call.tokens() == 0 || is_narrow {
-        return exact::run(call, output, log_sum_exp, team, scratch);
+        return exact::run(call, output, team, scratch);
     }
     if !call.attention.mask.causal {
-        return run_step(call, settings, output, log_sum_exp, team, scratch);
+        return run_step(call, settings, output, team, scratch);
     }
     // In steps, so that the regions grow with what the queries see, as they do for a text that is read in chunks.
-    let (heads, shape) = (call.queries.query_heads, call.cache.shape());
     let mut report = Report::default();
     let mut first = 0;
     while first < call.tokens() {
-        let position = call.queries.first_position + first;
+        let position = call.first_position + first;
         let count = (STEP_TOKENS - position % STEP_TOKENS).min(call.tokens() - first);
-        let row = heads * shape.key_dim;
-        let queries = Queries {
-            data: &call.queries.data[first * row..(first + count) * row],
-            first_position: position,
-            ..call.queries
-        };
-        let rows = first * heads..(first + count) * heads;
-        report += &run_step(
-            &Call { queries, ..*call },
-            settings,
-            &mut output[rows.start * shape.value_dim..rows.end * shape.value_dim],
-            log_sum_exp.as_deref_mut().map(|log_sum_exp| &mut log_sum_exp[rows]),
-            team,
-            scratch,
-        );
+        let tokens = first..first + count;
+        report += &run_step(&call.part(tokens.clone()), settings, output.part(tokens), team, scratch);
         first += count;
     }
     report
 }
 
 /// Runs `call` with one set of clusters.
-fn run_step(
+fn run_step<T: FromF32>(
     call: &Call<'_>,
     settings: &BudgetSettings,
-    output: &mut [f32],
-    log_sum_exp: Option<&mut [f32]>,
+    output: Output<'_, T>,
     team: &ThreadTeam,
     scratch: &mut AttentionScratch,
 ) -> Report {
@@ -118,7 +98,7 @@ fn run_step(
     scratch.budgeted.index.resize_with(team.threads(), Mutex::default);
     let mut guard = cache.clusters().write().unwrap_or_else(PoisonError::into_inner);
     // The keys that some query sees, and those of them that all queries to come will see from afar.
-    let first = call.queries.first_position;
+    let first = call.first_position;
     let (len, settled) = match call.attention.mask.causal {
         true => (cache.len().min(first + call.tokens()), first.saturating_sub(NEAR_KEYS)),
         false => (cache.len(), cache.len()),
@@ -146,7 +126,7 @@ fn run_step(
     let plan = Plan::new(call);
     let mut tasks = (0..plan.tasks()).map(|task| plan.task(task, cache.len()));
     if tasks.all(|task| budgeted.is_exact(&task)) {
-        let mut report = exact::run(call, output, log_sum_exp, team, scratch);
+        let mut report = exact::run(call, output, team, scratch);
         if !index.is_empty() {
             report.heads.iter_mut().for_each(|head| head.fallback_rows = head.rows);
         }
@@ -156,26 +136,17 @@ fn run_step(
     let AttentionScratch { tiles, parts, budgeted: BudgetScratch { tiles: own, reports, .. }, .. } = scratch;
     tiles.resize_with(team.threads(), Mutex::default);
     own.resize_with(team.threads(), Mutex::default);
-    if parts.len() < plan.tasks() {
-        parts.resize_with(plan.tasks(), Part::default);
-    }
     reports.resize_with(reports.len().max(plan.tasks()), Vec::new);
-    let parts = &mut parts[..plan.tasks()];
-    let mut outcomes: Vec<_> =
-        parts.iter_mut().zip(reports.iter_mut()).map(|(part, reports)| Outcome { part, reports }).collect();
-    team.run_chunks(&mut outcomes, 1, |task, outcome, worker| {
+    let (tiles, own, reports) = (&*tiles, &*own, &mut reports[..plan.tasks()]);
+    plan.run(call, output, parts, reports, team, |task, reports, worker, store| {
         let mut tile = tiles[worker].lock().unwrap_or_else(PoisonError::into_inner);
         let mut own = own[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        let task = plan.task(task, cache.len());
-        let Outcome { part, reports } = &mut outcome[0];
-        budgeted.run(&task, &mut tile, &mut own, reports);
-        part.fill(&tile, call.group() * task.tokens.len(), cache.shape().value_dim);
+        budgeted.run(task, &mut tile, &mut own, reports);
+        store(&tile);
     });
-    drop(outcomes);
-    plan.collect(call, parts, output, log_sum_exp, team);
 
-    let mut report = Report::of_heads(call.queries.query_heads, &HeadReport::default());
-    for (index, reports) in reports[..plan.tasks()].iter().enumerate() {
+    let mut report = Report::of_heads(call.query_heads(), &HeadReport::default());
+    for (index, reports) in reports.iter().enumerate() {
         let first = plan.task(index, cache.len()).kv_head * call.group();
         report.heads[first..].iter_mut().zip(reports).for_each(|(head, part)| *head += part);
     }

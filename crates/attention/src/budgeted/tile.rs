@@ -46,6 +46,8 @@ pub(super) struct Budgeted<'a> {
 #[derive(Default)]
 pub(super) struct TileScratch {
     queries: ClusterQueries,
+    /// `[key_dim]`
+    query: Vec<f32>,
     /// `[rows of a micro-tile][clusters]`
     masses: Vec<f32>,
     /// `[rows of a micro-tile][clusters]`
@@ -105,14 +107,14 @@ pub(super) struct Work<'a> {
 impl<'a> Budgeted<'a> {
     /// Regions of which every key is seen by every query of `task`, and none is near one.
     pub fn far_regions(&self, task: &Task) -> Vec<usize> {
-        let Call { attention, queries, .. } = self.call;
+        let Call { attention, first_position, .. } = self.call;
         let seen = task.tokens.clone().map(|token| self.call.seen(token));
         let Some((start, end)) = seen.map(|seen| (seen.start, seen.end)).reduce(|a, b| (a.0.max(b.0), a.1.min(b.1)))
         else {
             return Vec::new();
         };
-        let first_near = (queries.first_position + task.tokens.start + 1).saturating_sub(NEAR_KEYS);
-        let last_near = queries.first_position + task.tokens.end + NEAR_KEYS;
+        let first_near = (first_position + task.tokens.start + 1).saturating_sub(NEAR_KEYS);
+        let last_near = first_position + task.tokens.end + NEAR_KEYS;
         let is_far = |keys: Range<usize>| {
             let is_behind = !attention.mask.causal && keys.start >= last_near;
             keys.start >= start && keys.end <= end && (keys.end <= first_near || is_behind)
@@ -195,7 +197,7 @@ impl<'a> Budgeted<'a> {
 
     /// Whether a row of each head of `task` is also computed exactly.
     fn audits(&self, task: &Task) -> bool {
-        let position = self.call.queries.first_position + task.tokens.start;
+        let position = self.call.first_position + task.tokens.start;
         match self.is_decoding(task) {
             true => position % AUDITED_TOKENS == AUDITED_TOKENS / 2,
             false => (position / task.tokens.len() + task.kv_head).is_multiple_of(AUDITED_TILES),
@@ -322,11 +324,11 @@ impl Work<'_> {
     ) -> Option<[f32; MICRO_ROWS]> {
         let call = &self.budgeted.call;
         let (rows, clusters) = (self.rows_of(micro_tile), self.clusters());
-        let TileScratch { queries, masses, uncertainties, errors, .. } = scratch;
+        let TileScratch { queries, query, masses, uncertainties, errors, .. } = scratch;
         queries.begin(rows.len(), call.cache.shape().padded_key_dim());
         for row in rows.clone() {
             let (head, token) = self.task.head_and_token(row);
-            let query = call.query(self.task.kv_head * call.group() + head, token);
+            let query = call.query(self.task.kv_head * call.group() + head, token, query);
             queries.set_row(row - rows.start, query, call.attention.scale);
         }
         masses.resize(rows.len() * clusters, 0.0);
@@ -469,12 +471,12 @@ impl Work<'_> {
         let (group, token) = (call.group(), self.task.tokens.start + self.task.tokens.len() / 2);
         let seen = call.seen(token);
         let value_scale = self.value_scale();
-        let TileScratch { audit, output, audited_output, exact, .. } = scratch;
+        let TileScratch { audit, query, output, audited_output, exact, .. } = scratch;
         let tile_shape =
             TileShape { rows: group, key_dim: shape.padded_key_dim(), value_dim: shape.padded_value_dim() };
         audit.begin(InstructionSet::current(), tile_shape, call.cache.kind().empty_block());
         for head in 0..group {
-            let query = call.query(self.task.kv_head * group + head, token);
+            let query = call.query(self.task.kv_head * group + head, token, query);
             audit.set_row(head, query, call.attention.scale, (seen.start, seen.end));
         }
         let first = tiles::block_start(call.cache, seen.start);

@@ -26,8 +26,10 @@ pub use settings::{DciSettings, DciSettingsError};
 
 use self::rank::unpack;
 use self::search::SearchScratch;
-use crate::method::{Attention, Queries};
+use crate::output::Output;
 use crate::report::{HeadReport, Report};
+use crate::strided::FromF32;
+use crate::tiles::Call;
 use crate::{KeyValueCache, KeyValueType, ThreadTeam};
 
 /// Queries of one task: consecutive tokens of one head.
@@ -49,6 +51,8 @@ pub(crate) struct DciScratch {
 struct RowScratch {
     /// The query times the scale, filled up with zeros.
     query: Vec<f32>,
+    /// The query, where it has to be widened.
+    widened: Vec<f32>,
     value: Vec<f32>,
     logits: Vec<f32>,
     near: NearKeys,
@@ -75,12 +79,10 @@ struct NearKeys {
     scores: Vec<f32>,
 }
 
-/// One call.
-struct Call<'a> {
-    attention: &'a Attention,
+/// One call with what it searches.
+struct Search<'a> {
+    call: Call<'a>,
     settings: &'a DciSettings,
-    queries: Queries<'a>,
-    cache: &'a KeyValueCache,
     /// `None` where no query needs it.
     index: Option<&'a DciIndex>,
 }
@@ -91,26 +93,20 @@ pub(crate) fn kernel_name(kind: KeyValueType) -> &'static str {
     rows.kernel_name(InstructionSet::current())
 }
 
-/// Runs `attention` over the keys found for each query. Shapes and settings were checked by the caller.
-#[expect(clippy::too_many_arguments, reason = "the arguments of `Attention::run`")]
-pub(crate) fn run(
-    attention: &Attention,
+/// Runs `call` over the keys found for each query. Shapes and settings were checked by the caller.
+pub(crate) fn run<T: FromF32>(
+    call: &Call<'_>,
     settings: &DciSettings,
-    queries: Queries<'_>,
-    cache: &KeyValueCache,
-    output: &mut [f32],
-    log_sum_exp: Option<&mut [f32]>,
+    output: Output<'_, T>,
     team: &ThreadTeam,
     scratch: &mut DciScratch,
 ) -> Report {
-    let (heads, shape) = (queries.query_heads, cache.shape());
-    let tokens = queries.data.len() / (heads * shape.key_dim);
+    let (heads, tokens, cache) = (call.query_heads(), call.tokens(), call.cache);
     scratch.searches.resize_with(team.threads(), Mutex::default);
     scratch.rows.resize_with(team.threads(), Mutex::default);
 
-    let seen = |token: usize| attention.mask.visible(queries.first_position + token, cache.len());
     let needs_index = |seen: Range<usize>| seen.len() > settings.whole_range || seen.end <= settings.whole_range;
-    let needs_index = cache.keys_are_final() && (0..tokens).any(|token| needs_index(seen(token)));
+    let needs_index = cache.keys_are_final() && (0..tokens).any(|token| needs_index(call.seen(token)));
     let guard = needs_index.then(|| {
         let mut guard = cache.search_index().write().unwrap_or_else(PoisonError::into_inner);
         let index = match guard.take() {
@@ -122,7 +118,7 @@ pub(crate) fn run(
         RwLockWriteGuard::downgrade(guard)
     });
     let index = guard.as_ref().and_then(|guard| guard.as_ref());
-    let call = Call { attention, settings, queries, cache, index };
+    let search = Search { call: *call, settings, index };
 
     let tiles = tokens.div_ceil(TILE_TOKENS);
     if scratch.parts.len() < heads * tiles {
@@ -132,32 +128,26 @@ pub(crate) fn run(
     // Heads that share a tree run one behind the other, so that it stays in the caches.
     team.run_chunks(parts, 1, |task, part, worker| {
         let (head, first) = (task / tiles, task % tiles * TILE_TOKENS);
-        let mut search = scratch.searches[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut searching = scratch.searches[worker].lock().unwrap_or_else(PoisonError::into_inner);
         let mut rows = scratch.rows[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        call.tile(head, first..tokens.min(first + TILE_TOKENS), &mut part[0], &mut rows, &mut search);
+        search.tile(head, first..tokens.min(first + TILE_TOKENS), &mut part[0], &mut rows, &mut searching);
     });
 
-    let value_dim = shape.value_dim;
     let mut report = Report::of_heads(heads, &HeadReport::default());
     for (task, part) in parts.iter().enumerate() {
-        let (head, first) = (task / tiles, task % tiles * TILE_TOKENS);
-        report.heads[head] += &part.report;
-        for (offset, source) in part.output.chunks_exact(value_dim).enumerate() {
-            output[((first + offset) * heads + head) * value_dim..][..value_dim].copy_from_slice(source);
-        }
+        report.heads[task / tiles] += &part.report;
     }
-    if let Some(log_sum_exp) = log_sum_exp {
-        for (task, part) in parts.iter().enumerate() {
-            let (head, first) = (task / tiles, task % tiles * TILE_TOKENS);
-            for (offset, value) in part.log_sum_exp.iter().enumerate() {
-                log_sum_exp[(first + offset) * heads + head] = *value;
-            }
-        }
+    let value_dim = cache.shape().value_dim;
+    for mut row in output.into_rows(1) {
+        let part = &mut parts[row.kv_head * tiles + row.token / TILE_TOKENS];
+        let offset = row.token % TILE_TOKENS;
+        let log_sum_exp = part.log_sum_exp[offset];
+        row.write(0, &mut part.output[offset * value_dim..(offset + 1) * value_dim], || log_sum_exp);
     }
     report
 }
 
-impl Call<'_> {
+impl Search<'_> {
     /// Attends from the queries `tokens` of `head`.
     fn tile(
         &self,
@@ -167,13 +157,13 @@ impl Call<'_> {
         rows: &mut RowScratch,
         search: &mut SearchScratch,
     ) {
-        let shape = self.cache.shape();
-        let kv_head = head / (self.queries.query_heads / shape.kv_heads);
-        let seen = |token: usize| self.attention.mask.visible(self.queries.first_position + token, self.cache.len());
+        let call = &self.call;
+        let shape = call.cache.shape();
+        let kv_head = head / call.group();
         let whole_range = self.settings.whole_range;
         let is_near =
             |seen: &Range<usize>| self.index.is_none() || (seen.len() <= whole_range && seen.end > whole_range);
-        rows.near.read(self.cache, kv_head, tokens.clone().map(seen).filter(is_near));
+        rows.near.read(call.cache, kv_head, tokens.clone().map(|token| call.seen(token)).filter(is_near));
 
         part.report = HeadReport { rows: tokens.len() as u64, ..HeadReport::default() };
         part.output.clear();
@@ -183,10 +173,9 @@ impl Call<'_> {
         rows.query.resize(shape.key_dim.next_multiple_of(ROW_MULTIPLE), 0.0);
         rows.value.resize(shape.value_dim, 0.0);
         for (token, output) in tokens.zip(part.output.chunks_exact_mut(shape.value_dim)) {
-            let query =
-                &self.queries.data[(token * self.queries.query_heads + head) * shape.key_dim..][..shape.key_dim];
-            rows.query.iter_mut().zip(query).for_each(|(target, value)| *target = value * self.attention.scale);
-            let visible = seen(token);
+            let query = call.query(head, token, &mut rows.widened);
+            rows.query.iter_mut().zip(query).for_each(|(target, value)| *target = value * call.attention.scale);
+            let visible = call.seen(token);
             let evaluated = match self.index {
                 Some(index) if !is_near(&visible) => {
                     let searcher = index.search(kv_head, self.settings);
@@ -220,10 +209,10 @@ impl Call<'_> {
         rows.logits.extend(found.iter().map(|&packed| unpack(packed).0));
         let log_sum_exp = softmax_in_place(&mut rows.logits);
         for (&packed, &weight) in found.iter().zip(&rows.logits) {
-            self.cache.read_value(kv_head, unpack(packed).1 as usize, &mut rows.value);
+            self.call.cache.read_value(kv_head, unpack(packed).1 as usize, &mut rows.value);
             add_scaled(output, weight, &rows.value);
         }
-        let mean = self.cache.key_mean(kv_head);
+        let mean = self.call.cache.key_mean(kv_head);
         let centre: f32 = rows.query.iter().zip(mean).map(|(query, mean)| query * mean).sum();
         (found.len(), log_sum_exp + centre)
     }
@@ -262,7 +251,7 @@ impl NearKeys {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{AttentionScratch, CacheShape, Mask, Method};
+    use crate::{Attention, AttentionScratch, CacheShape, Mask, Method, Queries};
 
     #[test]
     fn one_head_of_one_sequence_is_work_for_many_threads() {

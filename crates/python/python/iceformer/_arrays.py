@@ -14,6 +14,7 @@ import numpy as np
 #: What the native half is handed: flat memory, element type, shape and strides of four dimensions.
 Operand = tuple[np.ndarray, str, tuple[int, int, int, int], tuple[int, int, int, int]]
 
+_TENSOR_TYPES: dict[Any, str] = {}
 _NUMPY_TYPES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16"}
 _FOUR = "expected a NumPy array or a torch tensor"
 
@@ -27,10 +28,13 @@ def is_tensor(array: Any) -> bool:
 def type_name(name: str, array: Any) -> str:
     """The element type of `array`: `float32`, `float16` or `bfloat16`."""
     if is_tensor(array):
-        found = str(array.dtype).removeprefix("torch.")
+        torch = sys.modules["torch"]
+        found = _TENSOR_TYPES.get(array.dtype)
+        if found is None:
+            found = _TENSOR_TYPES[array.dtype] = str(array.dtype).removeprefix("torch.")
         if array.device.type != "cpu":
             raise ValueError(f"{name} is on {array.device}; expected a tensor on the CPU: move it with .cpu()")
-        if array.layout is not sys.modules["torch"].strided:
+        if array.layout is not torch.strided:
             raise TypeError(f"{name} has layout {array.layout}; expected a dense tensor")
     elif isinstance(array, np.ndarray):
         # ml_dtypes calls its own type so.
@@ -42,9 +46,9 @@ def type_name(name: str, array: Any) -> str:
     return found
 
 
-def operand(name: str, array: Any, dimensions: int = 4) -> Operand:
-    """`array` for the native half, of `dimensions` dimensions (a missing batch counts as one)."""
-    found = type_name(name, array)
+def operand(name: str, array: Any, found: str, dimensions: int = 4) -> Operand:
+    """`array`, whose element type is `found`, for the native half, of `dimensions` dimensions (a missing batch counts as
+    one)."""
     if array.ndim != dimensions:
         wanted = "[batch, heads, tokens, width]" if dimensions == 4 else "[heads, tokens, width]"
         raise ValueError(f"{name} has {array.ndim} dimensions, {tuple(array.shape)}; expected {dimensions}: {wanted}")
@@ -54,16 +58,16 @@ def operand(name: str, array: Any, dimensions: int = 4) -> Operand:
 
 
 def _tensor_operand(tensor: Any, found: str, dimensions: int) -> Operand:
-    torch = sys.modules["torch"]
-    tensor = tensor.detach()
-    if tensor.is_neg() or tensor.is_conj():
-        tensor = tensor.resolve_neg().resolve_conj()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     shape, strides = tuple(tensor.shape), tuple(tensor.stride())
     flat = tensor.as_strided((_span(shape, strides),), (1,), tensor.storage_offset())
     if found == "float32":
         memory = flat.numpy()
     else:
-        memory = flat.view(torch.int16).numpy().view(np.uint16)
+        memory = flat.view(sys.modules["torch"].int16).numpy().view(np.uint16)
     return memory, found, *_four(shape, strides, dimensions)
 
 
@@ -84,17 +88,19 @@ def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Numbers from the first to the last."""
     if 0 in shape:
         return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    last = 0
+    for size, stride in zip(shape, strides):
+        last += (size - 1) * stride
+    return 1 + last
 
 
 def _four(shape: tuple[int, ...], strides: tuple[int, ...], dimensions: int) -> tuple[Any, Any]:
     return ((1,) * (4 - dimensions) + tuple(shape), (0,) * (4 - dimensions) + tuple(strides))
 
 
-def empty_like(array: Any, shape: tuple[int, ...]) -> tuple[Any, tuple[np.ndarray, str]]:
-    """A new contiguous array of `shape` in the library and element type of `array`, and its memory as the native half
-    writes it."""
-    found = type_name("queries", array)
+def empty_like(array: Any, found: str, shape: tuple[int, ...]) -> tuple[Any, tuple[np.ndarray, str]]:
+    """A new contiguous array of `shape` in the library and element type (`found`) of `array`, and its memory as the native
+    half writes it."""
     if is_tensor(array):
         torch = sys.modules["torch"]
         result = torch.empty(shape, dtype=array.dtype)

@@ -126,11 +126,11 @@ def attention(
         TypeError: For other types of arrays or numbers.
         ValueError: For shapes that do not fit together or settings out of range.
     """
-    _one_library(queries=queries, keys=keys, values=values)
+    found = _one_type(queries=queries, keys=keys, values=values)
     packed = (
-        _arrays.operand("queries", queries),
-        _arrays.operand("keys", keys),
-        _arrays.operand("values", values),
+        _arrays.operand("queries", queries, found),
+        _arrays.operand("keys", keys, found),
+        _arrays.operand("values", values, found),
     )
     batch, heads, tokens, width = packed[0][2]
     key_count = packed[1][2][2]
@@ -155,7 +155,7 @@ def attention(
         kv_type=kv_type,
         threads=threads,
     )
-    result, memory = _arrays.empty_like(queries, (batch, tokens, heads, packed[2][2][3]))
+    result, memory = _arrays.empty_like(queries, found, (batch, tokens, heads, packed[2][2][3]))
     report = _core.attend(*packed, memory, settings)
     result = _arrays.transpose(result, 1, 2)
     return (result, report) if return_report else result
@@ -165,7 +165,8 @@ def _as_list(values: Any) -> list[Any]:
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
-def _one_library(**arrays: Any) -> None:
+def _one_type(**arrays: Any) -> str:
+    """The element type that `arrays`, all of one library, have in common."""
     kinds = {name: _arrays.type_name(name, array) for name, array in arrays.items()}
     if len({_arrays.is_tensor(array) for array in arrays.values()}) > 1:
         raise TypeError(
@@ -174,6 +175,7 @@ def _one_library(**arrays: Any) -> None:
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{name} of {kind}" for name, kind in kinds.items())
         raise TypeError(f"{found}; expected one element type")
+    return next(iter(kinds.values()))
 
 
 class KeyValueCache:
@@ -198,8 +200,8 @@ class KeyValueCache:
 
     def append(self, keys: Any, values: Any, *, threads: int | None = None) -> None:
         """Appends `keys` `[kv_heads, tokens, key_dim]` and `values` `[kv_heads, tokens, value_dim]`."""
-        _one_library(keys=keys, values=values)
-        packed = (_arrays.operand("keys", keys, 3), _arrays.operand("values", values, 3))
+        found = _one_type(keys=keys, values=values)
+        packed = (_arrays.operand("keys", keys, found, 3), _arrays.operand("values", values, found, 3))
         self._cache.append(*packed, thread_count(threads))
 
     def attend(
@@ -218,7 +220,8 @@ class KeyValueCache:
         """Attention of `queries` `[query_heads, tokens, key_dim]`, the last of which stands at the last key unless
         `first_position` says where the first one stands. Gives `[query_heads, tokens, value_dim]`; the other arguments
         are those of `iceformer.attention`."""
-        packed = _arrays.operand("queries", queries, 3)
+        found = _one_type(queries=queries)
+        packed = _arrays.operand("queries", queries, found, 3)
         _, heads, tokens, width = packed[2]
         settings = options(
             method=method,
@@ -228,7 +231,7 @@ class KeyValueCache:
             scale=1.0 / math.sqrt(self.key_dim) if scale is None else scale,
             threads=threads,
         )
-        result, memory = _arrays.empty_like(queries, (tokens, heads, self.value_dim))
+        result, memory = _arrays.empty_like(queries, found, (tokens, heads, self.value_dim))
         report = self._cache.attend(packed, memory, settings, first_position)
         result = _arrays.transpose(result, 0, 1)
         return (result, report) if return_report else result

@@ -34,13 +34,10 @@ def run(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, settings: dict[str, Any]
 ) -> tuple[torch.Tensor, _core.Report]:
     """Attention without the operator: `[batch, tokens, query_heads, value_dim]` and the report."""
-    packed = (
-        _arrays.operand("queries", queries),
-        _arrays.operand("keys", keys),
-        _arrays.operand("values", values),
-    )
+    arrays = {"queries": queries, "keys": keys, "values": values}
+    packed = [_arrays.operand(name, array, _arrays.type_name(name, array)) for name, array in arrays.items()]
     shape = (queries.shape[0], queries.shape[2], queries.shape[1], values.shape[3])
-    result, memory = _arrays.empty_like(queries, shape)
+    result, memory = _arrays.empty_like(queries, packed[0][1], shape)
     return result, _core.attend(*packed, memory, settings)
 
 
