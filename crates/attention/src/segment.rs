@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use iceformer_kernels::AlignedBuffer;
-use iceformer_kernels::attention::{KeyBlock, PAGE_KEYS, fetch};
+use iceformer_kernels::attention::KeyBlock;
 
 use crate::page;
 use crate::{CacheShape, KeyValueType};
@@ -91,59 +91,6 @@ impl Segment {
                 value_scales[slot] = source_value_scales[from];
             }
             _ => unreachable!("segments of one cache are of one type"),
-        }
-    }
-
-    /// Writes page `from` of `source`, a segment of the same type, to page `page`, bit for bit.
-    pub(crate) fn copy_page(&mut self, page: usize, source: &Self, from: usize, shape: CacheShape) {
-        let (key, value) = (PAGE_KEYS * shape.padded_key_dim(), PAGE_KEYS * shape.padded_value_dim());
-        fn copy<T: Copy>(target: &mut [T], page: usize, source: &[T], from: usize, size: usize) {
-            target[page * size..][..size].copy_from_slice(&source[from * size..][..size]);
-        }
-        match (self, source) {
-            (Self::F32 { keys, values }, Self::F32 { keys: source_keys, values: source_values }) => {
-                copy(keys, page, source_keys, from, key);
-                copy(values, page, source_values, from, value);
-            }
-            (Self::Bf16 { keys, values }, Self::Bf16 { keys: source_keys, values: source_values }) => {
-                copy(keys, page, source_keys, from, key);
-                copy(values, page, source_values, from, value);
-            }
-            (
-                Self::Int8 { keys, key_scales, values, value_scales },
-                Self::Int8 {
-                    keys: source_keys,
-                    key_scales: source_key_scales,
-                    values: source_values,
-                    value_scales: source_value_scales,
-                },
-            ) => {
-                copy(keys, page, source_keys, from, key);
-                copy(values, page, source_values, from, value);
-                copy(key_scales, page, source_key_scales, from, PAGE_KEYS);
-                copy(value_scales, page, source_value_scales, from, PAGE_KEYS);
-            }
-            _ => unreachable!("segments of one cache are of one type"),
-        }
-    }
-
-    /// Asks the memory for page `page`, which will be copied soon.
-    pub(crate) fn fetch_page(&self, page: usize, shape: CacheShape) {
-        match self.block(page * PAGE_KEYS..(page + 1) * PAGE_KEYS, shape) {
-            KeyBlock::F32 { keys, values } => {
-                fetch(keys);
-                fetch(values);
-            }
-            KeyBlock::Bf16 { keys, values } => {
-                fetch(keys);
-                fetch(values);
-            }
-            KeyBlock::Int8 { keys, key_scales, values, value_scales } => {
-                fetch(keys);
-                fetch(values);
-                fetch(key_scales);
-                fetch(value_scales);
-            }
         }
     }
 }

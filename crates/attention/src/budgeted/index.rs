@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use iceformer_kernels::AlignedBuffer;
-use iceformer_kernels::attention::{ClusterSummaries, PAGE_KEYS, PANEL_CLUSTERS};
+use iceformer_kernels::attention::{ClusterSummaries, KeyBlock, PAGE_KEYS, PANEL_CLUSTERS};
 use iceformer_kernels::half::bf16;
 use iceformer_kernels::rows::{ROW_MULTIPLE, add_scaled};
 
@@ -14,8 +14,6 @@ use super::clustering::{BisectionScratch, bisect};
 use crate::segment::{SEGMENT_KEYS, Segment};
 use crate::{CacheShape, KeyValueCache, ThreadTeam};
 
-/// Pages of a segment.
-const SEGMENT_PAGES: usize = SEGMENT_KEYS / PAGE_KEYS;
 /// Keys of the smallest region.
 pub(super) const REGION_KEYS: usize = 1024;
 /// Sizes of regions, in units of [`REGION_KEYS`] keys, the largest first. As many of one size as make the next become one,
@@ -29,13 +27,13 @@ pub(super) const FIRST_KEYS: usize = 64;
 /// Regions that a head is tried on.
 const FIRST_REGIONS: usize = 2;
 
-/// Pages of a cluster.
-pub(super) const CLUSTER_PAGES: usize = 4;
-/// Keys of a cluster.
-pub(super) const CLUSTER_KEYS: usize = PAGE_KEYS * CLUSTER_PAGES;
+/// Keys of a cluster: whole pages.
+pub(super) const CLUSTER_KEYS: usize = 64;
+/// Clusters of a segment.
+pub(super) const SEGMENT_CLUSTERS: u32 = (SEGMENT_KEYS / CLUSTER_KEYS) as u32;
 
 const _: () = assert!((REGION_KEYS / CLUSTER_KEYS).is_multiple_of(PANEL_CLUSTERS));
-const _: () = assert!(REGION_KEYS.is_multiple_of(SEGMENT_KEYS));
+const _: () = assert!(REGION_KEYS.is_multiple_of(SEGMENT_KEYS) && CLUSTER_KEYS.is_multiple_of(PAGE_KEYS));
 
 /// The clusters of all heads of a cache.
 #[derive(Default)]
@@ -318,7 +316,7 @@ impl Region {
     }
 
     pub fn clusters(&self) -> usize {
-        self.segments.len() * SEGMENT_PAGES / CLUSTER_PAGES
+        self.segments.len() * SEGMENT_CLUSTERS as usize
     }
 
     pub fn summaries(&self) -> ClusterSummaries<'_> {
@@ -326,14 +324,11 @@ impl Region {
         ClusterSummaries { means, variances, values }
     }
 
-    /// Copies the keys and values of page `page` to page `place` of `target`.
-    pub fn copy_page(&self, page: usize, target: &mut Segment, place: usize, shape: CacheShape) {
-        target.copy_page(place, &self.segments[page / SEGMENT_PAGES], page % SEGMENT_PAGES, shape);
-    }
-
-    /// Asks the memory for the keys and values of page `page`, which will be copied soon.
-    pub fn fetch_page(&self, page: usize, shape: CacheShape) {
-        self.segments[page / SEGMENT_PAGES].fetch_page(page % SEGMENT_PAGES, shape);
+    /// The keys and values of `clusters`, of one segment.
+    pub fn block(&self, clusters: Range<usize>, shape: CacheShape) -> KeyBlock<'_> {
+        let segment = clusters.start / SEGMENT_CLUSTERS as usize;
+        let first = segment * SEGMENT_KEYS;
+        self.segments[segment].block(clusters.start * CLUSTER_KEYS - first..clusters.end * CLUSTER_KEYS - first, shape)
     }
 
     fn bytes(&self) -> usize {

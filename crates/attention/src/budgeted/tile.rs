@@ -4,17 +4,16 @@ use std::ops::{Range, RangeInclusive};
 
 use iceformer_kernels::InstructionSet;
 use iceformer_kernels::attention::{
-    AttentionTile, ClusterQueries, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, TileShape, add_squared_errors, largest,
-    masses_in_place, sum_of_squared_errors,
+    AttentionTile, ClusterQueries, KeyBlock, MICRO_ROWS, TileShape, add_squared_errors, largest, masses_in_place,
+    sum_of_squared_errors,
 };
 
 use super::calibration::Calibration;
-use super::index::{CLUSTER_KEYS, CLUSTER_PAGES, ClusterIndex, HeadClusters};
+use super::index::{CLUSTER_KEYS, ClusterIndex, HeadClusters, SEGMENT_CLUSTERS};
 use super::selection::select;
 use super::settings::BudgetSettings;
-use crate::segment::{SEGMENT_KEYS, Segment};
+use crate::HeadReport;
 use crate::tiles::{self, Call, Task};
-use crate::{CacheShape, HeadReport, KeyValueType};
 
 /// Keys before (and, without a causal mask, behind) the queries of a tile that are always exact.
 pub(super) const NEAR_KEYS: usize = 256;
@@ -26,14 +25,8 @@ const MOST_FAILURES: usize = 2;
 const AUDITED_TILES: usize = 16;
 /// … and one decoded token of so many.
 const AUDITED_TOKENS: usize = 256;
-/// Pages that are computed at a time: they are gathered into one block.
-const GATHERED_PAGES: usize = MAX_BLOCK_KEYS / PAGE_KEYS;
 /// Clusters that all micro-tiles compute before the next: their keys and values stay in the second-level cache meanwhile.
 const PASS_CLUSTERS: u32 = 4096 / CLUSTER_KEYS as u32;
-/// Clusters between the one that is copied and the one that the memory is asked for.
-const FETCHED_AHEAD: usize = 4;
-
-const _: () = assert!(MAX_BLOCK_KEYS == SEGMENT_KEYS && GATHERED_PAGES.is_multiple_of(CLUSTER_PAGES));
 
 /// A call with its clusters.
 pub(super) struct Budgeted<'a> {
@@ -58,7 +51,6 @@ pub(super) struct TileScratch {
     selected: Vec<u32>,
     /// Those of all micro-tiles, one behind the other.
     selections: Vec<u32>,
-    gathered: Gathered,
     /// Micro-tiles that compute everything.
     exact: Vec<bool>,
     /// Clusters that the others compute.
@@ -68,24 +60,6 @@ pub(super) struct TileScratch {
     /// `[value_dim]`
     audited_output: Vec<f32>,
     audit: AttentionTile,
-}
-
-/// Clusters copied into one block of keys.
-#[derive(Default)]
-struct Gathered {
-    block: Option<(KeyValueType, CacheShape, Segment)>,
-}
-
-impl Gathered {
-    /// The block, of the type and shape of `call`'s cache.
-    fn of(&mut self, call: &Call<'_>) -> &mut Segment {
-        let (kind, shape) = (call.cache.kind(), call.cache.shape());
-        if self.block.as_ref().is_none_or(|(other, others, _)| (*other, *others) != (kind, shape)) {
-            let segment = Segment::new(kind, shape.padded_key_dim(), shape.padded_value_dim());
-            self.block = Some((kind, shape, segment));
-        }
-        self.block.as_mut().map(|(_, _, segment)| segment).expect("it was just made")
-    }
 }
 
 /// What a micro-tile left to the estimate.
@@ -250,8 +224,7 @@ impl Work<'_> {
 
     /// Adds the selected clusters of all micro-tiles key by key.
     fn compute_selections(&self, tile: &mut AttentionTile, scratch: &mut TileScratch) {
-        let TileScratch { selections, counts, gathered, .. } = scratch;
-        let block = gathered.of(&self.budgeted.call);
+        let TileScratch { selections, counts, .. } = scratch;
         let clusters = self.clusters() as u32;
         // A single micro-tile has nobody to share them with.
         let pass = if counts.iter().filter(|count| **count > 0).count() > 1 { PASS_CLUSTERS } else { clusters };
@@ -263,7 +236,7 @@ impl Work<'_> {
                 rest = others;
                 let start = selected.partition_point(|cluster| *cluster < first);
                 let end = selected.partition_point(|cluster| *cluster < first + pass);
-                self.compute(micro_tile, &selected[start..end], tile, block);
+                self.compute(micro_tile, &selected[start..end], tile);
             }
             first += pass;
         }
@@ -367,7 +340,7 @@ impl Work<'_> {
         scratch: &mut TileScratch,
     ) -> Option<Estimated> {
         let estimated = self.estimate_and_select(micro_tile, limits, usize::MAX, tile, scratch)?;
-        self.compute(micro_tile, &scratch.selected, tile, scratch.gathered.of(&self.budgeted.call));
+        self.compute(micro_tile, &scratch.selected, tile);
         Some(estimated)
     }
 
@@ -403,46 +376,33 @@ impl Work<'_> {
         Some(estimated)
     }
 
-    /// Adds the `selected` clusters key by key, gathered in blocks.
-    fn compute(&self, micro_tile: usize, selected: &[u32], tile: &mut AttentionTile, block: &mut Segment) {
-        if selected.is_empty() {
-            return;
-        }
-        let shape = self.budgeted.call.cache.shape();
-        // Every row sees all keys of the block, wherever they were: as it does those of a region.
+    /// Adds the `selected` clusters key by key.
+    fn compute(&self, micro_tile: usize, selected: &[u32], tile: &mut AttentionTile) {
+        // Every row sees all keys of a block, wherever they were: as it does those of a region.
         let position = self.head().regions[self.regions[0]].keys().start;
-        let mut add = |block: &Segment, pages: usize| {
-            let keys = block.block(0..pages * PAGE_KEYS, shape);
-            tile.accumulate_in(position, keys, None, |other| other == micro_tile);
-        };
-        let (mut gathered, mut first, mut selected) = (0, 0, selected);
-        for &region in self.regions {
-            let region = &self.head().regions[region];
-            let end = first + region.clusters() as u32;
-            let here = selected.iter().take_while(|cluster| **cluster < end).count();
-            let pages = |cluster: u32| {
-                let page = (cluster - first) as usize * CLUSTER_PAGES;
-                page..page + CLUSTER_PAGES
-            };
-            for (index, &cluster) in selected[..here].iter().enumerate() {
-                if let Some(&later) = selected[..here].get(index + FETCHED_AHEAD) {
-                    pages(later).for_each(|page| region.fetch_page(page, shape));
-                }
-                for page in pages(cluster) {
-                    region.copy_page(page, block, gathered, shape);
-                    gathered += 1;
-                }
-                if gathered == GATHERED_PAGES {
-                    add(block, gathered);
-                    gathered = 0;
-                }
+        let mut blocks = self.blocks(selected);
+        let mut next = blocks.next();
+        while let Some(block) = next {
+            next = blocks.next();
+            tile.accumulate_in(position, block, next, |other| other == micro_tile);
+        }
+    }
+
+    /// The keys and values of the `selected` clusters, those that lie together as one block.
+    fn blocks(&self, selected: &[u32]) -> impl Iterator<Item = KeyBlock<'_>> {
+        let shape = self.budgeted.call.cache.shape();
+        let mut regions = self.regions.iter().map(|region| &self.head().regions[*region]);
+        let (mut region, mut first) = (regions.next(), 0);
+        selected.chunk_by(|before, after| before + 1 == *after && after % SEGMENT_CLUSTERS != 0).map(move |together| {
+            while let Some(passed) = region
+                && together[0] >= first + passed.clusters() as u32
+            {
+                first += passed.clusters() as u32;
+                region = regions.next();
             }
-            selected = &selected[here..];
-            first = end;
-        }
-        if gathered > 0 {
-            add(block, gathered);
-        }
+            let start = (together[0] - first) as usize;
+            region.expect("a cluster of some region").block(start..start + together.len(), shape)
+        })
     }
 
     /// Counts keys and rows.
