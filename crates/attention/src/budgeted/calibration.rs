@@ -4,11 +4,12 @@
 //! correlated, and their values with them). A few micro-tiles are computed exactly and within limits on the estimated
 //! error that get smaller step by step, until every row's true error is within the budget.
 
-use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
+use iceformer_kernels::InstructionSet;
+use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS, TileShape};
 
 use super::Budgeted;
 use super::tile::{TileScratch, Work, distance};
-use crate::tiles::{self, Task};
+use crate::tiles::{self, Call, Task};
 
 /// Places in the text that are measured for each head, a few tokens each.
 pub(super) const SAMPLES: usize = 16;
@@ -76,9 +77,14 @@ impl Calibration {
 #[derive(Default)]
 pub(super) struct CalibrationScratch {
     near: AttentionTile,
+    /// Rows of several tasks.
     exact: AttentionTile,
+    /// The first of the task that is measured.
+    first_exact_row: usize,
     trial: AttentionTile,
     tile: TileScratch,
+    /// `[key_dim]`
+    query: Vec<f32>,
     /// `[value_dim]`
     output: Vec<f32>,
     /// `[value_dim]`
@@ -92,7 +98,7 @@ const COMPUTE_COST: f32 = 1.2;
 /// Share of exact attention's time on far keys above which clusters are not worth it: making them takes time too.
 const MOST_COST: f32 = 0.85;
 /// Samples without which nothing is left to an estimate, and after which a head is given up whose clusters do not pay so
-/// far.
+/// far. So many are computed exactly together: a block of keys is read, and expanded where it has to be, for all of them.
 pub(super) const LEAST_SAMPLES: usize = 4;
 /// Steps from the limit of an earlier measurement up to where the next begins.
 const STEPS_UP: usize = 2;
@@ -213,42 +219,74 @@ pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut C
     }
     // Heads whose rows share micro-tiles are tried together: they share the clusters that are computed.
     let together = if sample_tokens == MICRO_ROWS { 1 } else { group };
-    for sample in 0..samples {
+    let task = |sample: usize| {
         let end = tokens - (tokens - earliest - sample_tokens) * sample / samples;
-        let task = Task { kv_head, tokens: end - sample_tokens..end, keys: 0..call.cache.len() };
-        let regions = budgeted.far_regions(&task);
-        if regions.is_empty() {
-            continue;
-        }
-        let work = Work { budgeted, task: &task, regions: &regions };
-        scratch.begin(&work, |head| !trials[head].is_given_up());
-        for (index, trials) in trials.chunks_mut(together).enumerate() {
-            let is_enough = |trial: &Trial| sample + 1 == samples || trial.samples >= LEAST_SAMPLES;
-            if !trials.iter().any(Trial::is_given_up) {
-                scratch.measure(&work, index * together, trials);
+        Task { kv_head, tokens: end - sample_tokens..end, keys: 0..call.cache.len() }
+    };
+    'samples: for first in (0..samples).step_by(LEAST_SAMPLES) {
+        let tasks: Vec<_> = (first..samples.min(first + LEAST_SAMPLES)).map(task).collect();
+        scratch.compute_exactly(call, &tasks, |head| together > 1 || !trials[head].is_given_up());
+        for (index, task) in tasks.iter().enumerate() {
+            let regions = budgeted.far_regions(task);
+            if regions.is_empty() {
+                continue;
             }
-            if trials.iter().any(|trial| trial.is_given_up() || is_enough(trial) && trial.is_too_costly()) {
-                trials.iter_mut().for_each(Trial::give_up);
+            let work = Work { budgeted, task, regions: &regions };
+            scratch.begin(&work, index);
+            let is_last = first + index + 1 == samples;
+            for (index, trials) in trials.chunks_mut(together).enumerate() {
+                let is_enough = |trial: &Trial| is_last || trial.samples >= LEAST_SAMPLES;
+                if !trials.iter().any(Trial::is_given_up) {
+                    scratch.measure(&work, index * together, trials);
+                }
+                if trials.iter().any(|trial| trial.is_given_up() || is_enough(trial) && trial.is_too_costly()) {
+                    trials.iter_mut().for_each(Trial::give_up);
+                }
             }
-        }
-        if trials.iter().all(Trial::is_given_up) {
-            break;
+            if trials.iter().all(Trial::is_given_up) {
+                break 'samples;
+            }
         }
     }
     trials.iter().map(|trial| trial.judge(budget)).collect()
 }
 
 impl CalibrationScratch {
-    /// Computes the rows of the heads that `wanted` names exactly.
-    fn begin(&mut self, work: &Work<'_>, wanted: impl Fn(usize) -> bool) {
+    /// Computes the rows of `tasks`, of as many tokens each, exactly: those of the heads that `wanted` names, of which
+    /// each fills whole micro-tiles unless all are wanted.
+    fn compute_exactly(&mut self, call: &Call<'_>, tasks: &[Task], wanted: impl Fn(usize) -> bool) {
+        let (cache, group) = (call.cache, call.group());
+        let (shape, kv_head, tokens) = (cache.shape(), tasks[0].kv_head, tasks[0].tokens.len());
+        let tile_shape = TileShape {
+            rows: tasks.len() * group * tokens,
+            key_dim: shape.padded_key_dim(),
+            value_dim: shape.padded_value_dim(),
+        };
+        self.exact.begin(InstructionSet::current(), tile_shape, cache.kind().empty_block());
+        let (mut low, mut high) = (usize::MAX, 0);
+        for (sample, task) in tasks.iter().enumerate() {
+            for row in 0..group * tokens {
+                let (head, token) = task.head_and_token(row);
+                let seen = call.seen(token);
+                (low, high) = (low.min(seen.start), high.max(seen.end));
+                let query = call.query(kv_head * group + head, token, &mut self.query);
+                let visible = (seen.start, seen.end);
+                self.exact.set_row(sample * group * tokens + row, query, call.attention.scale, visible);
+            }
+        }
+        let head_of = |micro_tile: usize| micro_tile * MICRO_ROWS / tokens % group;
+        let first = tiles::block_start(cache, low.min(high));
+        tiles::accumulate(&mut self.exact, cache, kv_head, first..high, |micro_tile| wanted(head_of(micro_tile)));
+        self.output.resize(shape.value_dim, 0.0);
+        self.exact_output.resize(shape.value_dim, 0.0);
+    }
+
+    /// Turns to `work`, the task with number `sample` of those that were computed exactly.
+    fn begin(&mut self, work: &Work<'_>, sample: usize) {
         let (budgeted, task) = (work.budgeted, work.task);
         let seen = tiles::begin(&mut self.near, &budgeted.call, task);
         budgeted.accumulate_near(&mut self.near, task, work.regions, seen);
-        self.exact.clone_from(&self.near);
-        work.accumulate_exactly(&mut self.exact, |micro_tile| work.heads_of(micro_tile).any(&wanted));
-        let value_dim = budgeted.call.cache.shape().value_dim;
-        self.output.resize(value_dim, 0.0);
-        self.exact_output.resize(value_dim, 0.0);
+        self.first_exact_row = sample * budgeted.call.group() * task.tokens.len();
     }
 
     /// Takes the heads of `work` from `first` on down to limits that their rows can bear, or to the last.
@@ -307,7 +345,7 @@ impl CalibrationScratch {
             let (head, _) = work.task.head_and_token(row);
             let finding = &mut findings[head - first];
             self.trial.finish_row(row, &mut self.output);
-            self.exact.finish_row(row, &mut self.exact_output);
+            self.exact.finish_row(self.first_exact_row + row, &mut self.exact_output);
             let size = self.exact_output.iter().map(|value| value * value).sum::<f32>().sqrt();
             let allowed = budget.min(MOST_OF_OUTPUT * size / value_scale);
             let missed = distance(&self.output, &self.exact_output) / value_scale;
