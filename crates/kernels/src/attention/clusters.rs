@@ -70,7 +70,7 @@ impl ClusterQueries {
             *half_square = 0.5 * *target * *target;
         }
         #[cfg(target_arch = "x86_64")]
-        if InstructionSet::detected_once() >= InstructionSet::Avx512Bf16 {
+        if multiplies_brains(InstructionSet::detected_once()) {
             // SAFETY: the machine has the level.
             unsafe {
                 clusters_bf16::round(&self.queries[range.clone()], &mut self.brain_queries[range.clone()]);
@@ -114,7 +114,7 @@ impl ClusterQueries {
         assert_eq!(log_masses.len(), uncertainties.len(), "both matrices are of one size");
         assert!(level <= InstructionSet::detected(), "this machine has no {}", level.name());
         #[cfg(target_arch = "x86_64")]
-        if level >= InstructionSet::Avx512Bf16 {
+        if multiplies_brains(level) {
             let estimate = BrainEstimate {
                 queries: self.brain_queries.as_ptr(),
                 half_squares: self.brain_half_squares.as_ptr(),
@@ -133,6 +133,12 @@ impl ClusterQueries {
         }
         simd::run(level, Estimate { queries: self, summaries, log_masses, uncertainties, stride, first, clusters });
     }
+}
+
+/// Whether `level` multiplies brain floats here, rather than widen them.
+#[cfg(target_arch = "x86_64")]
+fn multiplies_brains(level: InstructionSet) -> bool {
+    level >= InstructionSet::Avx512Bf16 && !InstructionSet::brain_dots_are_slow()
 }
 
 struct Estimate<'a> {
@@ -404,7 +410,7 @@ impl WeightedClusters<'_> {
         assert!(clusters.is_multiple_of(2), "whole pairs of clusters");
         assert_eq!(self.output.len(), self.rows * self.value_dim, "one output for each row");
         #[cfg(target_arch = "x86_64")]
-        if level >= InstructionSet::Avx512Bf16 {
+        if multiplies_brains(level) {
             let block = rounded.len() / self.rows / 2 * 2;
             for first in (0..clusters).step_by(block) {
                 let count = block.min(clusters - first);
@@ -513,7 +519,8 @@ mod tests {
     /// `value` as the kernel of `level` multiplies it.
     fn seen(level: InstructionSet, value: f32) -> f64 {
         match level {
-            InstructionSet::Avx512Bf16 | InstructionSet::Amx => bf16::from_f32(value).to_f64(),
+            #[cfg(target_arch = "x86_64")]
+            _ if multiplies_brains(level) => bf16::from_f32(value).to_f64(),
             _ => f64::from(value),
         }
     }

@@ -24,6 +24,7 @@ mod expand;
 mod float;
 #[cfg(target_arch = "x86_64")]
 mod int8;
+mod queries;
 #[cfg(target_arch = "x86_64")]
 mod softmax;
 mod tile;

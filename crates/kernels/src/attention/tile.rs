@@ -3,12 +3,12 @@
 use super::clusters::WeightedClusters;
 use super::expand::expand;
 use super::float::FloatMicroTile;
-use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE, fetch_ahead};
+use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE, fetch_ahead, queries};
 #[cfg(target_arch = "x86_64")]
 use super::{amx as amx_kernel, bf16 as bf16_kernel, int8 as int8_kernel};
 #[cfg(target_arch = "x86_64")]
 use crate::amx::{Elements, PRODUCT_ROWS};
-use crate::{AlignedBuffer, InstructionSet, brain_bits, nearest_integer, simd};
+use crate::{AlignedBuffer, InstructionSet, brain_bits, simd};
 
 /// Whole pages of keys and values, one after another, in the layouts of the [module](super).
 #[derive(Clone, Copy)]
@@ -282,18 +282,8 @@ impl AttentionTile {
             }
             Arithmetic::Int8 => {
                 let target = &mut self.queries_int8[range];
-                // NaN and ∞ must reach the scale, so that the row's scores are NaN and not quietly wrong; `f32::max`
-                // would drop them.
-                let largest = query.iter().fold(0.0_f32, |largest, value| {
-                    if value.abs() > largest || value.is_nan() { value.abs() } else { largest }
-                });
-                let step = largest / 127.0;
-                let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-                let mut sum = 0_i32;
-                for (target, value) in target.iter_mut().zip(query) {
-                    *target = nearest_integer(value * inverse) as i8;
-                    sum += i32::from(*target);
-                }
+                let level = self.instruction_set.expect("begin was called");
+                let (step, sum) = queries::quantise(level, query, target);
                 target[query.len()..].fill(0);
                 // A negative factor moves into the integers: the row maximum needs a positive step.
                 let sign = if factor < 0.0 { -1 } else { 1 };

@@ -1,0 +1,84 @@
+//! Queries as 8-bit integers.
+
+use crate::InstructionSet;
+use crate::rounding::nearest_integer;
+use crate::simd::{self, Operation, Simd};
+
+/// Running maxima and sums.
+const LANES: usize = 16;
+
+/// Writes `query` to `integers`, scaled so that its largest number becomes 127. Returns the size of a step and the sum of
+/// the integers. A NaN or ∞ makes the step NaN, so that the row's scores are NaN and not quietly wrong.
+pub(super) fn quantise(level: InstructionSet, query: &[f32], integers: &mut [i8]) -> (f32, i32) {
+    simd::run(level, Quantise { query, integers })
+}
+
+struct Quantise<'a> {
+    query: &'a [f32],
+    integers: &'a mut [i8],
+}
+
+impl Operation for Quantise<'_> {
+    type Output = (f32, i32);
+
+    /// Plain loops over sixteen lanes, which the compiler turns into the vectors of the caller's instruction set.
+    #[inline(always)]
+    fn eval<S: Simd>(self, _: S) -> (f32, i32) {
+        let whole = self.query.len() / LANES * LANES;
+        let (query, rest) = self.query.split_at(whole);
+        let (integers, rest_integers) = self.integers.split_at_mut(whole);
+        // Times zero a NaN or ∞ leaves a NaN; a comparison would drop the NaN.
+        let (mut maxima, mut poison) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+        for chunk in query.chunks_exact(LANES).chain([rest]) {
+            for ((largest, poison), value) in maxima.iter_mut().zip(&mut poison).zip(chunk) {
+                *largest = if value.abs() > *largest { value.abs() } else { *largest };
+                *poison += value * 0.0;
+            }
+        }
+        let largest = maxima.into_iter().fold(0.0, f32::max) + poison.iter().sum::<f32>();
+        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        let mut sums = [0_i32; LANES];
+        let mut round = |values: &[f32], integers: &mut [i8]| {
+            for ((value, target), sum) in values.iter().zip(integers).zip(&mut sums) {
+                let integer = nearest_integer(value * inverse) as i8;
+                *target = integer;
+                *sum += i32::from(integer);
+            }
+        };
+        for (values, integers) in query.chunks_exact(LANES).zip(integers.chunks_exact_mut(LANES)) {
+            round(values, integers);
+        }
+        round(rest, rest_integers);
+        (largest / 127.0, sums.iter().sum())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::elementwise::levels;
+
+    #[test]
+    fn the_largest_number_is_127_and_what_is_none_shows() {
+        for level in levels() {
+            for width in 1..70_usize {
+                let query: Vec<f32> = (0..width).map(|channel| (channel as f32 - 20.5) * 0.3).collect();
+                let mut integers = vec![7; width + 2];
+                let (step, sum) = quantise(level, &query, &mut integers);
+                let largest = query.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+                assert_eq!(step, largest / 127.0, "{level:?}, {width}");
+                for (value, integer) in query.iter().zip(&integers) {
+                    assert!((value - f32::from(*integer) * step).abs() <= 0.501 * step, "{level:?}, {width}");
+                }
+                assert_eq!(sum, integers[..width].iter().map(|integer| i32::from(*integer)).sum::<i32>());
+                assert_eq!(integers[width..], [7, 7], "{level:?}, {width}");
+                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    let mut query = query.clone();
+                    query[width / 2] = bad;
+                    assert!(quantise(level, &query, &mut integers).0.is_nan(), "{level:?}, {width}, {bad}");
+                }
+            }
+            assert_eq!(quantise(level, &[0.0; 20], &mut [1; 20]), (0.0, 0));
+        }
+    }
+}
