@@ -283,7 +283,8 @@ pub(crate) fn accumulate(
     let mut first = range.start;
     while first < range.end {
         let next = end_of(first);
-        tile.accumulate_in(first, block(first), (next < range.end).then(|| block(next)), &wanted);
+        let next_block = (next < range.end).then(|| block(next));
+        tile.accumulate_in(first, block(first), next_block, tile.micro_tiles(), &wanted);
         first = next;
     }
 }

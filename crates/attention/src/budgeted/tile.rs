@@ -384,7 +384,7 @@ impl Work<'_> {
         let mut next = blocks.next();
         while let Some(block) = next {
             next = blocks.next();
-            tile.accumulate_in(position, block, next, |other| other == micro_tile);
+            tile.accumulate_in(position, block, next, micro_tile..micro_tile + 1, |_| true);
         }
     }
 

@@ -1,5 +1,7 @@
 //! The query side of an attention tile and its walk over key blocks.
 
+use std::ops::Range;
+
 use super::clusters::WeightedClusters;
 use super::expand::expand;
 use super::float::FloatMicroTile;
@@ -303,11 +305,11 @@ impl AttentionTile {
     /// When the slices of the block are no whole number of pages of this tile's shape, have more than
     /// [`MAX_BLOCK_KEYS`] keys, or the block is of another type than [`begin`](Self::begin) was told.
     pub fn accumulate(&mut self, first_key: usize, block: KeyBlock<'_>, next: Option<KeyBlock<'_>>) {
-        self.accumulate_in(first_key, block, next, |_| true);
+        self.accumulate_in(first_key, block, next, self.micro_tiles(), |_| true);
     }
 
-    /// As [`accumulate`](Self::accumulate), for the micro-tiles that `wanted` names: number `i` holds the rows from
-    /// `i ·` [`MICRO_ROWS`] on.
+    /// As [`accumulate`](Self::accumulate), for those of `micro_tiles` that `wanted` names: number `i` holds the rows
+    /// from `i ·` [`MICRO_ROWS`] on.
     ///
     /// # Panics
     /// As [`accumulate`](Self::accumulate).
@@ -316,9 +318,11 @@ impl AttentionTile {
         first_key: usize,
         block: KeyBlock<'_>,
         next: Option<KeyBlock<'_>>,
+        micro_tiles: Range<usize>,
         wanted: impl Fn(usize) -> bool,
     ) {
-        let TileShape { rows, key_dim, value_dim } = self.shape;
+        let TileShape { key_dim, value_dim, .. } = self.shape;
+        let rows = micro_tiles.start * MICRO_ROWS..self.shape.rows.min(micro_tiles.end * MICRO_ROWS);
         let (key_elements, value_elements) = match block {
             KeyBlock::F32 { keys, values } => (keys.len(), values.len()),
             KeyBlock::Bf16 { keys, values } => (keys.len(), values.len()),
@@ -333,11 +337,11 @@ impl AttentionTile {
         assert_eq!(key_elements, pages * PAGE_KEYS * key_dim, "as many pages of keys as of values");
         assert!(pages * PAGE_KEYS <= MAX_BLOCK_KEYS, "{pages} pages are more than one block");
         let end_key = first_key + pages * PAGE_KEYS;
-        if !self.visible.iter().any(|&(start, end)| start < end_key && end > first_key && start < end) {
+        if !self.visible[rows.clone()].iter().any(|&(start, end)| start < end_key && end > first_key && start < end) {
             return;
         }
         let level = self.instruction_set.expect("begin was called");
-        let wanted_rows = || (0..rows.div_ceil(MICRO_ROWS)).filter(|tile| wanted(*tile)).count() * MICRO_ROWS;
+        let wanted_rows = || micro_tiles.clone().filter(|tile| wanted(*tile)).count() * MICRO_ROWS;
         let arithmetic = match self.arithmetic.expect("begin was called") {
             Arithmetic::Bf16 if self.expands_for_many && wanted_rows() > FEW_BRAIN_ROWS => Arithmetic::F32,
             arithmetic => arithmetic,
@@ -346,7 +350,7 @@ impl AttentionTile {
             && match arithmetic {
                 Arithmetic::F32 => false,
                 Arithmetic::Bf16 => true,
-                Arithmetic::Int8 => rows > FEW_ROWS && wanted_rows() > FEW_ROWS,
+                Arithmetic::Int8 => rows.len() > FEW_ROWS && wanted_rows() > FEW_ROWS,
             };
         let mut value_step = 0.0;
         let mut value_factors = std::ptr::null();
@@ -402,14 +406,14 @@ impl AttentionTile {
         }
         let micro_rows = if amx { PRODUCT_ROWS } else { MICRO_ROWS };
         let mut together = Vec::new();
-        let mut next_row = 0;
-        while next_row < rows {
+        let mut next_row = rows.start;
+        while next_row < rows.end {
             let row = next_row;
             // The rows of wanted micro-tiles that follow one another, as many as the kernel takes.
             let end_of = |row: usize| (row / MICRO_ROWS + 1) * MICRO_ROWS;
             let mut end = row;
-            while end < rows.min(row + micro_rows) && wanted(end / MICRO_ROWS) {
-                end = end_of(end).min(row + micro_rows).min(rows);
+            while end < rows.end.min(row + micro_rows) && wanted(end / MICRO_ROWS) {
+                end = end_of(end).min(row + micro_rows).min(rows.end);
             }
             if end == row {
                 next_row = end_of(row);
@@ -489,6 +493,11 @@ impl AttentionTile {
         self.value_factors.resize(scales.len(), 0.0);
         self.value_factors.iter_mut().zip(scales).for_each(|(factor, scale)| *factor = scale * inverse);
         largest / WEIGHT_STEPS
+    }
+
+    /// Its micro-tiles, by number.
+    pub fn micro_tiles(&self) -> Range<usize> {
+        0..self.shape.rows.div_ceil(MICRO_ROWS)
     }
 
     /// Largest logit of row `row` so far, in nats; very low when it has seen none.
