@@ -223,8 +223,11 @@ pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut C
         let end = tokens - (tokens - earliest - sample_tokens) * sample / samples;
         Task { kv_head, tokens: end - sample_tokens..end, keys: 0..call.cache.len() }
     };
-    'samples: for first in (0..samples).step_by(LEAST_SAMPLES) {
-        let tasks: Vec<_> = (first..samples.min(first + LEAST_SAMPLES)).map(task).collect();
+    // The first alone: it shows which heads are hopeless.
+    let starts = [0, 1].into_iter().chain((LEAST_SAMPLES..samples).step_by(LEAST_SAMPLES));
+    'samples: for first in starts.filter(|first| *first < samples) {
+        let end = if first == 0 { 1 } else { (first + 1).next_multiple_of(LEAST_SAMPLES) };
+        let tasks: Vec<_> = (first..samples.min(end)).map(task).collect();
         scratch.compute_exactly(call, &tasks, |head| together > 1 || !trials[head].is_given_up());
         for (index, task) in tasks.iter().enumerate() {
             let regions = budgeted.far_regions(task);
