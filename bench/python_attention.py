@@ -101,6 +101,8 @@ def ours(arguments: argparse.Namespace, queries, keys, values, causal: bool) -> 
         calls["budgeted"] = lambda: iceformer.attention(
             queries, keys, values, method="budgeted", budget=arguments.budget, **settings
         )
+    if arguments.dci:
+        calls["dci"] = lambda: iceformer.attention(queries, keys, values, method="dci", **settings)
     return calls
 
 
@@ -231,6 +233,7 @@ def parse() -> argparse.Namespace:
     one.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 32768])
     one.add_argument("--widths", type=int, nargs="+", default=[64, 128])
     one.add_argument("--heads", type=int, default=8)
+    one.add_argument("--dci", action="store_true", help="measure method dci too")
     one.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     one.add_argument("--masks", choices=["full", "causal", "both"], default="both")
     one.set_defaults(run=attention)

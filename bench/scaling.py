@@ -107,7 +107,7 @@ def main() -> None:
             cells = []
             for method in arguments.methods:
                 points = curves[method, phase]
-                skipped = points and max(points) != tokens and too_long(points, tokens, arguments.most_seconds)
+                skipped = too_long(points, tokens, arguments.most_seconds)
                 if not skipped:
                     points[tokens] = measure(arguments, method, phase, tokens)
                 cells.append("–" if skipped else f"{points[tokens]:.4g}")
