@@ -208,15 +208,14 @@ impl ArrayScratch {
     /// An empty cache, with the last one's memory where it fits.
     fn take_cache(&mut self, shape: CacheShape, kind: KeyValueType) -> KeyValueCache {
         match self.cache.take() {
-            Some(mut cache) if cache.shape() == shape && cache.kind() == kind => {
-                cache.clear();
-                cache
-            }
+            Some(cache) if cache.shape() == shape && cache.kind() == kind => cache,
             _ => KeyValueCache::new(shape, kind),
         }
     }
 
-    fn keep_cache(&mut self, cache: KeyValueCache) {
+    /// Keeps the memory of the keys and values of `cache`, but not its indexes.
+    fn keep_cache(&mut self, mut cache: KeyValueCache) {
+        cache.clear();
         self.cache = (cache.bytes() <= KEPT_BYTES).then_some(cache);
     }
 }
@@ -335,7 +334,7 @@ impl Attention {
     }
 
     /// As [`run`](Self::run), for `queries` `[batch, query_heads, tokens, key_dim]` with any strides, whose row heads
-    /// (those of all entries of the batch, entry by entry) are a multiple of the heads of the cache; `first_position` is
+    /// (those of all entries of the batch, entry by entry) read the heads of the cache, as many of them for each entry; `first_position` is
     /// that of the first query among the keys. `output` and `proceed` are as in [`run_arrays`](Self::run_arrays).
     ///
     /// # Errors
@@ -358,6 +357,9 @@ impl Attention {
         let [batch, heads, tokens, width] = queries.shape();
         let shape = cache.shape();
         assert_eq!(width, shape.key_dim, "queries of another width than keys");
+        self.method.validate().unwrap_or_else(|error| panic!("{error}"));
+        let fits = batch == 0 || shape.kv_heads.is_multiple_of(batch) && heads.is_multiple_of(shape.kv_heads / batch);
+        assert!(fits, "{batch} · {heads} query heads for {} key/value heads of a cache", shape.kv_heads);
         let output_shape = [batch, tokens, heads, shape.value_dim];
         let numbers: usize = output_shape.iter().product();
         assert_eq!(output.len(), numbers, "output is [batch, tokens, query_heads, value_dim]");

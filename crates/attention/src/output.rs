@@ -59,6 +59,7 @@ impl<'a, T: FromF32> Output<'a, T> {
     /// Its rows, those of `group` heads together.
     pub fn into_rows(self, group: usize) -> impl Iterator<Item = OutputRows<'a, T>> {
         let [_, all_tokens, heads, value_dim] = self.shape;
+        debug_assert!(heads.is_multiple_of(group), "{heads} heads of an entry in groups of {group}");
         let kv_heads = heads / group;
         let Self { numbers, tokens, sinks, log_sum_exp, .. } = self;
         let mut log_sum_exp = log_sum_exp.map(|numbers| numbers.chunks_exact_mut(group));

@@ -43,7 +43,8 @@ pub(crate) struct Part {
 #[derive(Clone, Copy)]
 pub(crate) struct Call<'a> {
     pub attention: &'a Attention,
-    /// `[batch, query heads, tokens, key_dim]`; the row heads of `queries` are a multiple of the heads of `cache`.
+    /// `[batch, query heads, tokens, key_dim]`; each entry of the batch reads as many of the heads of `cache`, which divide
+    /// its own.
     pub queries: StridedView<'a>,
     /// Position of the first query among the keys.
     pub first_position: usize,

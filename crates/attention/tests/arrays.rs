@@ -3,8 +3,8 @@
 use std::ops::{ControlFlow, Range};
 
 use iceformer_attention::{
-    ArrayScratch, Arrays, ArraysError, Attention, DciSettings, Elements, ElementsMut, KeyValueType, Mask, Method,
-    StridedView, ThreadTeam,
+    ArrayScratch, Arrays, ArraysError, Attention, CacheShape, DciSettings, Elements, ElementsMut, KeyValueCache,
+    KeyValueType, Mask, Method, StridedView, ThreadTeam,
 };
 use iceformer_kernels::half::{bf16, f16};
 use iceformer_testing::attention::Problem;
@@ -267,6 +267,35 @@ fn what_an_earlier_call_left_in_memory_does_not_show() {
             run_with(&attention, &case.input(&spoilt), 2, &mut scratch);
         }
     }
+}
+
+/// `heads` query heads of each of `batch` entries over a cache of `kv_heads` heads.
+fn run_over_a_cache(batch: usize, heads: usize, kv_heads: usize) -> Vec<f32> {
+    let team = ThreadTeam::new(1);
+    let mut cache = KeyValueCache::new(CacheShape { kv_heads, key_dim: 1, value_dim: 1 }, KeyValueType::F32);
+    let numbers: Vec<f32> = (0..kv_heads).map(|head| head as f32).collect();
+    cache.append(&numbers, &numbers, &team);
+    let queries = vec![1.0; batch * heads];
+    let queries = StridedView::new(Elements::F32(&queries), [batch, heads, 1, 1], [heads, 1, 1, 1]).unwrap();
+    let attention = Attention { method: Method::Exact, mask: Mask::causal(), scale: 1.0 };
+    let mut output = vec![f32::NAN; batch * heads];
+    let (numbers, mut scratch) = (ElementsMut::F32(&mut output), ArrayScratch::default());
+    let mut proceed = || ControlFlow::Continue(());
+    assert!(attention.run_cached(queries, 0, &cache, numbers, &team, &mut scratch, &mut proceed).is_continue());
+    output
+}
+
+#[test]
+fn entries_of_a_batch_share_the_heads_of_a_cache_evenly() {
+    assert_eq!(run_over_a_cache(1, 4, 2), [0.0, 0.0, 1.0, 1.0]);
+    assert_eq!(run_over_a_cache(2, 2, 4), [0.0, 1.0, 2.0, 3.0]);
+    assert_eq!(run_over_a_cache(2, 4, 4), [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0]);
+}
+
+#[test]
+#[should_panic(expected = "2 · 2 query heads for 1 key/value heads of a cache")]
+fn a_head_of_a_cache_is_not_shared_between_entries() {
+    run_over_a_cache(2, 2, 1);
 }
 
 #[test]

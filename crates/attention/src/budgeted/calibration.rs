@@ -227,16 +227,17 @@ pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut C
     let starts = [0, 1].into_iter().chain((LEAST_SAMPLES..samples).step_by(LEAST_SAMPLES));
     'samples: for first in starts.filter(|first| *first < samples) {
         let end = if first == 0 { 1 } else { (first + 1).next_multiple_of(LEAST_SAMPLES) };
-        let tasks: Vec<_> = (first..samples.min(end)).map(task).collect();
-        scratch.compute_exactly(call, &tasks, |head| together > 1 || !trials[head].is_given_up());
-        for (index, task) in tasks.iter().enumerate() {
-            let regions = budgeted.far_regions(task);
-            if regions.is_empty() {
-                continue;
-            }
-            let work = Work { budgeted, task, regions: &regions };
+        let places = (first..samples.min(end)).map(|sample| (sample, task(sample)));
+        // Those with clusters to measure: a window may hold none.
+        let places: Vec<_> = places
+            .map(|(sample, task)| (sample, budgeted.far_regions(&task), task))
+            .filter(|(_, regions, _)| !regions.is_empty())
+            .collect();
+        scratch.compute_exactly(call, &places, |head| together > 1 || !trials[head].is_given_up());
+        for (index, (sample, regions, task)) in places.iter().enumerate() {
+            let work = Work { budgeted, task, regions };
             scratch.begin(&work, index);
-            let is_last = first + index + 1 == samples;
+            let is_last = sample + 1 == samples;
             for (index, trials) in trials.chunks_mut(together).enumerate() {
                 let is_enough = |trial: &Trial| is_last || trial.samples >= LEAST_SAMPLES;
                 if !trials.iter().any(Trial::is_given_up) {
@@ -255,19 +256,25 @@ pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut C
 }
 
 impl CalibrationScratch {
-    /// Computes the rows of `tasks`, of as many tokens each, exactly: those of the heads that `wanted` names, of which
-    /// each fills whole micro-tiles unless all are wanted.
-    fn compute_exactly(&mut self, call: &Call<'_>, tasks: &[Task], wanted: impl Fn(usize) -> bool) {
+    /// Computes the rows of the tasks of `places`, of as many tokens each, exactly: those of the heads that `wanted` names,
+    /// of which each fills whole micro-tiles unless all are wanted.
+    fn compute_exactly(
+        &mut self,
+        call: &Call<'_>,
+        places: &[(usize, Vec<usize>, Task)],
+        wanted: impl Fn(usize) -> bool,
+    ) {
+        let Some((_, _, Task { kv_head, tokens, .. })) = places.first() else { return };
         let (cache, group) = (call.cache, call.group());
-        let (shape, kv_head, tokens) = (cache.shape(), tasks[0].kv_head, tasks[0].tokens.len());
+        let (shape, kv_head, tokens) = (cache.shape(), *kv_head, tokens.len());
         let tile_shape = TileShape {
-            rows: tasks.len() * group * tokens,
+            rows: places.len() * group * tokens,
             key_dim: shape.padded_key_dim(),
             value_dim: shape.padded_value_dim(),
         };
         self.exact.begin(InstructionSet::current(), tile_shape, cache.kind().empty_block());
         let (mut low, mut high) = (usize::MAX, 0);
-        for (sample, task) in tasks.iter().enumerate() {
+        for (sample, (_, _, task)) in places.iter().enumerate() {
             for row in 0..group * tokens {
                 let (head, token) = task.head_and_token(row);
                 let seen = call.seen(token);

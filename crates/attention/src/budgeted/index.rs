@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use iceformer_kernels::AlignedBuffer;
-use iceformer_kernels::attention::{ClusterSummaries, KeyBlock, PAGE_KEYS, PANEL_CLUSTERS};
+use iceformer_kernels::attention::{ClusterSummaries, KeyBlock, MAX_BLOCK_KEYS, PAGE_KEYS, PANEL_CLUSTERS};
 use iceformer_kernels::half::bf16;
 use iceformer_kernels::rows::{ROW_MULTIPLE, add_scaled};
 
@@ -34,6 +34,8 @@ pub(super) const SEGMENT_CLUSTERS: u32 = (SEGMENT_KEYS / CLUSTER_KEYS) as u32;
 
 const _: () = assert!((REGION_KEYS / CLUSTER_KEYS).is_multiple_of(PANEL_CLUSTERS));
 const _: () = assert!(REGION_KEYS.is_multiple_of(SEGMENT_KEYS) && CLUSTER_KEYS.is_multiple_of(PAGE_KEYS));
+// Neighbouring clusters of a segment are computed as one block.
+const _: () = assert!(SEGMENT_KEYS <= MAX_BLOCK_KEYS);
 
 /// The clusters of all heads of a cache.
 #[derive(Default)]
