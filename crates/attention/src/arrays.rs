@@ -334,8 +334,8 @@ impl Attention {
     }
 
     /// As [`run`](Self::run), for `queries` `[batch, query_heads, tokens, key_dim]` with any strides, whose row heads
-    /// (those of all entries of the batch, entry by entry) read the heads of the cache, as many of them for each entry; `first_position` is
-    /// that of the first query among the keys. `output` and `proceed` are as in [`run_arrays`](Self::run_arrays).
+    /// (those of all entries of the batch, entry by entry) read the heads of the cache, as many of them for each entry;
+    /// `first_position` is that of the first query among the keys. `output` and `proceed` are as in [`run_arrays`](Self::run_arrays).
     ///
     /// # Errors
     /// `Break` when `proceed` asked to stop; the output is then incomplete.

@@ -249,22 +249,35 @@ impl Part {
 
 /// Starts `tile` with the rows of `task`. Returns the keys that some row sees; empty when none does.
 pub(crate) fn begin(tile: &mut AttentionTile, call: &Call<'_>, task: &Task) -> Range<usize> {
+    let group = call.group();
+    begin_rows(tile, call, group * task.tokens.len(), task.keys.clone(), |row| {
+        let (head, token) = task.head_and_token(row);
+        (task.kv_head * group + head, token)
+    })
+}
+
+/// As [`begin`], with `rows` rows, of which `query_of` gives the query head and the token, over those of `keys` that they
+/// see.
+pub(crate) fn begin_rows(
+    tile: &mut AttentionTile,
+    call: &Call<'_>,
+    rows: usize,
+    keys: Range<usize>,
+    query_of: impl Fn(usize) -> (usize, usize),
+) -> Range<usize> {
     let shape = call.cache.shape();
-    let (group, tokens) = (call.group(), task.tokens.len());
-    let tile_shape =
-        TileShape { rows: group * tokens, key_dim: shape.padded_key_dim(), value_dim: shape.padded_value_dim() };
+    let tile_shape = TileShape { rows, key_dim: shape.padded_key_dim(), value_dim: shape.padded_value_dim() };
     tile.begin_capped(InstructionSet::current(), tile_shape, call.cache.kind().empty_block(), call.soft_cap);
     let (mut low, mut high) = (usize::MAX, 0);
     let mut buffer = Vec::new();
-    for row in 0..group * tokens {
-        let (head, token) = task.head_and_token(row);
+    for row in 0..rows {
+        let (head, token) = query_of(row);
         let seen = call.seen(token);
-        let (start, end) = (seen.start.max(task.keys.start), seen.end.min(task.keys.end));
+        let (start, end) = (seen.start.max(keys.start), seen.end.min(keys.end));
         if start < end {
             (low, high) = (low.min(start), high.max(end));
         }
-        let query = call.query(task.kv_head * group + head, token, &mut buffer);
-        tile.set_row(row, query, call.attention.scale, (start, end));
+        tile.set_row(row, call.query(head, token, &mut buffer), call.attention.scale, (start, end));
     }
     low.min(high)..high
 }

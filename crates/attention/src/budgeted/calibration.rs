@@ -4,8 +4,7 @@
 //! correlated, and their values with them). A few micro-tiles are computed exactly and within limits on the estimated
 //! error that get smaller step by step, until every row's true error is within the budget.
 
-use iceformer_kernels::InstructionSet;
-use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS, TileShape};
+use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
 
 use super::Budgeted;
 use super::tile::{TileScratch, Work, distance};
@@ -83,8 +82,6 @@ pub(super) struct CalibrationScratch {
     first_exact_row: usize,
     trial: AttentionTile,
     tile: TileScratch,
-    /// `[key_dim]`
-    query: Vec<f32>,
     /// `[value_dim]`
     output: Vec<f32>,
     /// `[value_dim]`
@@ -267,26 +264,14 @@ impl CalibrationScratch {
         let Some((_, _, Task { kv_head, tokens, .. })) = places.first() else { return };
         let (cache, group) = (call.cache, call.group());
         let (shape, kv_head, tokens) = (cache.shape(), *kv_head, tokens.len());
-        let tile_shape = TileShape {
-            rows: places.len() * group * tokens,
-            key_dim: shape.padded_key_dim(),
-            value_dim: shape.padded_value_dim(),
-        };
-        self.exact.begin(InstructionSet::current(), tile_shape, cache.kind().empty_block());
-        let (mut low, mut high) = (usize::MAX, 0);
-        for (sample, (_, _, task)) in places.iter().enumerate() {
-            for row in 0..group * tokens {
-                let (head, token) = task.head_and_token(row);
-                let seen = call.seen(token);
-                (low, high) = (low.min(seen.start), high.max(seen.end));
-                let query = call.query(kv_head * group + head, token, &mut self.query);
-                let visible = (seen.start, seen.end);
-                self.exact.set_row(sample * group * tokens + row, query, call.attention.scale, visible);
-            }
-        }
+        let rows = group * tokens;
+        let seen = tiles::begin_rows(&mut self.exact, call, places.len() * rows, 0..cache.len(), |row| {
+            let (head, token) = places[row / rows].2.head_and_token(row % rows);
+            (kv_head * group + head, token)
+        });
         let head_of = |micro_tile: usize| micro_tile * MICRO_ROWS / tokens % group;
-        let first = tiles::block_start(cache, low.min(high));
-        tiles::accumulate(&mut self.exact, cache, kv_head, first..high, |micro_tile| wanted(head_of(micro_tile)));
+        let first = tiles::block_start(cache, seen.start);
+        tiles::accumulate(&mut self.exact, cache, kv_head, first..seen.end, |micro_tile| wanted(head_of(micro_tile)));
         self.output.resize(shape.value_dim, 0.0);
         self.exact_output.resize(shape.value_dim, 0.0);
     }

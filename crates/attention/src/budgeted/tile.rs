@@ -2,9 +2,8 @@
 
 use std::ops::{Range, RangeInclusive};
 
-use iceformer_kernels::InstructionSet;
 use iceformer_kernels::attention::{
-    AttentionTile, ClusterQueries, KeyBlock, MICRO_ROWS, TileShape, add_squared_errors, largest, masses_in_place,
+    AttentionTile, ClusterQueries, KeyBlock, MICRO_ROWS, add_squared_errors, largest, masses_in_place,
     sum_of_squared_errors,
 };
 
@@ -429,16 +428,11 @@ impl Work<'_> {
         let call = &self.budgeted.call;
         let shape = call.cache.shape();
         let (group, token) = (call.group(), self.task.tokens.start + self.task.tokens.len() / 2);
-        let seen = call.seen(token);
         let value_scale = self.value_scale();
-        let TileScratch { audit, query, output, audited_output, exact, .. } = scratch;
-        let tile_shape =
-            TileShape { rows: group, key_dim: shape.padded_key_dim(), value_dim: shape.padded_value_dim() };
-        audit.begin(InstructionSet::current(), tile_shape, call.cache.kind().empty_block());
-        for head in 0..group {
-            let query = call.query(self.task.kv_head * group + head, token, query);
-            audit.set_row(head, query, call.attention.scale, (seen.start, seen.end));
-        }
+        let TileScratch { audit, output, audited_output, exact, .. } = scratch;
+        let seen = tiles::begin_rows(audit, call, group, 0..call.cache.len(), |head| {
+            (self.task.kv_head * group + head, token)
+        });
         let first = tiles::block_start(call.cache, seen.start);
         tiles::accumulate(audit, call.cache, self.task.kv_head, first..seen.end, |_| true);
         output.resize(shape.value_dim, 0.0);

@@ -24,6 +24,7 @@ mod expand;
 mod float;
 #[cfg(target_arch = "x86_64")]
 mod int8;
+mod masses;
 mod queries;
 #[cfg(target_arch = "x86_64")]
 mod softmax;
@@ -31,10 +32,8 @@ mod tile;
 
 #[cfg(target_arch = "x86_64")]
 use crate::InstructionSet;
-pub use clusters::{
-    ClusterQueries, ClusterSummaries, PANEL_CLUSTERS, add_squared_errors, largest, masses_in_place,
-    sum_of_squared_errors, sums_up_to,
-};
+pub use clusters::{ClusterQueries, ClusterSummaries, PANEL_CLUSTERS};
+pub use masses::{add_squared_errors, largest, masses_in_place, sum_of_squared_errors, sums_up_to};
 pub use tile::{AttentionTile, KeyBlock, TileShape};
 
 /// Keys in a page.

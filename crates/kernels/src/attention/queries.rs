@@ -7,6 +7,21 @@ use crate::simd::{self, Operation, Simd};
 /// Running maxima and sums.
 const LANES: usize = 16;
 
+/// The largest absolute value; NaN where one is no number or infinite. A comparison would drop the NaN: times zero, either
+/// leaves one in `poison`. Sixteen running maxima, so that the loop runs in vectors.
+#[inline(always)]
+pub(super) fn largest_size(values: &[f32]) -> f32 {
+    let (mut maxima, mut poison) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks.iter().map(<[f32; LANES]>::as_slice).chain([rest]) {
+        for ((largest, poison), value) in maxima.iter_mut().zip(&mut poison).zip(chunk) {
+            *largest = if value.abs() > *largest { value.abs() } else { *largest };
+            *poison += value * 0.0;
+        }
+    }
+    maxima.into_iter().fold(0.0, f32::max) + poison.iter().sum::<f32>()
+}
+
 /// Writes `query` to `integers`, scaled so that its largest number becomes 127. Returns the size of a step and the sum of
 /// the integers. A NaN or ∞ makes the step NaN, so that the row's scores are NaN and not quietly wrong.
 pub(super) fn quantise(level: InstructionSet, query: &[f32], integers: &mut [i8]) -> (f32, i32) {
@@ -27,15 +42,7 @@ impl Operation for Quantise<'_> {
         let whole = self.query.len() / LANES * LANES;
         let (query, rest) = self.query.split_at(whole);
         let (integers, rest_integers) = self.integers.split_at_mut(whole);
-        // Times zero a NaN or ∞ leaves a NaN; a comparison would drop the NaN.
-        let (mut maxima, mut poison) = ([0.0_f32; LANES], [0.0_f32; LANES]);
-        for chunk in query.chunks_exact(LANES).chain([rest]) {
-            for ((largest, poison), value) in maxima.iter_mut().zip(&mut poison).zip(chunk) {
-                *largest = if value.abs() > *largest { value.abs() } else { *largest };
-                *poison += value * 0.0;
-            }
-        }
-        let largest = maxima.into_iter().fold(0.0, f32::max) + poison.iter().sum::<f32>();
+        let largest = largest_size(self.query);
         let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
         let mut sums = [0_i32; LANES];
         let mut round = |values: &[f32], integers: &mut [i8]| {

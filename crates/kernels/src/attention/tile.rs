@@ -479,16 +479,8 @@ impl AttentionTile {
 
     /// Fills `value_factors` and returns what one step of a weighted int8 value is worth.
     fn scale_values(&mut self, scales: &[f32]) -> f32 {
-        // Sixteen running maxima, so that the loop runs in vectors. A NaN or ∞ among the scales must show in every row's
-        // output, and a comparison would drop the NaN: times zero, either leaves a NaN in `poison`.
-        let (mut maxima, mut poison) = ([0.0_f32; PAGE_KEYS], [0.0_f32; PAGE_KEYS]);
-        for page in scales.as_chunks::<PAGE_KEYS>().0 {
-            for ((largest, poison), scale) in maxima.iter_mut().zip(&mut poison).zip(page) {
-                *largest = if *scale > *largest { *scale } else { *largest };
-                *poison += scale * 0.0;
-            }
-        }
-        let largest = maxima.into_iter().fold(0.0, f32::max) + poison.iter().sum::<f32>();
+        // A NaN or ∞ among the scales must show in every row's output.
+        let largest = queries::largest_size(scales);
         let inverse = if largest > 0.0 { WEIGHT_STEPS / largest } else { 0.0 };
         self.value_factors.resize(scales.len(), 0.0);
         self.value_factors.iter_mut().zip(scales).for_each(|(factor, scale)| *factor = scale * inverse);
