@@ -1,19 +1,20 @@
 //! f32 micro-tiles (6 rows × 4 vectors with AVX-512, 2 with AVX2): the kernel of f32 caches, and of every cache type
-//! on machines without BF16 or VNNI dot products.
+//! on machines without (fast) BF16 or VNNI dot products.
 
 use super::tile::MicroTile;
-use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead};
+use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead, widened};
 use crate::simd::exponential::exp2;
 use crate::simd::{Operation, Simd, map_in_place};
 use crate::softmax::soft_cap;
 
 /// Runs the rows of a micro-tile against its block.
 ///
-/// The caller that builds one promises what [`MicroTile`] says of its pointers, for `rows` (1 to 6) rows with queries,
-/// keys and values in f32.
+/// The caller that builds one promises what [`MicroTile`] says of its pointers, for `rows` (1 to 6) rows with queries in
+/// f32, and keys and values in bf16 where they are `brain` floats, else in f32.
 pub(super) struct FloatMicroTile<'tile, 'mask> {
     pub tile: &'tile mut MicroTile<'mask>,
     pub rows: usize,
+    pub brain: bool,
 }
 
 impl Operation for FloatMicroTile<'_, '_> {
@@ -23,34 +24,45 @@ impl Operation for FloatMicroTile<'_, '_> {
     fn eval<S: Simd>(self, simd: S) {
         // SAFETY: promised by whoever built `self`.
         unsafe {
-            match (self.rows, self.tile.ahead.is_some()) {
-                (1, true) => micro_tile::<S, 1, true>(simd, self.tile),
-                (2, true) => micro_tile::<S, 2, true>(simd, self.tile),
-                (3, true) => micro_tile::<S, 3, true>(simd, self.tile),
-                (4, true) => micro_tile::<S, 4, true>(simd, self.tile),
-                (5, true) => micro_tile::<S, 5, true>(simd, self.tile),
-                (_, true) => micro_tile::<S, 6, true>(simd, self.tile),
-                (1, false) => micro_tile::<S, 1, false>(simd, self.tile),
-                (2, false) => micro_tile::<S, 2, false>(simd, self.tile),
-                (3, false) => micro_tile::<S, 3, false>(simd, self.tile),
-                (4, false) => micro_tile::<S, 4, false>(simd, self.tile),
-                (5, false) => micro_tile::<S, 5, false>(simd, self.tile),
-                (_, false) => micro_tile::<S, 6, false>(simd, self.tile),
+            match (self.brain, self.tile.ahead.is_some()) {
+                (false, false) => micro_tile_rows::<S, false, false>(simd, self.rows, self.tile),
+                (false, true) => micro_tile_rows::<S, false, true>(simd, self.rows, self.tile),
+                (true, false) => micro_tile_rows::<S, true, false>(simd, self.rows, self.tile),
+                (true, true) => micro_tile_rows::<S, true, true>(simd, self.rows, self.tile),
             }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn micro_tile_rows<S: Simd, const BRAIN: bool, const AHEAD: bool>(
+    simd: S,
+    rows: usize,
+    tile: &mut MicroTile<'_>,
+) {
+    // SAFETY: forwarded from the caller.
+    unsafe {
+        match rows {
+            1 => micro_tile::<S, 1, BRAIN, AHEAD>(simd, tile),
+            2 => micro_tile::<S, 2, BRAIN, AHEAD>(simd, tile),
+            3 => micro_tile::<S, 3, BRAIN, AHEAD>(simd, tile),
+            4 => micro_tile::<S, 4, BRAIN, AHEAD>(simd, tile),
+            5 => micro_tile::<S, 5, BRAIN, AHEAD>(simd, tile),
+            _ => micro_tile::<S, 6, BRAIN, AHEAD>(simd, tile),
         }
     }
 }
 
 /// The vector at `source`.
 #[inline(always)]
-unsafe fn load<S: Simd>(simd: S, source: *const f32) -> S::Vector {
+pub(super) unsafe fn load<S: Simd>(simd: S, source: *const f32) -> S::Vector {
     // SAFETY: the caller promises `LANES` readable f32.
     simd.load(unsafe { std::slice::from_raw_parts(source, S::LANES) })
 }
 
 /// Writes `vector` at `target`.
 #[inline(always)]
-unsafe fn store<S: Simd>(simd: S, vector: S::Vector, target: *mut f32) {
+pub(super) unsafe fn store<S: Simd>(simd: S, vector: S::Vector, target: *mut f32) {
     // SAFETY: the caller promises `LANES` writable f32.
     simd.store(vector, unsafe { std::slice::from_raw_parts_mut(target, S::LANES) });
 }
@@ -60,14 +72,26 @@ const fn wide<S: Simd>() -> usize {
     if S::LANES == 16 { 4 } else { PAGE_KEYS / S::LANES }
 }
 
+/// As [`wide`], where the operands are pairs of brain floats, of which two vectors come at a time.
+const fn wide_pairs<S: Simd>(rows: usize) -> usize {
+    if rows <= 4 { wide::<S>() } else { wide::<S>() / 2 }
+}
+
 /// Scores, online softmax and weighted sum of values for `ROWS` query rows against one block.
 #[inline(always)]
-unsafe fn micro_tile<S: Simd, const ROWS: usize, const AHEAD: bool>(simd: S, tile: &mut MicroTile<'_>) {
+unsafe fn micro_tile<S: Simd, const ROWS: usize, const BRAIN: bool, const AHEAD: bool>(
+    simd: S,
+    tile: &mut MicroTile<'_>,
+) {
     // SAFETY: forwarded from the caller; each call stays within the block's pages and the value width, which are whole
     // numbers of 16 and so of `LANES`.
     unsafe {
         let keys = tile.pages * PAGE_KEYS;
         let mut key = 0;
+        while BRAIN && key < keys {
+            widened::scores::<S, ROWS, AHEAD>(simd, tile, key);
+            key += S::LANES;
+        }
         while key < keys {
             let vectors = wide::<S>().min((keys - key) / S::LANES);
             match vectors {
@@ -88,6 +112,15 @@ unsafe fn micro_tile<S: Simd, const ROWS: usize, const AHEAD: bool>(simd: S, til
         tile.apply_mask::<ROWS>();
         let decay = softmax::<S, ROWS>(simd, tile);
         let mut column = 0;
+        while BRAIN && column < tile.value_dim {
+            let vectors = wide_pairs::<S>(ROWS).min((tile.value_dim - column) / S::LANES);
+            match vectors {
+                4 => widened::weighted_values::<S, ROWS, 4, AHEAD>(simd, tile, &decay, column),
+                2 | 3 => widened::weighted_values::<S, ROWS, 2, AHEAD>(simd, tile, &decay, column),
+                _ => widened::weighted_values::<S, ROWS, 1, AHEAD>(simd, tile, &decay, column),
+            }
+            column += if vectors == 3 { 2 } else { vectors } * S::LANES;
+        }
         while column < tile.value_dim {
             let vectors = wide::<S>().min((tile.value_dim - column) / S::LANES);
             match vectors {

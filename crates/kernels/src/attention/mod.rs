@@ -29,6 +29,7 @@ mod queries;
 #[cfg(target_arch = "x86_64")]
 mod softmax;
 mod tile;
+mod widened;
 
 #[cfg(target_arch = "x86_64")]
 use crate::InstructionSet;

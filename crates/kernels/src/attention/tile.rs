@@ -67,12 +67,23 @@ pub struct TileShape {
 /// What the products of a tile are computed in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Arithmetic {
-    /// f32 queries; keys and values expanded to f32 where they are not.
+    /// f32 queries; keys and values widened to f32 where they are not.
     F32,
     /// bf16 queries and weights, f32 sums.
     Bf16,
     /// int8 queries against int8 keys, int16 weights against int8 values.
     Int8,
+}
+
+impl Arithmetic {
+    /// Bytes of a query's, key's or value's number.
+    fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+            Self::Int8 => 1,
+        }
+    }
 }
 
 /// Nats in one unit of the scores, which are logarithms of base 2.
@@ -86,12 +97,10 @@ const NATS: f32 = std::f32::consts::LN_2;
 pub struct AttentionTile {
     instruction_set: Option<InstructionSet>,
     arithmetic: Option<Arithmetic>,
-    /// Where bf16 dot products are slow: a block of bf16 that many rows want is expanded, and computed in f32.
-    expands_for_many: bool,
     /// What scores are soft-capped to, in their unit; 0: nothing.
     soft_cap: f32,
     shape: TileShape,
-    /// `[rows][key_dim]`, those that the arithmetic takes; multiplied by the factor on the logits and by log2 e, as the
+    /// `[rows][key_dim]`, of the type that the arithmetic takes; multiplied by the factor on the logits and by log2 e, as the
     /// kernels compute powers of two.
     queries_f32: AlignedBuffer<f32>,
     queries_bf16: AlignedBuffer<u16>,
@@ -122,7 +131,7 @@ pub struct AttentionTile {
 
 /// Up to so many rows of an int8 block the vector kernel is faster, as it need not widen the values first.
 const FEW_ROWS: usize = 12;
-/// Up to so many rows of a bf16 block slow dot products are faster than expanding it.
+/// Up to so many rows widening a bf16 block for each micro-tile is faster than expanding it first.
 const FEW_BRAIN_ROWS: usize = 12;
 #[cfg(target_arch = "x86_64")]
 const AMX_STRIP: usize = amx_kernel::STRIP;
@@ -208,20 +217,16 @@ impl AttentionTile {
         self.soft_cap = soft_cap.unwrap_or(0.0) / NATS;
         let arithmetic = match (instruction_set, kind) {
             _ if soft_cap.is_some() => Arithmetic::F32,
-            (level, KeyBlock::Bf16 { .. }) if level >= InstructionSet::Avx512Bf16 => Arithmetic::Bf16,
+            (level, KeyBlock::Bf16 { .. }) if multiplies_brain_floats(level) => Arithmetic::Bf16,
             (level, KeyBlock::Int8 { .. }) if level >= InstructionSet::Avx512Vnni => Arithmetic::Int8,
             _ => Arithmetic::F32,
         };
         self.arithmetic = Some(arithmetic);
-        self.expands_for_many = arithmetic == Arithmetic::Bf16 && expands_for_many(instruction_set);
         self.shape = shape;
         match arithmetic {
             Arithmetic::F32 => self.queries_f32.grow(rows * key_dim),
             Arithmetic::Bf16 => self.queries_bf16.grow(rows * key_dim),
             Arithmetic::Int8 => self.queries_int8.grow(rows * key_dim),
-        }
-        if self.expands_for_many {
-            self.queries_f32.grow(rows * key_dim);
         }
         self.query_scales.resize(rows, 1.0);
         self.query_offsets.resize(rows, 0);
@@ -250,8 +255,7 @@ impl AttentionTile {
         match (instruction_set, kind) {
             (InstructionSet::Amx, KeyBlock::Bf16 { .. }) => "amx-bf16-32x32",
             (InstructionSet::Amx, KeyBlock::Int8 { .. }) => "amx-int8-32x32",
-            (level @ InstructionSet::Avx512Bf16, KeyBlock::Bf16 { .. }) if expands_for_many(level) => "avx512-f32-6x64",
-            (InstructionSet::Avx512Bf16, KeyBlock::Bf16 { .. }) => "avx512-bf16-6x64",
+            (level, KeyBlock::Bf16 { .. }) if multiplies_brain_floats(level) => "avx512-bf16-6x64",
             (InstructionSet::Avx512Vnni | InstructionSet::Avx512Bf16, KeyBlock::Int8 { .. }) => "avx512-vnni-6x64",
             (InstructionSet::Portable, _) => "portable-f32-6x16",
             (InstructionSet::Avx2, _) => "avx2-f32-6x16",
@@ -268,13 +272,12 @@ impl AttentionTile {
         self.visible[row] = (start, end.max(start));
         let arithmetic = self.arithmetic.expect("begin was called");
         let factor = scale / NATS;
-        if arithmetic == Arithmetic::F32 || self.expands_for_many {
-            let target = &mut self.queries_f32[range.clone()];
-            target.iter_mut().zip(query).for_each(|(target, value)| *target = value * factor);
-            target[query.len()..].fill(0.0);
-        }
         match arithmetic {
-            Arithmetic::F32 => {}
+            Arithmetic::F32 => {
+                let target = &mut self.queries_f32[range];
+                target.iter_mut().zip(query).for_each(|(target, value)| *target = value * factor);
+                target[query.len()..].fill(0.0);
+            }
             Arithmetic::Bf16 => {
                 let target = &mut self.queries_bf16[range];
                 for (target, value) in target.iter_mut().zip(query) {
@@ -342,10 +345,7 @@ impl AttentionTile {
         }
         let level = self.instruction_set.expect("begin was called");
         let wanted_rows = || micro_tiles.clone().filter(|tile| wanted(*tile)).count() * MICRO_ROWS;
-        let arithmetic = match self.arithmetic.expect("begin was called") {
-            Arithmetic::Bf16 if self.expands_for_many && wanted_rows() > FEW_BRAIN_ROWS => Arithmetic::F32,
-            arithmetic => arithmetic,
-        };
+        let arithmetic = self.arithmetic.expect("begin was called");
         let amx = level == InstructionSet::Amx
             && match arithmetic {
                 Arithmetic::F32 => false,
@@ -354,12 +354,18 @@ impl AttentionTile {
             };
         let mut value_step = 0.0;
         let mut value_factors = std::ptr::null();
+        let (mut stored_as, mut is_in_place) = (arithmetic, true);
         // Base pointers of the block as the arithmetic wants it.
         let (keys, key_scales, values): (*const u8, *const f32, *const u8) = match (arithmetic, block) {
             (Arithmetic::F32, KeyBlock::F32 { keys, values }) => {
                 (keys.as_ptr().cast(), std::ptr::null(), values.as_ptr().cast())
             }
+            (Arithmetic::F32, KeyBlock::Bf16 { keys, values }) if wanted_rows() <= FEW_BRAIN_ROWS => {
+                stored_as = Arithmetic::Bf16;
+                (keys.as_ptr().cast(), std::ptr::null(), values.as_ptr().cast())
+            }
             (Arithmetic::F32, block) => {
+                is_in_place = false;
                 self.expanded_keys.grow(key_elements);
                 self.expanded_values.grow(value_elements);
                 expand(block, key_dim, value_dim, &mut self.expanded_keys, &mut self.expanded_values);
@@ -383,19 +389,19 @@ impl AttentionTile {
             }
             _ => panic!("the block is of another type than the tile began with"),
         };
-        let (element_bytes, query_base): (usize, *const u8) = match arithmetic {
-            Arithmetic::F32 => (4, self.queries_f32.as_ptr().cast()),
-            Arithmetic::Bf16 => (2, self.queries_bf16.as_ptr().cast()),
-            Arithmetic::Int8 => (1, self.queries_int8.as_ptr().cast()),
+        let query_base: *const u8 = match arithmetic {
+            Arithmetic::F32 => self.queries_f32.as_ptr().cast(),
+            Arithmetic::Bf16 => self.queries_bf16.as_ptr().cast(),
+            Arithmetic::Int8 => self.queries_int8.as_ptr().cast(),
         };
-        let value_bytes = if amx { size_of::<u16>() } else { element_bytes };
+        let (query_bytes, key_bytes) = (arithmetic.bytes(), stored_as.bytes());
+        let value_bytes = if amx { size_of::<u16>() } else { key_bytes };
 
         // Only where the block is used in place: an expanded one is read by `expand`.
-        let mut ahead =
-            next.filter(|_| arithmetic != Arithmetic::F32 || matches!(block, KeyBlock::F32 { .. })).map(|next| {
-                let (next_keys, next_values) = next.addresses();
-                (next_keys.wrapping_sub(keys.addr()) as isize, next_values.wrapping_sub(values.addr()) as isize)
-            });
+        let mut ahead = next.filter(|_| is_in_place).map(|next| {
+            let (next_keys, next_values) = next.addresses();
+            (next_keys.wrapping_sub(keys.addr()) as isize, next_values.wrapping_sub(values.addr()) as isize)
+        });
         if ahead.is_some()
             && let Some(KeyBlock::Int8 { key_scales, value_scales, .. }) = next
         {
@@ -440,10 +446,10 @@ impl AttentionTile {
                     pages: last_page - first_page,
                     key_dim,
                     value_dim,
-                    queries: query_base.add(row * key_dim * element_bytes),
+                    queries: query_base.add(row * key_dim * query_bytes),
                     query_scales: self.query_scales.as_ptr().add(row),
                     query_offsets: self.query_offsets.as_ptr().add(row),
-                    keys: keys.add(first_page * PAGE_KEYS * key_dim * element_bytes),
+                    keys: keys.add(first_page * PAGE_KEYS * key_dim * key_bytes),
                     key_scales: if key_scales.is_null() { key_scales } else { key_scales.add(first_page * PAGE_KEYS) },
                     values: values.add(first_page * PAGE_KEYS * value_dim * value_bytes),
                     maxima: self.maxima.as_mut_ptr().add(row),
@@ -467,7 +473,7 @@ impl AttentionTile {
                 continue;
             }
             // SAFETY: the pointers hold for `visible.len()` rows, and `begin` checked the instruction set.
-            unsafe { run_micro_tile(level, arithmetic, visible.len(), &mut tile) }
+            unsafe { run_micro_tile(level, arithmetic, stored_as, visible.len(), &mut tile) }
         }
         #[cfg(target_arch = "x86_64")]
         if amx {
@@ -553,16 +559,26 @@ impl AttentionTile {
     }
 }
 
-/// Whether a block of bf16 is computed in f32 where many rows want it.
-fn expands_for_many(level: InstructionSet) -> bool {
-    level == InstructionSet::Avx512Bf16 && InstructionSet::brain_dots_are_slow()
+/// Whether bf16 is multiplied as such: not without the instructions, and not where they are slow.
+fn multiplies_brain_floats(level: InstructionSet) -> bool {
+    match level {
+        InstructionSet::Avx512Bf16 => !InstructionSet::brain_dots_are_slow(),
+        level => level > InstructionSet::Avx512Bf16,
+    }
 }
 
 /// Enters the kernel of the instruction set and the number of rows.
 ///
 /// # Safety
-/// The machine has the instruction set, and the pointers of `tile` hold for `rows` rows in this arithmetic.
-unsafe fn run_micro_tile(level: InstructionSet, arithmetic: Arithmetic, rows: usize, tile: &mut MicroTile<'_>) {
+/// The machine has the instruction set, and the pointers of `tile` hold for `rows` rows in this arithmetic, with keys and
+/// values of the type of `stored_as`.
+unsafe fn run_micro_tile(
+    level: InstructionSet,
+    arithmetic: Arithmetic,
+    stored_as: Arithmetic,
+    rows: usize,
+    tile: &mut MicroTile<'_>,
+) {
     // SAFETY: forwarded from the caller.
     unsafe {
         match (arithmetic, level) {
@@ -570,7 +586,7 @@ unsafe fn run_micro_tile(level: InstructionSet, arithmetic: Arithmetic, rows: us
             (Arithmetic::Bf16, _) => bf16_kernel::micro_tile_rows(rows, tile),
             #[cfg(target_arch = "x86_64")]
             (Arithmetic::Int8, _) => int8_kernel::micro_tile_rows(rows, tile),
-            _ => simd::run(level, FloatMicroTile { tile, rows }),
+            _ => simd::run(level, FloatMicroTile { tile, rows, brain: stored_as == Arithmetic::Bf16 }),
         }
     }
 }
