@@ -1,16 +1,19 @@
 //! The key/value cache of one layer and one sequence.
 //!
 //! Keys and values of a head live in segments of [`SEGMENT_KEYS`] keys, each a run of pages in the layout that the
-//! kernels read, so that a prompt, a decode step and a copy on disk share one form and appending never moves a key.
+//! kernels read, so that a prompt, a decode step and a copy on disk share one form. Appending moves no key, but for the
+//! clusters of method `budgeted`: old keys that are alike come to lie together ([`places`](crate::places)).
 
+use std::ops::Range;
 use std::sync::{PoisonError, RwLock};
 
 use iceformer_kernels::attention::{KEY_DIM_MULTIPLE, KeyBlock, PAGE_KEYS, VALUE_DIM_MULTIPLE};
 
 use crate::ThreadTeam;
-use crate::budgeted::ClusterIndex;
+use crate::budgeted::{ClusterIndex, SortedKeys};
 use crate::dci::DciIndex;
 use crate::page::{self, Int8Slot};
+use crate::places::Places;
 use crate::segment::{SEGMENT_KEYS, Segment};
 use crate::strided::StridedView;
 
@@ -83,6 +86,8 @@ struct Head {
     mean: Vec<f32>,
     /// Int8 only: the first keys as they came, at most [`MEAN_KEYS`]. `[keys][key_dim]`
     first_keys: Vec<f32>,
+    /// Where the keys lie.
+    places: Places,
 }
 
 impl Head {
@@ -113,6 +118,34 @@ impl Head {
                 page::write_value_int8(slot_data, slot, value, value_dim);
             }
         }
+    }
+
+    /// Moves the keys of `sorted` to where it has them.
+    fn take_sorted(&mut self, sorted: &SortedKeys, shape: CacheShape) {
+        let first = sorted.keys.start;
+        for (number, segment) in sorted.segments.iter().enumerate() {
+            let start = first / SEGMENT_KEYS * SEGMENT_KEYS + number * SEGMENT_KEYS;
+            let slots = first.max(start) - start..(sorted.keys.end - start).min(SEGMENT_KEYS);
+            self.segments[start / SEGMENT_KEYS].copy_slots(slots, segment, shape);
+        }
+        self.places.set(first, &sorted.places);
+    }
+
+    /// Moves the first `len` keys to their own positions; nothing later is kept.
+    fn restore_order(&mut self, len: usize, kind: KeyValueType, shape: CacheShape) {
+        let moved = self.places.moved();
+        let numbers = moved.start / SEGMENT_KEYS..moved.end.min(len.max(moved.start)).div_ceil(SEGMENT_KEYS);
+        let in_order = |number: usize| {
+            let mut segment = Segment::new(kind, shape.padded_key_dim(), shape.padded_value_dim());
+            for slot in 0..SEGMENT_KEYS {
+                let from = self.places.slot(number * SEGMENT_KEYS + slot);
+                segment.copy_slot(slot, &self.segments[from / SEGMENT_KEYS], from % SEGMENT_KEYS, shape);
+            }
+            segment
+        };
+        let restored: Vec<_> = numbers.clone().map(in_order).collect();
+        self.segments.splice(numbers, restored);
+        self.places.clear();
     }
 
     /// Takes the mean of the first keys anew and writes them again.
@@ -151,7 +184,8 @@ impl KeyValueCache {
     pub fn new(shape: CacheShape, kind: KeyValueType) -> Self {
         assert!(shape.kv_heads > 0 && shape.key_dim > 0 && shape.value_dim > 0, "a cache of shape {shape:?}");
         let mean = if kind == KeyValueType::Int8 { vec![0.0; shape.key_dim] } else { Vec::new() };
-        let head = || Head { segments: Vec::new(), mean: mean.clone(), first_keys: Vec::new() };
+        let head =
+            || Head { segments: Vec::new(), mean: mean.clone(), first_keys: Vec::new(), places: Places::default() };
         let heads = (0..shape.kv_heads).map(|_| head()).collect();
         Self { shape, kind, len: 0, stale: 0, heads, search_index: RwLock::default(), clusters: RwLock::default() }
     }
@@ -178,6 +212,7 @@ impl KeyValueCache {
     /// # Panics
     /// When heads, widths or lengths differ from the cache's or from one another.
     pub fn append_view(&mut self, keys: StridedView<'_>, values: StridedView<'_>, team: &ThreadTeam) {
+        self.compact(team);
         let shape = self.shape;
         assert_eq!(keys.row_heads(), shape.kv_heads, "keys of another number of heads");
         assert_eq!(values.row_heads(), shape.kv_heads, "values of another number of heads");
@@ -221,6 +256,23 @@ impl KeyValueCache {
         self.len = after;
     }
 
+    /// Gives back the memory of keys and values that are held twice since method `budgeted` has clustered them: they are
+    /// sorted into their clusters in the pages of the cache. Reads and results stay the same, but for the order of sums.
+    /// [`append`](Self::append) does it too; to call it after each call keeps the most memory in use small.
+    pub fn compact(&mut self, team: &ThreadTeam) {
+        let shape = self.shape;
+        let clusters = self.clusters.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let mut sorted: Vec<_> = self.heads.iter_mut().zip(clusters.take_sorted_keys()).collect();
+        sorted.retain(|(_, sorted)| !sorted.is_empty());
+        if sorted.is_empty() {
+            return;
+        }
+        team.run_chunks(&mut sorted, 1, |_, pair, _| {
+            let (head, sorted) = &mut pair[0];
+            sorted.drain(..).for_each(|sorted| head.take_sorted(&sorted, shape));
+        });
+    }
+
     /// Tokens held.
     pub fn len(&self) -> usize {
         self.len
@@ -236,15 +288,19 @@ impl KeyValueCache {
         if len >= self.len {
             return;
         }
-        let shape = self.shape;
-        for head in &mut self.heads {
+        let (kind, shape) = (self.kind, self.shape);
+        let clusters = self.clusters.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for (index, head) in self.heads.iter_mut().enumerate() {
+            if clusters.truncate(index, len) {
+                head.restore_order(len, kind, shape);
+            }
             head.segments.truncate(len.div_ceil(SEGMENT_KEYS));
             // A dropped value left in a page in use would still meet a weight of zero, and NaN · 0 is NaN.
             let zeros = vec![0.0; shape.padded_value_dim()];
             for index in len..self.len.min(len.next_multiple_of(SEGMENT_KEYS)) {
                 head.write_value(index, &zeros, shape.padded_value_dim());
             }
-            if self.kind == KeyValueType::Int8 && len < MEAN_KEYS {
+            if kind == KeyValueType::Int8 && len < MEAN_KEYS {
                 head.first_keys.truncate(len * shape.key_dim);
                 head.centre_first_keys(shape);
             }
@@ -256,8 +312,6 @@ impl KeyValueCache {
             Some(index) if keys_are_final => index.truncate(len),
             _ => *index = None,
         }
-        let clusters = self.clusters.get_mut().unwrap_or_else(PoisonError::into_inner);
-        clusters.truncate(if keys_are_final { len } else { 0 });
     }
 
     /// Drops all tokens, but not the memory that held them: as good as new, and quicker.
@@ -267,6 +321,7 @@ impl KeyValueCache {
         for head in &mut self.heads {
             head.mean.fill(0.0);
             head.first_keys.clear();
+            head.places.clear();
         }
         self.search_index = RwLock::default();
         self.clusters = RwLock::default();
@@ -300,8 +355,8 @@ impl KeyValueCache {
     pub(crate) fn read_centred_key(&self, head: usize, index: usize, key: &mut [f32]) {
         assert!(index < self.len, "key {index} of a cache of {}", self.len);
         assert_eq!(key.len(), self.shape.key_dim, "a key is [key_dim]");
-        let (slot, width) = (index % SEGMENT_KEYS, self.shape.padded_key_dim());
-        match &self.heads[head].segments[index / SEGMENT_KEYS] {
+        let ((segment, slot), width) = (self.place(head, index), self.shape.padded_key_dim());
+        match segment {
             Segment::F32 { keys, .. } => page::read_key_f32(keys, slot, width, key),
             Segment::Bf16 { keys, .. } => page::read_key_bf16(keys, slot, width, key),
             Segment::Int8 { keys, key_scales, .. } => page::read_key_int8(keys, key_scales[slot], slot, width, key),
@@ -315,8 +370,8 @@ impl KeyValueCache {
     pub fn read_value(&self, head: usize, index: usize, value: &mut [f32]) {
         assert!(index < self.len, "value {index} of a cache of {}", self.len);
         assert_eq!(value.len(), self.shape.value_dim, "a value is [value_dim]");
-        let (slot, width) = (index % SEGMENT_KEYS, self.shape.padded_value_dim());
-        match &self.heads[head].segments[index / SEGMENT_KEYS] {
+        let ((segment, slot), width) = (self.place(head, index), self.shape.padded_value_dim());
+        match segment {
             Segment::F32 { values, .. } => page::read_value_f32(values, slot, width, value),
             Segment::Bf16 { values, .. } => page::read_value_bf16(values, slot, width, value),
             Segment::Int8 { values, value_scales, .. } => {
@@ -341,12 +396,14 @@ impl KeyValueCache {
         &self.clusters
     }
 
-    /// Bytes held by what methods `budgeted` and `dci` find keys with, beside [`bytes`](Self::bytes); 0 before their
+    /// Bytes held by what methods `budgeted` and `dci` find keys with and by copies of keys and values
+    /// ([`compact`](Self::compact)), beside [`bytes`](Self::bytes); 0 before their
     /// first call.
     pub fn index_bytes(&self) -> usize {
         let search = self.search_index.read().unwrap_or_else(PoisonError::into_inner);
         let clusters = self.clusters.read().unwrap_or_else(PoisonError::into_inner);
-        search.as_ref().map_or(0, DciIndex::bytes) + clusters.bytes()
+        let places: usize = self.heads.iter().map(|head| head.places.bytes()).sum();
+        search.as_ref().map_or(0, DciIndex::bytes) + clusters.bytes() + places
     }
 
     /// What head `head` subtracts from its keys (empty: nothing); their logits lack `scale · query · mean`.
@@ -354,14 +411,40 @@ impl KeyValueCache {
         &self.heads[head].mean
     }
 
-    /// `keys` keys of head `head` from `first` on, both multiples of [`PAGE_KEYS`], within one segment.
+    /// Whatever keys of head `head` lie in the `keys` slots from `first` on, both multiples of [`PAGE_KEYS`], within one
+    /// segment.
     pub(crate) fn block(&self, head: usize, first: usize, keys: usize) -> KeyBlock<'_> {
         let slots = first % SEGMENT_KEYS..first % SEGMENT_KEYS + keys;
-        self.segment(head, first).block(slots, self.shape)
+        self.heads[head].segments[first / SEGMENT_KEYS].block(slots, self.shape)
     }
 
-    /// The segment of head `head` that holds key `index`.
-    pub(crate) fn segment(&self, head: usize, index: usize) -> &Segment {
-        &self.heads[head].segments[index / SEGMENT_KEYS]
+    /// As [`block`](Self::block), of the keys at these positions, which come to lie in `buffer`.
+    pub(crate) fn block_in_order<'a>(
+        &self,
+        head: usize,
+        first: usize,
+        keys: usize,
+        buffer: &'a mut Option<Segment>,
+    ) -> KeyBlock<'a> {
+        let shape = self.shape;
+        let buffer =
+            buffer.get_or_insert_with(|| Segment::new(self.kind, shape.padded_key_dim(), shape.padded_value_dim()));
+        for slot in 0..keys {
+            let (segment, from) = self.place(head, first + slot);
+            buffer.copy_slot(slot, segment, from, shape);
+        }
+        buffer.block(0..keys, shape)
+    }
+
+    /// Keys of head `head` that may lie elsewhere than at their own positions, in one another's places.
+    pub(crate) fn moved(&self, head: usize) -> Range<usize> {
+        self.heads[head].places.moved()
+    }
+
+    /// The segment of head `head` that holds key `index`, and its slot there.
+    pub(crate) fn place(&self, head: usize, index: usize) -> (&Segment, usize) {
+        let Head { segments, places, .. } = &self.heads[head];
+        let slot = places.slot(index);
+        (&segments[slot / SEGMENT_KEYS], slot % SEGMENT_KEYS)
     }
 }

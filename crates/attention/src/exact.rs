@@ -8,7 +8,7 @@ use crate::budgeted::BudgetScratch;
 use crate::dci::DciScratch;
 use crate::output::Output;
 use crate::strided::FromF32;
-use crate::tiles::{self, Call, Part, Plan};
+use crate::tiles::{self, Call, HeadKeys, Part, Plan};
 use crate::{HeadReport, KeyValueType, Report, ThreadTeam};
 
 /// Buffers reused from call to call.
@@ -41,7 +41,7 @@ pub(crate) fn run<T: FromF32>(
         let seen = tiles::begin(&mut tile, call, task);
         if !seen.is_empty() {
             let first = tiles::block_start(cache, seen.start);
-            tiles::accumulate(&mut tile, cache, task.kv_head, first..seen.end, |_| true);
+            HeadKeys::of(call, task).accumulate(&mut tile, first..seen.end, |_| true);
         }
         store(&tile);
     });

@@ -25,6 +25,7 @@ mod mask;
 mod method;
 mod output;
 mod page;
+mod places;
 mod report;
 mod segment;
 mod strided;

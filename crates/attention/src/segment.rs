@@ -63,6 +63,39 @@ impl Segment {
         }
     }
 
+    /// Writes the keys and values at `slots` of `source`, a segment of the same type, to the same slots. The slots are whole
+    /// pages.
+    pub(crate) fn copy_slots(&mut self, slots: Range<usize>, source: &Self, shape: CacheShape) {
+        let (key_dim, value_dim) = (shape.padded_key_dim(), shape.padded_value_dim());
+        let key_range = slots.start * key_dim..slots.end * key_dim;
+        let value_range = slots.start * value_dim..slots.end * value_dim;
+        match (self, source.block(slots.clone(), shape)) {
+            (Self::F32 { keys, values }, KeyBlock::F32 { keys: source_keys, values: source_values }) => {
+                keys[key_range].copy_from_slice(source_keys);
+                values[value_range].copy_from_slice(source_values);
+            }
+            (Self::Bf16 { keys, values }, KeyBlock::Bf16 { keys: source_keys, values: source_values }) => {
+                keys[key_range].copy_from_slice(source_keys);
+                values[value_range].copy_from_slice(source_values);
+            }
+            (
+                Self::Int8 { keys, key_scales, values, value_scales },
+                KeyBlock::Int8 {
+                    keys: source_keys,
+                    key_scales: source_key_scales,
+                    values: source_values,
+                    value_scales: source_value_scales,
+                },
+            ) => {
+                keys[key_range].copy_from_slice(source_keys);
+                values[value_range].copy_from_slice(source_values);
+                key_scales[slots.clone()].copy_from_slice(source_key_scales);
+                value_scales[slots].copy_from_slice(source_value_scales);
+            }
+            _ => unreachable!("segments of one cache are of one type"),
+        }
+    }
+
     /// Writes the key and value at slot `from` of `source`, a segment of the same type, to slot `slot`, bit for bit.
     pub(crate) fn copy_slot(&mut self, slot: usize, source: &Self, from: usize, shape: CacheShape) {
         let (key_dim, value_dim) = (shape.padded_key_dim(), shape.padded_value_dim());

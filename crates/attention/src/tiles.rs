@@ -87,6 +87,17 @@ impl<'a> Call<'a> {
         self.attention.mask.visible(self.first_position + token, self.cache.len())
     }
 
+    /// Whether no query of `tokens` sees some of the keys of `kv_head` that lie in one another's places, but not all.
+    pub fn sees_moved_together(&self, kv_head: usize, mut tokens: Range<usize>) -> bool {
+        let moved = self.cache.moved(kv_head);
+        moved.is_empty()
+            || tokens.all(|token| {
+                let seen = self.seen(token);
+                let all = seen.start <= moved.start && moved.end <= seen.end;
+                all || seen.end <= moved.start || moved.end <= seen.start
+            })
+    }
+
     /// Query heads that read one key/value head.
     pub fn group(&self) -> usize {
         self.query_heads() / self.cache.shape().kv_heads
@@ -282,24 +293,49 @@ pub(crate) fn begin_rows(
     low.min(high)..high
 }
 
-/// Adds the keys of `range` to the micro-tiles of `tile` that `wanted` names. The range starts at a page.
-pub(crate) fn accumulate(
-    tile: &mut AttentionTile,
-    cache: &KeyValueCache,
+/// The keys of a head, to be walked over.
+#[derive(Clone, Copy)]
+pub(crate) struct HeadKeys<'a> {
+    cache: &'a KeyValueCache,
     kv_head: usize,
-    range: Range<usize>,
-    wanted: impl Fn(usize) -> bool,
-) {
-    let block_keys = block_keys(cache);
-    // Blocks end where all would that start at a multiple of their size.
-    let end_of = |first: usize| range.end.min((first / block_keys + 1) * block_keys);
-    let block = |first: usize| cache.block(kv_head, first, (end_of(first) - first).next_multiple_of(PAGE_KEYS));
-    let mut first = range.start;
-    while first < range.end {
-        let next = end_of(first);
-        let next_block = (next < range.end).then(|| block(next));
-        tile.accumulate_in(first, block(first), next_block, tile.micro_tiles(), &wanted);
-        first = next;
+    /// Whether keys must come at their own positions, as some query sees part of those that do not lie there.
+    in_order: bool,
+}
+
+impl<'a> HeadKeys<'a> {
+    /// Those of `task`.
+    pub fn of(call: &Call<'a>, task: &Task) -> Self {
+        Self::of_tokens(call, task.kv_head, std::iter::once(task.tokens.clone()))
+    }
+
+    /// Those of `kv_head`, for queries of any of `tokens`.
+    pub fn of_tokens(call: &Call<'a>, kv_head: usize, tokens: impl IntoIterator<Item = Range<usize>>) -> Self {
+        let together = tokens.into_iter().all(|tokens| call.sees_moved_together(kv_head, tokens));
+        Self { cache: call.cache, kv_head, in_order: !together }
+    }
+
+    /// Adds the keys of `range` to the micro-tiles of `tile` that `wanted` names. The range starts at a page.
+    pub fn accumulate(self, tile: &mut AttentionTile, range: Range<usize>, wanted: impl Fn(usize) -> bool) {
+        let Self { cache, kv_head, .. } = self;
+        let block_keys = block_keys(cache);
+        // Blocks end where all would that start at a multiple of their size.
+        let end_of = |first: usize| range.end.min((first / block_keys + 1) * block_keys);
+        let keys_of = |first: usize| (end_of(first) - first).next_multiple_of(PAGE_KEYS);
+        let moved = if self.in_order { cache.moved(kv_head) } else { 0..0 };
+        let is_moved = |first: usize| first < moved.end && moved.start < end_of(first);
+        let (mut first, mut buffer) = (range.start, None);
+        while first < range.end {
+            let next = end_of(first);
+            if is_moved(first) {
+                let block = cache.block_in_order(kv_head, first, keys_of(first), &mut buffer);
+                tile.accumulate_in(first, block, None, tile.micro_tiles(), &wanted);
+            } else {
+                let block = |first: usize| cache.block(kv_head, first, keys_of(first));
+                let next_block = (next < range.end).then(|| block(next));
+                tile.accumulate_in(first, block(first), next_block, tile.micro_tiles(), &wanted);
+            }
+            first = next;
+        }
     }
 }
 

@@ -77,14 +77,25 @@ impl Case {
         tokens: Range<usize>,
         team: &ThreadTeam,
     ) -> (Vec<f32>, Vec<f32>, HeadReport) {
-        let Shape { query_heads, key_dim, value_dim, query_tokens, key_tokens, .. } = self.shape;
-        let attention = Attention { method, mask: self.mask.clone(), scale: 1.0 / (key_dim as f32).sqrt() };
+        let first_position = self.shape.key_tokens - self.shape.query_tokens + tokens.start;
+        self.run_at(first_position, &self.mask, method, cache, tokens, team)
+    }
+
+    /// Runs queries `tokens` as those of the keys from `first_position` on.
+    fn run_at(
+        &self,
+        first_position: usize,
+        mask: &Mask,
+        method: Method,
+        cache: &KeyValueCache,
+        tokens: Range<usize>,
+        team: &ThreadTeam,
+    ) -> (Vec<f32>, Vec<f32>, HeadReport) {
+        let Shape { query_heads, key_dim, value_dim, .. } = self.shape;
+        let attention = Attention { method, mask: mask.clone(), scale: 1.0 / (key_dim as f32).sqrt() };
         let row = query_heads * key_dim;
-        let queries = Queries {
-            data: &self.inputs.queries[tokens.start * row..tokens.end * row],
-            query_heads,
-            first_position: key_tokens - query_tokens + tokens.start,
-        };
+        let queries =
+            Queries { data: &self.inputs.queries[tokens.start * row..tokens.end * row], query_heads, first_position };
         let mut output = vec![f32::NAN; tokens.len() * query_heads * value_dim];
         let mut log_sum_exp = vec![f32::NAN; tokens.len() * query_heads];
         let scratch = &mut AttentionScratch::default();
@@ -260,6 +271,89 @@ fn clusters_follow_truncation_and_appending() {
         let again = case.run(BUDGETED, &cache, 0..200, &team);
         assert!(expected.0 == again.0 && expected.1 == again.1, "{}", kind.name());
     }
+}
+
+/// Largest difference between outputs or log-sum-exps.
+fn difference(a: &(Vec<f32>, Vec<f32>, HeadReport), b: &(Vec<f32>, Vec<f32>, HeadReport)) -> f32 {
+    let pairs = a.0.iter().zip(&b.0).chain(a.1.iter().zip(&b.1));
+    pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Every key and value of head 1, as the cache holds them.
+fn read_all(cache: &KeyValueCache) -> Vec<f32> {
+    let CacheShape { key_dim, value_dim, .. } = cache.shape();
+    let (mut key, mut value) = (vec![0.0; key_dim], vec![0.0; value_dim]);
+    let mut all = Vec::new();
+    for index in 0..cache.len() {
+        cache.read_key(1, index, &mut key);
+        cache.read_value(1, index, &mut value);
+        all.extend(key.iter().chain(&value));
+    }
+    all
+}
+
+#[test]
+fn keys_sorted_into_their_clusters_are_held_once_and_are_the_same() {
+    let team = ThreadTeam::new(2);
+    for (kind, key_dim, value_dim) in
+        [(KeyValueType::F32, 20, 16), (KeyValueType::Bf16, 36, 80), (KeyValueType::Int8, 128, 128)]
+    {
+        let case = topical(shape(300, 9_001, key_dim, value_dim), Mask::causal());
+        let plain = case.cache(kind, 0..9_001, &team);
+        let mut cache = case.cache(kind, 0..9_001, &team);
+        let before = case.run(BUDGETED, &cache, 0..300, &team);
+        let copied = cache.index_bytes();
+        cache.compact(&team);
+        let what = kind.name();
+        assert!(cache.index_bytes() + cache.bytes() * 7 / 10 < copied, "{what}: {copied} to {}", cache.index_bytes());
+        if kind == KeyValueType::Int8 {
+            let brain = case.cache(KeyValueType::Bf16, 0..9_001, &team).bytes();
+            let held = cache.bytes() + cache.index_bytes();
+            assert!(held * 10 <= brain * 6, "{held} bytes for keys, values and clusters, {brain} for bf16");
+        }
+        assert!(read_all(&plain) == read_all(&cache), "{what}");
+
+        // Clusters lie in the cache; queries see all that was sorted, part of it, or none.
+        let allowed = if kind == KeyValueType::F32 { 1e-5 } else { 3e-3 };
+        let after = case.run(BUDGETED, &cache, 0..300, &team);
+        assert!(difference(&before, &after) < allowed, "{what}: {}", difference(&before, &after));
+        assert_eq!(before.2.kept_keys, after.2.kept_keys, "{what}");
+        let masks = [
+            Mask::causal(),
+            Mask { window: Some(40), ..Mask::causal() },
+            Mask { window: Some(4_000), ..Mask::causal() },
+            Mask { keys: Some(700..7_000), ..Mask::default() },
+        ];
+        for mask in masks {
+            for (first_position, tokens) in [(8_701, 0..300), (9_000, 0..1), (3_000, 0..70), (20, 0..70), (1_500, 0..1)]
+            {
+                let run = |cache| case.run_at(first_position, &mask, Method::Exact, cache, tokens.clone(), &team);
+                let difference = difference(&run(&plain), &run(&cache));
+                assert!(difference < allowed, "{what}, {mask:?} from {first_position}: {difference}");
+            }
+        }
+
+        // More keys, more clusters, and back to fewer keys than were sorted.
+        case.append(&mut cache, 0..4_000, &team);
+        case.run_at(12_701, &case.mask, BUDGETED, &cache, 0..300, &team);
+        cache.compact(&team);
+        cache.truncate(6_500);
+        assert!(cache.index_bytes() == 0 && read_all(&plain)[..read_all(&cache).len()] == read_all(&cache), "{what}");
+        case.append(&mut cache, 6_500..9_001, &team);
+        let again = case.run(BUDGETED, &cache, 0..300, &team);
+        assert!(before.0 == again.0 && before.1 == again.1, "{what}");
+    }
+}
+
+#[test]
+fn windows_keep_keys_in_order() {
+    let team = ThreadTeam::new(2);
+    let case = topical(shape(300, 9_000, 16, 16), Mask { window: Some(5_000), ..Mask::causal() });
+    let mut cache = case.cache(KeyValueType::F32, 0..9_000, &team);
+    case.run(BUDGETED, &cache, 0..300, &team);
+    let copied = cache.index_bytes();
+    cache.compact(&team);
+    assert!(copied > 0 && cache.index_bytes() == copied, "rows at the edge of a window see part of a region");
 }
 
 #[test]

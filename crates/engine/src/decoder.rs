@@ -388,7 +388,7 @@ impl Layer {
         &self,
         config: &ModelConfig,
         rows: usize,
-        cache: &KeyValueCache,
+        cache: &mut KeyValueCache,
         state: &mut DecoderState,
         team: &ThreadTeam,
         clock: &mut Clock,
@@ -405,6 +405,8 @@ impl Layer {
         };
         let step = Attention { method: *method, mask: self.mask.clone(), scale: 1.0 / (config.head_dim as f32).sqrt() };
         let report = step.run(queries, cache, attended, None, team, attention);
+        // Before the next layer makes copies too.
+        cache.compact(team);
         clock.lap(&mut times.attention);
         self.attention_output.forward(attended, sum, team, linear);
         clock.lap(&mut times.linear);

@@ -8,7 +8,7 @@ use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
 
 use super::Budgeted;
 use super::tile::{TileScratch, Work, distance};
-use crate::tiles::{self, Call, Task};
+use crate::tiles::{self, Call, HeadKeys, Task};
 
 /// Places in the text that are measured for each head, a few tokens each.
 pub(super) const SAMPLES: usize = 16;
@@ -271,7 +271,8 @@ impl CalibrationScratch {
         });
         let head_of = |micro_tile: usize| micro_tile * MICRO_ROWS / tokens % group;
         let first = tiles::block_start(cache, seen.start);
-        tiles::accumulate(&mut self.exact, cache, kv_head, first..seen.end, |micro_tile| wanted(head_of(micro_tile)));
+        let keys = HeadKeys::of_tokens(call, kv_head, places.iter().map(|(_, _, task)| task.tokens.clone()));
+        keys.accumulate(&mut self.exact, first..seen.end, |micro_tile| wanted(head_of(micro_tile)));
         self.output.resize(shape.value_dim, 0.0);
         self.exact_output.resize(shape.value_dim, 0.0);
     }

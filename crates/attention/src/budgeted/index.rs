@@ -1,4 +1,4 @@
-//! The clusters of a cache: a copy of its older keys and values in which keys that are alike lie together, with a
+//! The clusters of a cache: an order of its older keys and values in which keys that are alike lie together, with a
 //! summary of each cluster.
 
 use std::ops::Range;
@@ -30,10 +30,12 @@ const FIRST_REGIONS: usize = 2;
 /// Keys of a cluster: whole pages.
 pub(super) const CLUSTER_KEYS: usize = 64;
 /// Clusters of a segment.
-pub(super) const SEGMENT_CLUSTERS: u32 = (SEGMENT_KEYS / CLUSTER_KEYS) as u32;
+const SEGMENT_CLUSTERS: usize = SEGMENT_KEYS / CLUSTER_KEYS;
 
 const _: () = assert!((REGION_KEYS / CLUSTER_KEYS).is_multiple_of(PANEL_CLUSTERS));
 const _: () = assert!(REGION_KEYS.is_multiple_of(SEGMENT_KEYS) && CLUSTER_KEYS.is_multiple_of(PAGE_KEYS));
+// All regions begin at the same slot of a segment.
+const _: () = assert!(FIRST_KEYS.is_multiple_of(CLUSTER_KEYS));
 // Neighbouring clusters of a segment are computed as one block.
 const _: () = assert!(SEGMENT_KEYS <= MAX_BLOCK_KEYS);
 
@@ -41,6 +43,8 @@ const _: () = assert!(SEGMENT_KEYS <= MAX_BLOCK_KEYS);
 #[derive(Default)]
 pub(crate) struct ClusterIndex {
     heads: Vec<HeadClusters>,
+    /// Whether some call had a window, at whose edge keys are wanted in their own order.
+    has_windows: bool,
 }
 
 /// The clusters of one key/value head.
@@ -73,13 +77,24 @@ const RETRY: usize = 4;
 pub(super) struct Region {
     /// Position of the first key.
     first: usize,
-    /// The keys and values, cluster after cluster.
-    segments: Vec<Segment>,
+    len: usize,
+    /// The keys and values, cluster after cluster, until they lie so in the cache itself.
+    sorted: Option<SortedKeys>,
     summaries: Summaries,
     /// Sum of the values, channel by channel.
     value_sum: Vec<f64>,
     /// Sum of the squares of the values' norms.
     value_squares: f64,
+}
+
+/// Keys and values of a head, cluster after cluster, on their way into the cache.
+pub(crate) struct SortedKeys {
+    /// Their positions.
+    pub keys: Range<usize>,
+    /// Segments as the cache has them from the one with the first key on.
+    pub segments: Vec<Segment>,
+    /// Slot of the cache that each key belongs in.
+    pub places: Vec<u32>,
 }
 
 /// What is known of clusters, as brain floats.
@@ -116,6 +131,17 @@ impl ClusterIndex {
 
     pub(super) fn heads_mut(&mut self) -> &mut [HeadClusters] {
         &mut self.heads
+    }
+
+    /// Notes what the calls to come see of old keys: not always all, with a window.
+    pub(super) fn expect_windows(&mut self) {
+        self.has_windows = true;
+    }
+
+    /// For each head, what belongs in the cache: the keys of regions that every query to come sees whole.
+    pub fn take_sorted_keys(&mut self) -> impl Iterator<Item = Vec<SortedKeys>> {
+        let keeps_order = self.has_windows;
+        self.heads.iter_mut().map(move |head| if keeps_order { Vec::new() } else { head.take_sorted_keys() })
     }
 
     /// Whether there are clusters of any head.
@@ -164,20 +190,26 @@ impl ClusterIndex {
         }
     }
 
-    /// Forgets heads with regions that hold keys from `len` on, with all that was measured: what is left of them would
-    /// not be what a cache of `len` keys has.
-    pub fn truncate(&mut self, len: usize) {
-        for head in &mut self.heads {
-            if head.regions.last().is_some_and(|region| region.keys().end > len) {
-                *head = HeadClusters::default();
-            }
+    /// Forgets head `head`, with all that was measured, if it has regions that hold keys from `len` on: what is left of them
+    /// would not be what a cache of `len` keys has. Returns whether it did.
+    pub fn truncate(&mut self, head: usize, len: usize) -> bool {
+        let Some(head) = self.heads.get_mut(head) else { return false };
+        let reaches_beyond = head.regions.last().is_some_and(|region| region.keys().end > len);
+        if reaches_beyond {
+            *head = HeadClusters::default();
         }
+        reaches_beyond
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.heads.iter().flat_map(|head| &head.regions).map(Region::bytes).sum()
     }
+}
+
+/// Whether cluster `cluster`, counted over whole regions, is the first of a segment.
+pub(super) fn begins_segment(cluster: u32) -> bool {
+    (FIRST_KEYS / CLUSTER_KEYS + cluster as usize).is_multiple_of(SEGMENT_CLUSTERS)
 }
 
 /// The regions that `wanted` units of [`REGION_KEYS`] keys form, of which those that are `settled` may be merged: as large
@@ -204,6 +236,12 @@ impl HeadClusters {
     /// Keys in regions.
     fn keys(&self) -> usize {
         self.regions.last().map_or(0, |region| region.keys().end - FIRST_KEYS)
+    }
+
+    fn take_sorted_keys(&mut self) -> Vec<SortedKeys> {
+        let end = FIRST_KEYS + self.settled.small * REGION_KEYS;
+        let settled = self.regions.iter_mut().take_while(|region| region.keys().end <= end);
+        settled.filter_map(|region| region.sorted.take()).collect()
     }
 
     /// Units of [`REGION_KEYS`] keys that should be in regions, of `total` that there are.
@@ -275,11 +313,10 @@ impl HeadClusters {
 impl Region {
     /// Clusters `keys` of head `head`.
     fn new(cache: &KeyValueCache, head: usize, keys: Range<usize>, scratch: &mut IndexScratch) -> Self {
-        let shape = cache.shape();
-        let first = keys.start;
+        let (shape, first, len) = (cache.shape(), keys.start, keys.len());
         let width = shape.key_dim.next_multiple_of(ROW_MULTIPLE);
         scratch.keys.clear();
-        scratch.keys.resize(keys.len() * width, 0.0);
+        scratch.keys.resize(len * width, 0.0);
         for (offset, key) in scratch.keys.chunks_exact_mut(width).enumerate() {
             cache.read_centred_key(head, first + offset, &mut key[..shape.key_dim]);
         }
@@ -287,19 +324,12 @@ impl Region {
 
         let mut region = Self {
             first,
-            segments: Vec::with_capacity(keys.len() / SEGMENT_KEYS),
-            summaries: Summaries::new(keys.len() / CLUSTER_KEYS, shape),
+            len,
+            sorted: Some(SortedKeys::new(cache, head, keys, &scratch.order)),
+            summaries: Summaries::new(len / CLUSTER_KEYS, shape),
             value_sum: vec![0.0; shape.value_dim],
             value_squares: 0.0,
         };
-        for members in scratch.order.chunks_exact(SEGMENT_KEYS) {
-            let mut segment = Segment::new(cache.kind(), shape.padded_key_dim(), shape.padded_value_dim());
-            for (slot, &member) in members.iter().enumerate() {
-                let key = first + member as usize;
-                segment.copy_slot(slot, cache.segment(head, key), key % SEGMENT_KEYS, shape);
-            }
-            region.segments.push(segment);
-        }
         let mut moments = Moments::default();
         for (cluster, members) in scratch.order.chunks_exact(CLUSTER_KEYS).enumerate() {
             moments.of_keys(members, &scratch.keys, width);
@@ -314,11 +344,11 @@ impl Region {
 
     /// Positions of the keys.
     pub fn keys(&self) -> Range<usize> {
-        self.first..self.first + self.segments.len() * SEGMENT_KEYS
+        self.first..self.first + self.len
     }
 
     pub fn clusters(&self) -> usize {
-        self.segments.len() * SEGMENT_CLUSTERS as usize
+        self.len / CLUSTER_KEYS
     }
 
     pub fn summaries(&self) -> ClusterSummaries<'_> {
@@ -326,16 +356,44 @@ impl Region {
         ClusterSummaries { means, variances, values }
     }
 
-    /// The keys and values of `clusters`, of one segment.
-    pub fn block(&self, clusters: Range<usize>, shape: CacheShape) -> KeyBlock<'_> {
-        let segment = clusters.start / SEGMENT_CLUSTERS as usize;
-        let first = segment * SEGMENT_KEYS;
-        self.segments[segment].block(clusters.start * CLUSTER_KEYS - first..clusters.end * CLUSTER_KEYS - first, shape)
+    /// The keys and values of `clusters`, of one segment, of the region of head `head` of `cache`.
+    pub fn block<'a>(&'a self, clusters: Range<usize>, cache: &'a KeyValueCache, head: usize) -> KeyBlock<'a> {
+        let (first, keys) = (self.first + clusters.start * CLUSTER_KEYS, clusters.len() * CLUSTER_KEYS);
+        match &self.sorted {
+            Some(sorted) => sorted.block(first, keys, cache.shape()),
+            None => cache.block(head, first, keys),
+        }
     }
 
     fn bytes(&self) -> usize {
-        let segments: usize = self.segments.iter().map(Segment::bytes).sum();
-        segments + self.summaries.bytes() + 8 * self.value_sum.len()
+        self.sorted.as_ref().map_or(0, SortedKeys::bytes) + self.summaries.bytes() + 8 * self.value_sum.len()
+    }
+}
+
+impl SortedKeys {
+    /// Copies `keys` of head `head` in the order `order`, which counts from the first of them.
+    fn new(cache: &KeyValueCache, head: usize, keys: Range<usize>, order: &[u32]) -> Self {
+        let shape = cache.shape();
+        let first_segment = keys.start / SEGMENT_KEYS;
+        let new_segment = |_| Segment::new(cache.kind(), shape.padded_key_dim(), shape.padded_value_dim());
+        let mut segments: Vec<_> = (first_segment..keys.end.div_ceil(SEGMENT_KEYS)).map(new_segment).collect();
+        let mut places = vec![0; keys.len()];
+        for (slot, &member) in keys.clone().zip(order) {
+            let (source, from) = cache.place(head, keys.start + member as usize);
+            segments[slot / SEGMENT_KEYS - first_segment].copy_slot(slot % SEGMENT_KEYS, source, from, shape);
+            places[member as usize] = slot as u32;
+        }
+        Self { keys, segments, places }
+    }
+
+    /// What lies in `keys` slots of the cache-to-be from `first` on, of one segment.
+    fn block(&self, first: usize, keys: usize, shape: CacheShape) -> KeyBlock<'_> {
+        let slots = first % SEGMENT_KEYS..first % SEGMENT_KEYS + keys;
+        self.segments[first / SEGMENT_KEYS - self.keys.start / SEGMENT_KEYS].block(slots, shape)
+    }
+
+    fn bytes(&self) -> usize {
+        self.segments.iter().map(Segment::bytes).sum::<usize>() + size_of_val(&*self.places)
     }
 }
 

@@ -23,7 +23,7 @@ mod tile;
 
 use std::sync::{Mutex, PoisonError, RwLockWriteGuard};
 
-pub(crate) use index::ClusterIndex;
+pub(crate) use index::{ClusterIndex, SortedKeys};
 pub use settings::{BudgetError, BudgetSettings};
 
 use crate::exact::{self, AttentionScratch};
@@ -104,6 +104,9 @@ fn run_step<T: FromF32>(
         false => (cache.len(), cache.len()),
     };
     let many = call.tokens() >= MANY_TOKENS;
+    if call.attention.mask.window.is_some() {
+        guard.expect_windows();
+    }
     // The second round adds what the first has shown to pay.
     for _ in 0..2 {
         guard.extend(cache, len, settled, many, team, &scratch.budgeted.index);

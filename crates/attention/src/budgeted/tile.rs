@@ -8,11 +8,11 @@ use iceformer_kernels::attention::{
 };
 
 use super::calibration::Calibration;
-use super::index::{CLUSTER_KEYS, ClusterIndex, HeadClusters, SEGMENT_CLUSTERS};
+use super::index::{CLUSTER_KEYS, ClusterIndex, HeadClusters, begins_segment};
 use super::selection::select;
 use super::settings::BudgetSettings;
 use crate::HeadReport;
-use crate::tiles::{self, Call, Task};
+use crate::tiles::{self, Call, HeadKeys, Task};
 
 /// Keys before (and, without a causal mask, behind) the queries of a tile that are always exact.
 pub(super) const NEAR_KEYS: usize = 256;
@@ -113,14 +113,14 @@ impl<'a> Budgeted<'a> {
 
     /// Adds the keys of `seen` that are in none of `regions`.
     pub fn accumulate_near(&self, tile: &mut AttentionTile, task: &Task, regions: &[usize], seen: Range<usize>) {
-        let cache = self.call.cache;
-        let mut first = tiles::block_start(cache, seen.start);
+        let near = HeadKeys::of(&self.call, task);
+        let mut first = tiles::block_start(self.call.cache, seen.start);
         for &region in regions {
             let keys = self.index.head(task.kv_head).regions[region].keys();
-            tiles::accumulate(tile, cache, task.kv_head, first..keys.start, |_| true);
+            near.accumulate(tile, first..keys.start, |_| true);
             first = keys.end;
         }
-        tiles::accumulate(tile, cache, task.kv_head, first..seen.end, |_| true);
+        near.accumulate(tile, first..seen.end, |_| true);
     }
 
     /// Whether a task has too few rows for a probe to cost little.
@@ -243,9 +243,9 @@ impl Work<'_> {
 
     /// Adds all keys of the far regions to the micro-tiles that `wanted` names.
     pub fn accumulate_exactly(&self, tile: &mut AttentionTile, wanted: impl Fn(usize) -> bool) {
+        let far = HeadKeys::of(&self.budgeted.call, self.task);
         for region in self.regions {
-            let keys = self.head().regions[*region].keys();
-            tiles::accumulate(tile, self.budgeted.call.cache, self.task.kv_head, keys, &wanted);
+            far.accumulate(tile, self.head().regions[*region].keys(), &wanted);
         }
     }
 
@@ -389,10 +389,10 @@ impl Work<'_> {
 
     /// The keys and values of the `selected` clusters, those that lie together as one block.
     fn blocks(&self, selected: &[u32]) -> impl Iterator<Item = KeyBlock<'_>> {
-        let shape = self.budgeted.call.cache.shape();
+        let (cache, kv_head) = (self.budgeted.call.cache, self.task.kv_head);
         let mut regions = self.regions.iter().map(|region| &self.head().regions[*region]);
         let (mut region, mut first) = (regions.next(), 0);
-        selected.chunk_by(|before, after| before + 1 == *after && after % SEGMENT_CLUSTERS != 0).map(move |together| {
+        selected.chunk_by(|before, after| before + 1 == *after && !begins_segment(*after)).map(move |together| {
             while let Some(passed) = region
                 && together[0] >= first + passed.clusters() as u32
             {
@@ -400,7 +400,7 @@ impl Work<'_> {
                 region = regions.next();
             }
             let start = (together[0] - first) as usize;
-            region.expect("a cluster of some region").block(start..start + together.len(), shape)
+            region.expect("a cluster of some region").block(start..start + together.len(), cache, kv_head)
         })
     }
 
@@ -434,7 +434,8 @@ impl Work<'_> {
             (self.task.kv_head * group + head, token)
         });
         let first = tiles::block_start(call.cache, seen.start);
-        tiles::accumulate(audit, call.cache, self.task.kv_head, first..seen.end, |_| true);
+        let keys = HeadKeys::of_tokens(call, self.task.kv_head, std::iter::once(token..token + 1));
+        keys.accumulate(audit, first..seen.end, |_| true);
         output.resize(shape.value_dim, 0.0);
         audited_output.resize(shape.value_dim, 0.0);
         for (head, report) in reports.iter_mut().enumerate() {

@@ -94,6 +94,7 @@ impl<'a> Calls<'a> {
                 attention.run(queries, &self.cache, output, None, self.team, scratch);
             }
             let report = attention.run(queries, &self.cache, output, None, self.team, scratch);
+            self.cache.compact(self.team);
             pass.attention.cpu_seconds += (process_cpu_seconds() - cpu) / f64::from(repeat);
             pass.attention.wall_seconds += wall.elapsed().as_secs_f64() / f64::from(repeat);
             pass.report += &report;
