@@ -43,6 +43,8 @@ const _: () = assert!(SEGMENT_KEYS <= MAX_BLOCK_KEYS);
 #[derive(Default)]
 pub(crate) struct ClusterIndex {
     heads: Vec<HeadClusters>,
+    /// Once the latest call is over, queries to come see so many keys whole and from afar.
+    passed: usize,
     /// Whether some call had a window, at whose edge keys are wanted in their own order.
     has_windows: bool,
 }
@@ -133,15 +135,16 @@ impl ClusterIndex {
         &mut self.heads
     }
 
-    /// Notes what the calls to come see of old keys: not always all, with a window.
-    pub(super) fn expect_windows(&mut self) {
-        self.has_windows = true;
+    /// Notes that queries after this call see the first `passed` keys whole and from afar, if none `has_window`.
+    pub(super) fn note_call(&mut self, passed: usize, has_window: bool) {
+        self.passed = passed;
+        self.has_windows |= has_window;
     }
 
     /// For each head, what belongs in the cache: the keys of regions that every query to come sees whole.
     pub fn take_sorted_keys(&mut self) -> impl Iterator<Item = Vec<SortedKeys>> {
-        let keeps_order = self.has_windows;
-        self.heads.iter_mut().map(move |head| if keeps_order { Vec::new() } else { head.take_sorted_keys() })
+        let passed = if self.has_windows { 0 } else { self.passed };
+        self.heads.iter_mut().map(move |head| head.take_sorted_keys(passed))
     }
 
     /// Whether there are clusters of any head.
@@ -238,10 +241,9 @@ impl HeadClusters {
         self.regions.last().map_or(0, |region| region.keys().end - FIRST_KEYS)
     }
 
-    fn take_sorted_keys(&mut self) -> Vec<SortedKeys> {
-        let end = FIRST_KEYS + self.settled.small * REGION_KEYS;
-        let settled = self.regions.iter_mut().take_while(|region| region.keys().end <= end);
-        settled.filter_map(|region| region.sorted.take()).collect()
+    fn take_sorted_keys(&mut self, passed: usize) -> Vec<SortedKeys> {
+        let regions = self.regions.iter_mut().take_while(|region| region.keys().end <= passed);
+        regions.filter_map(|region| region.sorted.take()).collect()
     }
 
     /// Units of [`REGION_KEYS`] keys that should be in regions, of `total` that there are.

@@ -104,9 +104,8 @@ fn run_step<T: FromF32>(
         false => (cache.len(), cache.len()),
     };
     let many = call.tokens() >= MANY_TOKENS;
-    if call.attention.mask.window.is_some() {
-        guard.expect_windows();
-    }
+    let passed = if call.attention.mask.causal { len.saturating_sub(NEAR_KEYS) } else { len };
+    guard.note_call(passed, call.attention.mask.window.is_some());
     // The second round adds what the first has shown to pay.
     for _ in 0..2 {
         guard.extend(cache, len, settled, many, team, &scratch.budgeted.index);

@@ -171,6 +171,8 @@ impl Bench<'_> {
         let rows = sample_rows(shape.query_tokens, shape.query_heads, arguments.samples, arguments.seed);
         let mut sampled = SampledOutputs { rows: &rows, shape, outputs: Vec::new() };
         let first = calls.pass(self.method, 1, &mut scratches[0], |at, output| sampled.take(at, output));
+        // Before another method starts the cache anew.
+        let (cache_bytes, index_bytes) = (calls.cache().bytes(), calls.cache().index_bytes());
         steps.step();
 
         let mut ceilings = Vec::new();
@@ -194,8 +196,8 @@ impl Bench<'_> {
             report: first.report.total(),
             operations: 2.0 * (shape.key_dim + shape.value_dim) as f64 * first.report.total().allowed_keys as f64,
             errors: errors(case, &rows, &sampled.outputs, self.team.threads()),
-            cache_bytes: calls.cache().bytes(),
-            index_bytes: calls.cache().index_bytes(),
+            cache_bytes,
+            index_bytes,
         };
         Ok((figures, measure::median_ceilings(&ceilings)))
     }
