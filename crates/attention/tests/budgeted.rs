@@ -360,10 +360,10 @@ fn windows_keep_keys_in_order() {
 fn broken_numbers_show_where_exact_attention_shows_them() {
     let team = ThreadTeam::new(1);
     for value in [f32::NAN, f32::INFINITY] {
-        let mut case = topical(shape(60, 5_000, 64, 64), Mask::causal());
+        let mut case = topical(shape(60, 6_000, 64, 64), Mask::causal());
         // Key 3,000 of the first key/value head.
         case.inputs.keys[3_000 * 2 * 64 + 5] = value;
-        let cache = case.cache(KeyValueType::F32, 0..5_000, &team);
+        let cache = case.cache(KeyValueType::F32, 0..6_000, &team);
         let (exact, _, _) = case.run(Method::Exact, &cache, 0..60, &team);
         let (output, _, _) = case.run(BUDGETED, &cache, 0..60, &team);
         for (row, (exact, output)) in exact.chunks_exact(64).zip(output.chunks_exact(64)).enumerate() {
@@ -377,7 +377,7 @@ fn broken_numbers_show_where_exact_attention_shows_them() {
 #[test]
 fn equal_values_and_equal_keys_are_no_trouble() {
     let team = ThreadTeam::new(2);
-    let mut case = topical(shape(100, 5_000, 16, 16), Mask::causal());
+    let mut case = topical(shape(100, 6_000, 16, 16), Mask::causal());
     for (keys, values) in [(true, false), (false, true), (true, true)] {
         if keys {
             case.inputs.keys.fill(0.5);
@@ -386,7 +386,7 @@ fn equal_values_and_equal_keys_are_no_trouble() {
             case.inputs.values.fill(2.0);
         }
         for kind in KeyValueType::ALL {
-            let cache = case.cache(kind, 0..5_000, &team);
+            let cache = case.cache(kind, 0..6_000, &team);
             let (exact, _, _) = case.run(Method::Exact, &cache, 0..100, &team);
             let (output, _, _) = case.run(BUDGETED, &cache, 0..100, &team);
             let difference = exact.iter().zip(&output).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

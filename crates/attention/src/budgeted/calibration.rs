@@ -126,6 +126,14 @@ struct Finding {
     ratios: Vec<f32>,
 }
 
+/// What a micro-tile did within limits.
+struct Tried {
+    /// Clusters that it computed.
+    computed: usize,
+    /// Sum of the squared errors of the others, as estimated, in units of the square of the limit.
+    rest: f32,
+}
+
 impl Default for Finding {
     fn default() -> Self {
         Self { worst: 0.0, bearable: f32::INFINITY, ratios: Vec::new() }
@@ -171,9 +179,13 @@ impl Trial {
         MOST * (-0.5 * self.step as f32).exp2()
     }
 
-    /// Forgets the rows that were measured at a limit that was too large.
-    fn step_down(&mut self) {
-        self.step += 1;
+    /// Forgets the rows that were measured at a limit that was too large. `rest` is what was left to the estimate there, as
+    /// a share of the square of the limit: goes on to the next limit at which more is computed, since up to there rows
+    /// miss the same.
+    fn step_down(&mut self, rest: f32) {
+        // Each step halves the square.
+        let same = (-rest.max(f32::MIN_POSITIVE).log2()).max(0.0) as usize;
+        self.step = (self.step + 1 + same).min(STEPS);
         self.finding = Finding::default();
     }
 
@@ -236,7 +248,8 @@ pub(super) fn calibrate(budgeted: &Budgeted<'_>, kv_head: usize, scratch: &mut C
             scratch.begin(&work, index);
             let is_last = sample + 1 == samples;
             for (index, trials) in trials.chunks_mut(together).enumerate() {
-                let is_enough = |trial: &Trial| is_last || trial.samples >= LEAST_SAMPLES;
+                let is_enough =
+                    |trial: &Trial| is_last || trial.samples >= LEAST_SAMPLES || trial.computed == trial.clusters;
                 if !trials.iter().any(Trial::is_given_up) {
                     scratch.measure(&work, index * together, trials);
                 }
@@ -304,9 +317,10 @@ impl CalibrationScratch {
             }
             self.trial.clone_from(&self.near);
             let mut findings = vec![Finding::default(); trials.len()];
-            let mut computed = 0;
+            let (mut computed, mut rest) = (0, 0.0_f32);
             for micro_tile in micro_tiles.clone() {
-                computed += self.try_limits(work, micro_tile, &limits, first, &mut findings);
+                let tried = self.try_limits(work, micro_tile, &limits, first, &mut findings);
+                (computed, rest) = (computed + tried.computed, rest.max(tried.rest));
             }
             if findings.iter().all(|finding| finding.worst <= 1.0) {
                 for (trial, finding) in trials.iter_mut().zip(findings) {
@@ -316,13 +330,12 @@ impl CalibrationScratch {
                 return;
             }
             for (trial, _) in trials.iter_mut().zip(findings).filter(|(_, finding)| finding.worst > 1.0) {
-                trial.step_down();
+                trial.step_down(rest);
             }
         }
     }
 
     /// Computes a micro-tile within `limits` and adds to the findings of its heads, from `first` on, how far off it is.
-    /// Returns the clusters that it computes.
     fn try_limits(
         &mut self,
         work: &Work<'_>,
@@ -330,16 +343,18 @@ impl CalibrationScratch {
         limits: &[f32],
         first: usize,
         findings: &mut [Finding],
-    ) -> usize {
+    ) -> Tried {
         let Some(estimated) = work.micro_tile(micro_tile, limits, &mut self.trial, &mut self.tile) else {
             // What is no number is computed exactly.
-            return work.clusters();
+            return Tried { computed: work.clusters(), rest: 1.0 };
         };
         let budget = work.budgeted.settings.budget;
         let value_scale = work.value_scale();
+        let (rows, mut rest) = (work.rows_of(micro_tile).len() as f32, 0.0);
         for (row, error) in work.rows_of(micro_tile).zip(estimated.errors) {
             let (head, _) = work.task.head_and_token(row);
             let finding = &mut findings[head - first];
+            rest += (error / limits[head]).powi(2) / rows;
             self.trial.finish_row(row, &mut self.output);
             self.exact.finish_row(self.first_exact_row + row, &mut self.exact_output);
             let size = self.exact_output.iter().map(|value| value * value).sum::<f32>().sqrt();
@@ -356,7 +371,9 @@ impl CalibrationScratch {
             }
         }
         // Where it would fall back its rows are measured all the same: others much like them may not.
-        if estimated.selected > work.most_computed() { work.clusters() } else { estimated.selected }
+        let computed = if estimated.selected > work.most_computed() { work.clusters() } else { estimated.selected };
+        // Heads that share clusters go down one by one.
+        Tried { computed, rest: if findings.len() > 1 { 1.0 } else { rest } }
     }
 }
 
@@ -370,8 +387,8 @@ mod tests {
         (trial.samples, trial.finding.worst, trial.finding.ratios) = (3, 1.0, vec![1.0, 3.0, 2.0]);
         let measured = trial.judge(0.1);
         assert_eq!((measured.samples, measured.limit, measured.error_factor), (3, 0.1 * MOST, 2.0 / SAFETY));
-        trial.step_down();
-        trial.step_down();
+        trial.step_down(1.0);
+        trial.step_down(1.0);
         assert_eq!(trial.judge(0.1).error_factor, 1.0, "nothing was measured at this step");
         trial.finding.worst = 1.0 / 1.1;
         assert!((trial.judge(0.1).limit - 0.055 * MOST).abs() < 1e-6);
@@ -381,6 +398,18 @@ mod tests {
         assert!((trial.judge(0.1).limit - 0.05 * MOST * std::f32::consts::SQRT_2).abs() < 1e-6);
         trial.step = STEPS;
         assert_eq!(trial.judge(0.1).limit, 0.0);
+    }
+
+    #[test]
+    fn limits_at_which_nothing_more_is_computed_are_passed_over() {
+        for (rest, steps) in [(1.0, 1), (0.6, 1), (0.45, 2), (0.26, 2), (0.24, 3), (0.0, STEPS), (f32::NAN, STEPS)] {
+            let mut trial = Trial::after(Calibration::default(), 0.1);
+            trial.step_down(rest);
+            assert_eq!(trial.step, steps, "{rest}");
+            // More than the whole limit is left at the new one, and was not at the one before.
+            let grown = |steps: usize| rest * (steps as f32).exp2();
+            assert!(steps == STEPS || grown(steps) > 1.0 && grown(steps - 1) <= 1.0, "{rest}");
+        }
     }
 
     #[test]

@@ -84,7 +84,7 @@ impl BisectionScratch {
         let (mut farthest, mut distance) = (0, -1.0);
         for (index, key) in self.sample.chunks_exact_mut(width).enumerate() {
             add_scaled(key, -1.0, &self.mean);
-            let square: f32 = key.iter().map(|value| value * value).sum();
+            let square = squared_norm(key);
             if square > distance {
                 (farthest, distance) = (index, square);
             }
@@ -99,7 +99,7 @@ impl BisectionScratch {
             for (key, &projection) in self.sample.chunks_exact(width).zip(&self.projections) {
                 add_scaled(&mut self.next_direction, projection, key);
             }
-            let length = self.next_direction.iter().map(|value| value * value).sum::<f32>().sqrt();
+            let length = squared_norm(&self.next_direction).sqrt();
             if !(length > 0.0 && length.is_finite()) {
                 break;
             }
@@ -107,6 +107,16 @@ impl BisectionScratch {
             std::mem::swap(&mut self.direction, &mut self.next_direction);
         }
     }
+}
+
+/// `Σ valueᵢ²`, in sixteen sums that do not wait for one another.
+pub(super) fn squared_norm(values: &[f32]) -> f32 {
+    let mut sums = [0.0_f32; 16];
+    let (chunks, rest) = values.as_chunks::<16>();
+    for chunk in chunks.iter().map(<[f32; 16]>::as_slice).chain([rest]) {
+        sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum += value * value);
+    }
+    sums.iter().sum()
 }
 
 /// The bits of `value` as an integer that sorts as [`f32::total_cmp`] does.

@@ -10,7 +10,7 @@ use iceformer_kernels::half::bf16;
 use iceformer_kernels::rows::{ROW_MULTIPLE, add_scaled};
 
 use super::calibration::{Calibration, LEAST_SAMPLES, SAMPLES};
-use super::clustering::{BisectionScratch, bisect};
+use super::clustering::{BisectionScratch, bisect, squared_norm};
 use crate::segment::{SEGMENT_KEYS, Segment};
 use crate::{CacheShape, KeyValueCache, ThreadTeam};
 
@@ -426,7 +426,7 @@ impl Moments {
         for &member in members {
             cache.read_value(head, first + member as usize, &mut value);
             add_scaled(&mut self.value, share, &value);
-            squares += f64::from(value.iter().map(|value| value * value).sum::<f32>());
+            squares += f64::from(squared_norm(&value));
         }
         squares
     }

@@ -35,8 +35,8 @@ use calibration::{Calibration, CalibrationScratch};
 use index::{IndexScratch, REGION_KEYS};
 use tile::{Budgeted, NEAR_KEYS, TileScratch};
 
-/// Keys from which clusters are made: below, they do not pay.
-const LEAST_KEYS: usize = 4096;
+/// Keys from which clusters are made: below, they save a tenth at best, and cost a twentieth where they are tried in vain.
+const LEAST_KEYS: usize = 5 * 1024;
 /// Queries from which a call makes large regions: their clusters take as long to make as exact attention of so many queries
 /// to their keys.
 const MANY_TOKENS: usize = 256;
