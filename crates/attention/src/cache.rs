@@ -397,8 +397,7 @@ impl KeyValueCache {
     }
 
     /// Bytes held by what methods `budgeted` and `dci` find keys with and by copies of keys and values
-    /// ([`compact`](Self::compact)), beside [`bytes`](Self::bytes); 0 before their
-    /// first call.
+    /// ([`compact`](Self::compact)), beside [`bytes`](Self::bytes); 0 before their first call.
     pub fn index_bytes(&self) -> usize {
         let search = self.search_index.read().unwrap_or_else(PoisonError::into_inner);
         let clusters = self.clusters.read().unwrap_or_else(PoisonError::into_inner);

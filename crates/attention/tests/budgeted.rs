@@ -346,14 +346,21 @@ fn keys_sorted_into_their_clusters_are_held_once_and_are_the_same() {
 }
 
 #[test]
-fn windows_keep_keys_in_order() {
+fn windows_and_padding_keep_keys_in_order() {
     let team = ThreadTeam::new(2);
-    let case = topical(shape(300, 9_000, 16, 16), Mask { window: Some(5_000), ..Mask::causal() });
-    let mut cache = case.cache(KeyValueType::F32, 0..9_000, &team);
-    case.run(BUDGETED, &cache, 0..300, &team);
-    let copied = cache.index_bytes();
-    cache.compact(&team);
-    assert!(copied > 0 && cache.index_bytes() == copied, "rows at the edge of a window see part of a region");
+    let masks = [
+        Mask { window: Some(5_000), ..Mask::causal() },
+        Mask { keys: Some(700..9_000), ..Mask::causal() },
+        Mask { keys: Some(700..9_000), ..Mask::default() },
+    ];
+    for mask in masks {
+        let case = topical(shape(300, 9_000, 16, 16), mask);
+        let mut cache = case.cache(KeyValueType::F32, 0..9_000, &team);
+        case.run(BUDGETED, &cache, 0..300, &team);
+        let copied = cache.index_bytes();
+        cache.compact(&team);
+        assert!(copied > 0 && cache.index_bytes() == copied, "{:?}: rows see part of a region", case.mask);
+    }
 }
 
 #[test]

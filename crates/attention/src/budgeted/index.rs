@@ -45,8 +45,9 @@ pub(crate) struct ClusterIndex {
     heads: Vec<HeadClusters>,
     /// Once the latest call is over, queries to come see so many keys whole and from afar.
     passed: usize,
-    /// Whether some call had a window, at whose edge keys are wanted in their own order.
-    has_windows: bool,
+    /// Whether the queries of some call did not see all keys before them: at the edge of a window or of padding, keys are
+    /// wanted in their own order.
+    has_edges: bool,
 }
 
 /// The clusters of one key/value head.
@@ -135,15 +136,15 @@ impl ClusterIndex {
         &mut self.heads
     }
 
-    /// Notes that queries after this call see the first `passed` keys whole and from afar, if none `has_window`.
-    pub(super) fn note_call(&mut self, passed: usize, has_window: bool) {
+    /// Notes that queries after this call see the first `passed` keys whole and from afar, unless their mask `has_edges`.
+    pub(super) fn note_call(&mut self, passed: usize, has_edges: bool) {
         self.passed = passed;
-        self.has_windows |= has_window;
+        self.has_edges |= has_edges;
     }
 
     /// For each head, what belongs in the cache: the keys of regions that every query to come sees whole.
     pub fn take_sorted_keys(&mut self) -> impl Iterator<Item = Vec<SortedKeys>> {
-        let passed = if self.has_windows { 0 } else { self.passed };
+        let passed = if self.has_edges { 0 } else { self.passed };
         self.heads.iter_mut().map(move |head| head.take_sorted_keys(passed))
     }
 
