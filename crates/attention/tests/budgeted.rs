@@ -314,7 +314,7 @@ fn keys_sorted_into_their_clusters_are_held_once_and_are_the_same() {
         assert!(read_all(&plain) == read_all(&cache), "{what}");
 
         // Clusters lie in the cache; queries see all that was sorted, part of it, or none.
-        let allowed = if kind == KeyValueType::F32 { 1e-5 } else { 3e-3 };
+        let allowed = if kind == KeyValueType::F32 { 5e-5 } else { 3e-3 };
         let after = case.run(BUDGETED, &cache, 0..300, &team);
         assert!(difference(&before, &after) < allowed, "{what}: {}", difference(&before, &after));
         assert_eq!(before.2.kept_keys, after.2.kept_keys, "{what}");
