@@ -4,8 +4,8 @@
     python3 bench/sparse_peers.py --data lines_680.jsonl --cases 5
 
 The model is the reference model, the prompts are LongEval's. OpenVINO reads the model from a GGUF file that is written
-beside the virtual environment. Contestants take turns, case by case; a process of each is started for every case, so that
-its CPU seconds are those of one prompt. The table holds medians, and of how many cases the answer was right.
+beside the virtual environment. Contestants take turns, case by case; a process is started for every case, of IceFormer's methods
+one for both, so that CPU seconds are those of one prompt. The table holds medians, and of how many cases the answer was right.
 """
 
 from __future__ import annotations

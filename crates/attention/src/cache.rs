@@ -257,8 +257,9 @@ impl KeyValueCache {
     }
 
     /// Gives back the memory of keys and values that are held twice since method `budgeted` has clustered them: they are
-    /// sorted into their clusters in the pages of the cache. Reads and results stay the same, but for the order of sums.
-    /// [`append`](Self::append) does it too; to call it after each call keeps the most memory in use small.
+    /// sorted into their clusters in the pages of the cache. Reads stay the same, results but for rounding.
+    /// [`append`](Self::append) does it too; to call it after each call keeps the most memory in use small. A cache that was
+    /// read with a window or with padding keeps its copies.
     pub fn compact(&mut self, team: &ThreadTeam) {
         let shape = self.shape;
         let clusters = self.clusters.get_mut().unwrap_or_else(PoisonError::into_inner);
@@ -291,7 +292,7 @@ impl KeyValueCache {
         let (kind, shape) = (self.kind, self.shape);
         let clusters = self.clusters.get_mut().unwrap_or_else(PoisonError::into_inner);
         for (index, head) in self.heads.iter_mut().enumerate() {
-            if clusters.truncate(index, len) {
+            if clusters.truncate(index, len) || head.places.moved().end > len {
                 head.restore_order(len, kind, shape);
             }
             head.segments.truncate(len.div_ceil(SEGMENT_KEYS));

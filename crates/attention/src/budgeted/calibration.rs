@@ -95,7 +95,7 @@ const COMPUTE_COST: f32 = 1.2;
 /// Share of exact attention's time on far keys above which clusters are not worth it: making them takes time too.
 const MOST_COST: f32 = 0.85;
 /// Samples without which nothing is left to an estimate, and after which a head is given up whose clusters do not pay so
-/// far. So many are computed exactly together: a block of keys is read, and expanded where it has to be, for all of them.
+/// far; one is enough where no cluster is spared at all. So many are computed exactly together: a block of keys is read, and expanded where it has to be, for all of them.
 pub(super) const LEAST_SAMPLES: usize = 4;
 /// Steps from the limit of an earlier measurement up to where the next begins.
 const STEPS_UP: usize = 2;

@@ -46,7 +46,7 @@ pub(crate) struct ClusterIndex {
     /// Once the latest call is over, queries to come see so many keys whole and from afar.
     passed: usize,
     /// Whether the queries of some call did not see all keys before them: at the edge of a window or of padding, keys are
-    /// wanted in their own order.
+    /// wanted in their own order. Then all stays a copy.
     has_edges: bool,
 }
 
@@ -202,6 +202,9 @@ impl ClusterIndex {
         if reaches_beyond {
             *head = HeadClusters::default();
         }
+        if self.is_empty() {
+            (self.passed, self.has_edges) = (0, false);
+        }
         reaches_beyond
     }
 
@@ -211,9 +214,12 @@ impl ClusterIndex {
     }
 }
 
-/// Whether cluster `cluster`, counted over whole regions, is the first of a segment.
-pub(super) fn begins_segment(cluster: u32) -> bool {
-    (FIRST_KEYS / CLUSTER_KEYS + cluster as usize).is_multiple_of(SEGMENT_CLUSTERS)
+/// Whether cluster `cluster`, counted over whole regions, does not lie behind the one before: it is the first of a segment,
+/// or may be of a region.
+pub(super) fn begins_block(cluster: u32) -> bool {
+    let cluster = cluster as usize;
+    (FIRST_KEYS / CLUSTER_KEYS + cluster).is_multiple_of(SEGMENT_CLUSTERS)
+        || cluster.is_multiple_of(REGION_KEYS / CLUSTER_KEYS)
 }
 
 /// The regions that `wanted` units of [`REGION_KEYS`] keys form, of which those that are `settled` may be merged: as large
@@ -361,6 +367,7 @@ impl Region {
 
     /// The keys and values of `clusters`, of one segment, of the region of head `head` of `cache`.
     pub fn block<'a>(&'a self, clusters: Range<usize>, cache: &'a KeyValueCache, head: usize) -> KeyBlock<'a> {
+        assert!(clusters.end <= self.clusters(), "clusters {clusters:?} of {}", self.clusters());
         let (first, keys) = (self.first + clusters.start * CLUSTER_KEYS, clusters.len() * CLUSTER_KEYS);
         match &self.sorted {
             Some(sorted) => sorted.block(first, keys, cache.shape()),

@@ -106,7 +106,8 @@ fn run_step<T: FromF32>(
     let many = call.tokens() >= MANY_TOKENS;
     let passed = if call.attention.mask.causal { len.saturating_sub(NEAR_KEYS) } else { len };
     let mask = &call.attention.mask;
-    guard.note_call(passed, mask.window.is_some() || mask.keys.is_some());
+    let is_padded = mask.keys.as_ref().is_some_and(|keys| keys.start > 0 || keys.end < len);
+    guard.note_call(passed, mask.window.is_some() || is_padded);
     // The second round adds what the first has shown to pay.
     for _ in 0..2 {
         guard.extend(cache, len, settled, many, team, &scratch.budgeted.index);

@@ -8,7 +8,7 @@ use iceformer_kernels::attention::{
 };
 
 use super::calibration::Calibration;
-use super::index::{CLUSTER_KEYS, ClusterIndex, HeadClusters, begins_segment};
+use super::index::{CLUSTER_KEYS, ClusterIndex, HeadClusters, begins_block};
 use super::selection::select;
 use super::settings::BudgetSettings;
 use crate::HeadReport;
@@ -392,7 +392,7 @@ impl Work<'_> {
         let (cache, kv_head) = (self.budgeted.call.cache, self.task.kv_head);
         let mut regions = self.regions.iter().map(|region| &self.head().regions[*region]);
         let (mut region, mut first) = (regions.next(), 0);
-        selected.chunk_by(|before, after| before + 1 == *after && !begins_segment(*after)).map(move |together| {
+        selected.chunk_by(|before, after| before + 1 == *after && !begins_block(*after)).map(move |together| {
             while let Some(passed) = region
                 && together[0] >= first + passed.clusters() as u32
             {
@@ -464,4 +464,72 @@ impl Work<'_> {
 /// `‖a − b‖`
 pub(super) fn distance(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use iceformer_testing::random::Random;
+
+    use super::*;
+    use crate::budgeted::index::IndexScratch;
+    use crate::strided::StridedView;
+    use crate::{Attention, CacheShape, KeyValueCache, KeyValueType, Mask, Method, ThreadTeam};
+
+    #[test]
+    fn all_clusters_one_by_one_are_all_keys_wherever_they_lie() {
+        let team = ThreadTeam::new(1);
+        let (keys, width) = (3_000, 16);
+        let mut random = Random::new(21);
+        let attention = Attention { method: Method::Exact, mask: Mask::causal(), scale: 0.5 };
+        let (queries, scratch) = (random.normals(width, 1.0), [Mutex::new(IndexScratch::default())]);
+        for kind in KeyValueType::ALL {
+            // Copies of both regions, of the second, of none.
+            for passed in [0, 1_500, keys] {
+                let mut cache = KeyValueCache::new(CacheShape { kv_heads: 1, key_dim: width, value_dim: width }, kind);
+                cache.append(&random.normals(keys * width, 1.0), &random.normals(keys * width, 1.0), &team);
+                {
+                    let mut index = cache.clusters().write().unwrap();
+                    index.extend(&cache, keys, 0, false, &team, &scratch);
+                    index.note_call(passed, false);
+                }
+                cache.compact(&team);
+
+                let index = cache.clusters().read().unwrap();
+                let call = Call {
+                    attention: &attention,
+                    queries: StridedView::token_major(&queries, 1, 1, width),
+                    first_position: keys - 1,
+                    cache: &cache,
+                    soft_cap: None,
+                };
+                let budgeted = Budgeted { call, settings: BudgetSettings { budget: 0.1 }, index: &index };
+                let task = Task { kv_head: 0, tokens: 0..1, keys: 0..keys };
+                let regions = budgeted.far_regions(&task);
+                assert_eq!(regions, [0, 1]);
+                let work = Work { budgeted: &budgeted, task: &task, regions: &regions };
+                let output = |add: &dyn Fn(&mut AttentionTile)| {
+                    let (mut tile, mut output) = (AttentionTile::default(), vec![0.0; width]);
+                    tiles::begin(&mut tile, &call, &task);
+                    add(&mut tile);
+                    let log_sum_exp = tile.finish_row(0, &mut output);
+                    output.push(log_sum_exp);
+                    output
+                };
+                let clusters: Vec<u32> = (0..work.clusters() as u32).collect();
+                let computed = output(&|tile| work.compute(0, &clusters, tile));
+                let exact = output(&|tile| work.accumulate_exactly(tile, |_| true));
+                let allowed = if kind == KeyValueType::F32 { 1e-5 } else { 3e-3 };
+                assert!(distance(&computed, &exact) < allowed, "{}, {passed} passed", kind.name());
+                // Those of each region alone, too.
+                let parts = [&clusters[..16], &clusters[16..]].map(|part| output(&|tile| work.compute(0, part, tile)));
+                let share = |part: &[f32]| (part[width] - exact[width]).exp();
+                for channel in 0..width {
+                    let merged: f32 = parts.iter().map(|part| share(part) * part[channel]).sum();
+                    assert!((merged - exact[channel]).abs() < allowed, "{}, {passed} passed", kind.name());
+                }
+            }
+        }
+    }
 }
