@@ -181,3 +181,55 @@ unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: b
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use iceformer_testing::random::Random;
+
+    use crate::attention::{AttentionTile, KeyBlock, PAGE_KEYS, TileShape};
+    use crate::{InstructionSet, brain_bits};
+
+    /// A processor with slow dot products does not choose them by itself.
+    #[test]
+    fn bf16_products_agree_with_f32() {
+        let level = InstructionSet::Avx512Bf16;
+        if InstructionSet::detected() < level {
+            return;
+        }
+        let mut random = Random::new(17);
+        for (key_dim, value_dim) in [(4, 16), (36, 48), (64, 64), (128, 80)] {
+            for rows in 1..=13 {
+                for pages in [1, 2, 3, 5, 16] {
+                    let keys = pages * PAGE_KEYS;
+                    let mut bits = |width: usize| -> Vec<u16> {
+                        random.normals(keys * width, 1.0).into_iter().map(brain_bits).collect()
+                    };
+                    let (key_bits, value_bits) = (bits(key_dim), bits(value_dim));
+                    let block = KeyBlock::Bf16 { keys: &key_bits, values: &value_bits };
+                    let queries = random.normals(rows * key_dim, 1.0);
+                    let run = |is_brain: bool| {
+                        let mut tile = AttentionTile::default();
+                        tile.begin(level, TileShape { rows, key_dim, value_dim }, block);
+                        if is_brain {
+                            tile.multiply_brain_floats();
+                        }
+                        for (row, query) in queries.chunks_exact(key_dim).enumerate() {
+                            tile.set_row(row, query, 0.2, (row % 3, keys - row));
+                        }
+                        tile.accumulate(0, block, Some(block));
+                        let mut output = vec![0.0; (value_dim + 1) * rows];
+                        for (row, output) in output.chunks_exact_mut(value_dim + 1).enumerate() {
+                            let (sum, output) = output.split_first_mut().expect("a place for the sum");
+                            *sum = tile.finish_row(row, output);
+                        }
+                        output
+                    };
+                    for (brain, float) in run(true).into_iter().zip(run(false)) {
+                        let what = format!("{rows} rows, {pages} pages, widths {key_dim} and {value_dim}");
+                        assert!((brain - float).abs() < 0.03, "{what}: {brain} and {float}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -243,6 +243,13 @@ impl AttentionTile {
         self.weights.grow(room);
     }
 
+    /// Multiplies bf16 as such from here on, on a processor too that is slow at it.
+    #[cfg(test)]
+    pub(super) fn multiply_brain_floats(&mut self) {
+        self.arithmetic = Some(Arithmetic::Bf16);
+        self.queries_bf16.grow(self.shape.rows * self.shape.key_dim);
+    }
+
     /// Empties all rows, which keep their queries.
     pub fn clear(&mut self) {
         self.maxima.fill(NOTHING_SEEN);
