@@ -55,7 +55,7 @@ unsafe fn micro_tile_rows<S: Simd, const BRAIN: bool, const AHEAD: bool>(
 
 /// The vector at `source`.
 #[inline(always)]
-pub(super) unsafe fn load<S: Simd>(simd: S, source: *const f32) -> S::Vector {
+unsafe fn load<S: Simd>(simd: S, source: *const f32) -> S::Vector {
     // SAFETY: the caller promises `LANES` readable f32.
     simd.load(unsafe { std::slice::from_raw_parts(source, S::LANES) })
 }
@@ -219,6 +219,47 @@ unsafe fn softmax<S: Simd, const ROWS: usize>(simd: S, tile: &mut MicroTile<'_>)
     }
 }
 
+/// `decay · output` in `VECTORS · LANES` value channels from `column` on.
+///
+/// # Safety
+/// The output of `tile` has `ROWS` rows, and `column + VECTORS · LANES <= value_dim`.
+#[inline(always)]
+pub(super) unsafe fn decayed_output<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    simd: S,
+    tile: &MicroTile<'_>,
+    decay: &[f32; ROWS],
+    column: usize,
+) -> [[S::Vector; VECTORS]; ROWS] {
+    let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
+    for ((row, sums), decay) in sums.iter_mut().enumerate().zip(decay) {
+        for (vector, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: forwarded from the caller.
+            let before = unsafe { load(simd, tile.output.add(row * tile.value_dim + column + vector * S::LANES)) };
+            *sum = simd.mul(before, simd.splat(*decay));
+        }
+    }
+    sums
+}
+
+/// Writes `sums` to the output, in the value channels from `column` on.
+///
+/// # Safety
+/// As for [`decayed_output`].
+#[inline(always)]
+pub(super) unsafe fn store_output<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    simd: S,
+    tile: &MicroTile<'_>,
+    sums: [[S::Vector; VECTORS]; ROWS],
+    column: usize,
+) {
+    for (row, sums) in sums.into_iter().enumerate() {
+        for (vector, sum) in sums.into_iter().enumerate() {
+            // SAFETY: forwarded from the caller.
+            unsafe { store(simd, sum, tile.output.add(row * tile.value_dim + column + vector * S::LANES)) };
+        }
+    }
+}
+
 /// `output = decay · output + weights · values` for `VECTORS · LANES` value channels from `column` on.
 #[inline(always)]
 unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: usize, const AHEAD: bool>(
@@ -231,15 +272,8 @@ unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: usize, cons
     // `column + VECTORS · LANES <= value_dim`.
     unsafe {
         let values = tile.values.cast::<f32>().add(column);
-        let output = tile.output.add(column);
         let value_ahead = tile.ahead.map_or(0, |(_, values)| values);
-        let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
-        for ((row, sums), decay) in sums.iter_mut().enumerate().zip(decay) {
-            for (vector, sum) in sums.iter_mut().enumerate() {
-                let before = load(simd, output.add(row * tile.value_dim + vector * S::LANES));
-                *sum = simd.mul(before, simd.splat(*decay));
-            }
-        }
+        let mut sums = decayed_output::<S, ROWS, VECTORS>(simd, tile, decay, column);
         for key in 0..tile.pages * PAGE_KEYS {
             let source = values.add(key * tile.value_dim);
             let mut values = [simd.splat(0.0); VECTORS];
@@ -256,10 +290,6 @@ unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: usize, cons
                 }
             }
         }
-        for (row, sums) in sums.iter().enumerate() {
-            for (vector, sum) in sums.iter().enumerate() {
-                store(simd, *sum, output.add(row * tile.value_dim + vector * S::LANES));
-            }
-        }
+        store_output(simd, tile, sums, column);
     }
 }

@@ -3,7 +3,7 @@
 //! For few rows that is quicker than expanding the block first, and than the bf16 dot products of a processor on which
 //! these are slow.
 
-use super::float::{load, store};
+use super::float::{decayed_output, store, store_output};
 use super::tile::MicroTile;
 use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead};
 use crate::simd::Simd;
@@ -65,15 +65,8 @@ pub(super) unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: 
     // SAFETY: values are `[pages · 8][value_dim]` pairs, output rows `value_dim` f32; a row of scores has `pages · 16`.
     unsafe {
         let values = tile.values.cast::<u16>().add(2 * column);
-        let output = tile.output.add(column);
         let value_ahead = tile.ahead.map_or(0, |(_, values)| values);
-        let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
-        for ((row, sums), decay) in sums.iter_mut().enumerate().zip(decay) {
-            for (vector, sum) in sums.iter_mut().enumerate() {
-                let before = load(simd, output.add(row * tile.value_dim + vector * S::LANES));
-                *sum = simd.mul(before, simd.splat(*decay));
-            }
-        }
+        let mut sums = decayed_output::<S, ROWS, VECTORS>(simd, tile, decay, column);
         for pair in 0..tile.pages * PAGE_KEYS / 2 {
             let source = values.add(2 * pair * tile.value_dim);
             let mut values = [(simd.splat(0.0), simd.splat(0.0)); VECTORS];
@@ -93,10 +86,6 @@ pub(super) unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: 
                 }
             }
         }
-        for (row, sums) in sums.iter().enumerate() {
-            for (vector, sum) in sums.iter().enumerate() {
-                store(simd, *sum, output.add(row * tile.value_dim + vector * S::LANES));
-            }
-        }
+        store_output(simd, tile, sums, column);
     }
 }
