@@ -3,6 +3,7 @@
     python bench/python_attention.py attention --lengths 512 2048 8192 --widths 64 128 --dtypes float32 bfloat16
     python bench/python_attention.py long-range-arena --batch 1
     python bench/python_attention.py models --models modernbert xlm-r llama-1b --lengths 8192
+    python bench/python_attention.py dumps novel.dump --budget 0.05
 
 Needs the package with torch and transformers (`pip install "./crates/python[transformers]"`). Figures are CPU seconds
 of the whole process (all its threads, those that wait spinning included) and wall seconds, medians of the rounds; ratios
@@ -150,6 +151,67 @@ def long_range_arena(arguments: argparse.Namespace) -> None:
     print(f"\nmean of eager / iceformer: {statistics.mean(ratios):.2f}x (the paper's mean: 7.63x)")
 
 
+def dumps(arguments: argparse.Namespace) -> None:
+    """All layers of queries, keys and values that `iceformer study dump` wrote."""
+    from safetensors import safe_open
+
+    for path in arguments.files:
+        with safe_open(path, "pt") as file:
+            described = file.metadata()
+            layers = sorted({int(name.split(".")[1]) for name in file.keys()})
+
+            def heads_first(layer: int, part: str) -> torch.Tensor:
+                rows = file.get_tensor(f"layer.{layer}.{part}")[: arguments.tokens]
+                return rows.float().transpose(0, 1).contiguous()[None]
+
+            inputs = [tuple(heads_first(layer, part) for part in ("queries", "keys", "values")) for layer in layers]
+        if described["window"] != "none":
+            raise SystemExit(f"{path} is of a model with sliding windows ({described['window']}); expected none")
+        causal, scale = described["causal"] == "true", float(described["scale"])
+        settings = {"causal": causal, "scale": scale, "threads": arguments.threads}
+
+        def each(method: str, **more: object) -> Callable[[], object]:
+            return lambda: [iceformer.attention(*layer, method=method, **settings, **more) for layer in inputs]
+
+        budget = {"budget": arguments.budget or 0.05}
+        contestants = {
+            "iceformer": each("exact"),
+            "budgeted": each("budgeted", **budget),
+            "budgeted f32": each("budgeted", kv_type="f32", **budget),
+        }
+        if arguments.sdpa:
+            contestants["sdpa"] = lambda: [
+                torch.nn.functional.scaled_dot_product_attention(*layer, is_causal=causal, scale=scale, enable_gqa=True)
+                for layer in inputs
+            ]
+        masses, rounded, rows = [], 0, 0
+        for layer in inputs:
+            exact = iceformer.attention(*layer, method="exact", **settings)
+            found, report = iceformer.attention(*layer, method="budgeted", return_report=True, **settings, **budget)
+            masses.append(missed_mass(exact, found, layer[2], causal).flatten())
+            rounded, rows = rounded + report.rounded_rows, rows + report.rows
+        missed = torch.cat(masses)
+        label: dict[str, object] = {"dump": os.path.basename(path), "tokens": inputs[0][0].shape[2]}
+        label["rounded"] = f"{rounded / rows:.2f}"
+        for share in (0.5, 0.95, 0.99):
+            label[f"missed p{share * 100:.0f}"] = f"{torch.kthvalue(missed, int(share * len(missed))).values:.4f}"
+        row(label, measure(contestants, arguments.rounds, 0.0), arguments)
+
+
+def missed_mass(exact: torch.Tensor, found: torch.Tensor, values: torch.Tensor, causal: bool) -> torch.Tensor:
+    """See docs/accuracy.md; `[batch, query_heads, tokens]`, of outputs as `iceformer.attention` gives them."""
+    values = values.double()
+    if causal:
+        seen = torch.arange(1, values.shape[2] + 1)[:, None]
+        sums, squares = values.cumsum(2), (values**2).cumsum(2)
+    else:
+        seen = torch.tensor(values.shape[2])
+        sums, squares = values.sum(2, keepdim=True), (values**2).sum(2, keepdim=True)
+    variance = (squares / seen - (sums / seen) ** 2).sum(3).clamp(min=1e-12)
+    spread = variance.sqrt().repeat_interleave(exact.shape[1] // values.shape[1], dim=1)
+    return (found - exact).norm(dim=3) / (2**0.5 * spread)
+
+
 def random_model(name: str, layers: int | None):
     """A model of the shape of a known one with random weights; returns it and whether it is a decoder."""
     import transformers as tf
@@ -251,6 +313,11 @@ def parse() -> argparse.Namespace:
     whole.add_argument("--layers", type=int, help="fewer layers than the model has")
     whole.add_argument("--dtypes", nargs="+", default=["float32"])
     whole.set_defaults(run=models)
+    real = commands.add_parser("dumps", parents=[common], help="attention of a real model, which `study dump` wrote")
+    real.add_argument("files", nargs="+", metavar="DUMP")
+    real.add_argument("--tokens", type=int, help="the first tokens only")
+    real.add_argument("--no-sdpa", dest="sdpa", action="store_false")
+    real.set_defaults(run=dumps)
     return parser.parse_args()
 
 

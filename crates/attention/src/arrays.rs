@@ -14,8 +14,8 @@ use crate::output::Output;
 use crate::strided::FromF32;
 use crate::tiles::Call;
 use crate::{
-    Attention, AttentionScratch, CacheShape, Elements, ElementsMut, KeyValueCache, KeyValueType, Report, StridedView,
-    ThreadTeam,
+    Attention, AttentionScratch, BudgetSettings, CacheShape, Elements, ElementsMut, KeyValueCache, KeyValueType,
+    Method, Report, StridedView, ThreadTeam, budgeted, rounding,
 };
 
 /// Numbers of the queries between two looks at whether to go on, about …
@@ -35,7 +35,8 @@ pub struct Arrays<'a> {
     /// `[batch, kv_heads, keys, value_dim]`
     pub values: StridedView<'a>,
     /// Type that keys and values are packed in, where they are; `None`: bf16 for bf16, else f32, so that nothing is
-    /// rounded.
+    /// rounded, unless method `budgeted` finds on some rows that a type this machine is faster with (int8, with AMX
+    /// bf16) takes at most half of the budget.
     pub key_value_type: Option<KeyValueType>,
     /// Position of the first query among the keys.
     pub first_position: usize,
@@ -318,19 +319,45 @@ impl Attention {
             return ControlFlow::Continue(report);
         }
 
-        let kv_heads = keys.row_heads();
-        let mut cache = scratch.take_cache(CacheShape { kv_heads, key_dim, value_dim }, arrays.packed_type());
+        let arrays = &Arrays { keys, values, ..*arrays };
+        let shape = CacheShape { kv_heads: keys.row_heads(), key_dim, value_dim };
+        if let Some((kind, budget)) = self.narrower_type(arrays) {
+            let mut cache = scratch.take_cache(shape, kind);
+            cache.append_view(keys, values, team);
+            let call = self.call(arrays, &cache);
+            if rounding::is_within(budget, arrays, &call, team, &mut scratch.attention) {
+                let mut report = self.run_chunks(&call, output, team, &mut scratch.attention, proceed);
+                scratch.keep_cache(cache);
+                if let ControlFlow::Continue(report) = &mut report {
+                    report.heads.iter_mut().for_each(|head| head.rounded_rows = head.rows);
+                }
+                return report;
+            }
+        }
+        let mut cache = scratch.take_cache(shape, arrays.packed_type());
         cache.append_view(keys, values, team);
-        let call = Call {
-            attention: self,
-            queries: arrays.queries,
-            first_position: arrays.first_position,
-            cache: &cache,
-            soft_cap: arrays.soft_cap,
-        };
-        let report = self.run_chunks(&call, output, team, &mut scratch.attention, proceed);
+        let report = self.run_chunks(&self.call(arrays, &cache), output, team, &mut scratch.attention, proceed);
         scratch.keep_cache(cache);
         report
+    }
+
+    /// Type that the keys and values of `arrays` may be rounded to where that stays within a budget, and the budget.
+    fn narrower_type(&self, arrays: &Arrays<'_>) -> Option<(KeyValueType, f32)> {
+        match self.method {
+            Method::Budgeted(BudgetSettings { budget })
+                if arrays.key_value_type.is_none()
+                    && arrays.soft_cap.is_none()
+                    && budgeted::makes_clusters(&self.mask, arrays.keys.shape()[2]) =>
+            {
+                rounding::faster_type(arrays.packed_type(), budget).map(|kind| (kind, budget))
+            }
+            _ => None,
+        }
+    }
+
+    fn call<'a>(&'a self, arrays: &Arrays<'a>, cache: &'a KeyValueCache) -> Call<'a> {
+        let Arrays { queries, first_position, soft_cap, .. } = *arrays;
+        Call { attention: self, queries, first_position, cache, soft_cap }
     }
 
     /// As [`run`](Self::run), for `queries` `[batch, query_heads, tokens, key_dim]` with any strides, whose row heads

@@ -27,6 +27,7 @@ mod output;
 mod page;
 mod places;
 mod report;
+mod rounding;
 mod segment;
 mod strided;
 mod tiles;

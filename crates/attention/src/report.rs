@@ -16,6 +16,8 @@ pub struct HeadReport {
     pub rows: u64,
     /// Rows that a method other than `exact` computed exactly because nothing else kept the budget or paid.
     pub fallback_rows: u64,
+    /// Rows that read keys and values in a narrower type than the caller's, which takes a part of the budget.
+    pub rounded_rows: u64,
     /// (query, key) pairs the mask allows.
     pub allowed_keys: u64,
     /// (query, key) pairs whose logit was computed, those of keys that only lead a search included.
@@ -76,6 +78,7 @@ impl AddAssign<&Self> for HeadReport {
     fn add_assign(&mut self, other: &Self) {
         self.rows += other.rows;
         self.fallback_rows += other.fallback_rows;
+        self.rounded_rows += other.rounded_rows;
         self.allowed_keys += other.allowed_keys;
         self.evaluated_keys += other.evaluated_keys;
         self.kept_keys += other.kept_keys;

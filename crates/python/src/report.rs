@@ -24,13 +24,15 @@ impl From<attention::Report> for Report {
 
 fn describe(name: &str, report: &attention::HeadReport) -> String {
     format!(
-        "{name}(rows={}, allowed_keys={}, evaluated_keys={}, kept_keys={}, kept_share={:.4}, fallback_rows={})",
+        "{name}(rows={}, allowed_keys={}, evaluated_keys={}, kept_keys={}, kept_share={:.4}, fallback_rows={}, \
+         rounded_rows={})",
         report.rows,
         report.allowed_keys,
         report.evaluated_keys,
         report.kept_keys,
         report.kept_share(),
-        report.fallback_rows
+        report.fallback_rows,
+        report.rounded_rows
     )
 }
 
@@ -50,6 +52,13 @@ macro_rules! figures {
             #[getter]
             fn fallback_rows(&self) -> u64 {
                 self.$field.fallback_rows
+            }
+
+            /// Rows that read keys and values rounded to a narrower type than the caller's, which takes a part of the
+            /// budget (method "budgeted" with kv_type "auto").
+            #[getter]
+            fn rounded_rows(&self) -> u64 {
+                self.$field.rounded_rows
             }
 
             /// (query, key) pairs that the mask allows.

@@ -153,6 +153,25 @@ def test_packed_types(kv_type, tolerance):
     assert error < tolerance
 
 
+def test_a_budget_leaves_room_for_rounding():
+    arrays = inputs(batch=1, tokens=64, keys=5500)
+    wanted = expected(*arrays, causal=True)
+    # Two values lie √2 times their spread apart, in each of 16 channels by about 1.
+    unit = (2 * 16) ** 0.5
+    for settings, may_round in [
+        ({"budget": 0.05}, True),
+        ({"budget": 0.05, "kv_type": "f32"}, False),
+        ({"budget": 0.005}, False),
+        ({"method": "exact"}, False),
+    ]:
+        found, report = iceformer.attention(*arrays, causal=True, return_report=True, **settings)
+        assert report.rounded_rows == report.heads[0].rounded_rows * 4
+        assert report.rounded_rows in ((0, report.rows) if may_round else (0,)), settings
+        assert f"rounded_rows={report.rounded_rows}" in repr(report)
+        missed = (found.double() - wanted).norm(dim=3) / unit
+        assert missed.max() < settings.get("budget", 1e-5), settings
+
+
 def test_threads_change_nothing():
     for tokens in (1, 300):
         arrays = inputs(tokens=tokens, keys=3000)

@@ -25,12 +25,13 @@ use std::sync::{Mutex, PoisonError, RwLockWriteGuard};
 
 pub(crate) use index::{ClusterIndex, SortedKeys};
 pub use settings::{BudgetError, BudgetSettings};
+pub(crate) use tile::distance;
 
 use crate::exact::{self, AttentionScratch};
 use crate::output::Output;
 use crate::strided::FromF32;
 use crate::tiles::{Call, Plan};
-use crate::{HeadReport, Report, ThreadTeam};
+use crate::{HeadReport, Mask, Report, ThreadTeam};
 use calibration::{Calibration, CalibrationScratch};
 use index::{IndexScratch, REGION_KEYS};
 use tile::{Budgeted, NEAR_KEYS, TileScratch};
@@ -56,6 +57,12 @@ pub(crate) struct BudgetScratch {
     reports: Vec<Vec<HeadReport>>,
 }
 
+/// Whether there are keys enough for clusters, within the window where there is one; else every key is computed.
+pub(crate) fn makes_clusters(mask: &Mask, keys: usize) -> bool {
+    // A window that no whole region fits into has no use for clusters.
+    keys >= LEAST_KEYS && mask.window.is_none_or(|window| window >= REGION_KEYS + NEAR_KEYS)
+}
+
 /// Runs `call` within a budget. Shapes and settings were checked by the caller.
 pub(crate) fn run<T: FromF32>(
     call: &Call<'_>,
@@ -64,10 +71,7 @@ pub(crate) fn run<T: FromF32>(
     team: &ThreadTeam,
     scratch: &mut AttentionScratch,
 ) -> Report {
-    // A window that no whole region fits into has no use for clusters.
-    let least_window = REGION_KEYS + NEAR_KEYS;
-    let is_narrow = call.attention.mask.window.is_some_and(|window| window < least_window);
-    if call.cache.len() < LEAST_KEYS || call.tokens() == 0 || is_narrow {
+    if call.tokens() == 0 || !makes_clusters(&call.attention.mask, call.cache.len()) {
         return exact::run(call, output, team, scratch);
     }
     if !call.attention.mask.causal {

@@ -462,7 +462,7 @@ impl Work<'_> {
 }
 
 /// `‖a − b‖`
-pub(super) fn distance(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn distance(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt()
 }
 
