@@ -5,12 +5,16 @@
 //! ([`few`](crate::few)).
 
 use std::ops::{ControlFlow, Range};
+use std::sync::Mutex;
 
+use iceformer_kernels::InstructionSet;
+use iceformer_kernels::attention::multiplies_brain_floats;
 use iceformer_kernels::half::slice::HalfBitsSliceExt;
 use iceformer_kernels::half::{bf16, f16};
 
 use crate::few::{self, FewScratch};
 use crate::output::Output;
+use crate::short::{self, ShortScratch};
 use crate::strided::FromF32;
 use crate::tiles::Call;
 use crate::{
@@ -34,8 +38,8 @@ pub struct Arrays<'a> {
     pub keys: StridedView<'a>,
     /// `[batch, kv_heads, keys, value_dim]`
     pub values: StridedView<'a>,
-    /// Type that keys and values are packed in, where they are; `None`: bf16 for bf16, else f32, so that nothing is
-    /// rounded, unless method `budgeted` finds on some rows that a type this machine is faster with (int8, with AMX
+    /// Type that keys and values are packed in, where they are; `None`: bf16 for bf16 on a machine that is fast at it,
+    /// else f32, so that nothing is rounded, unless method `budgeted` finds on some rows that a type this machine is faster with (int8, with AMX
     /// bf16) takes at most half of the budget.
     pub key_value_type: Option<KeyValueType>,
     /// Position of the first query among the keys.
@@ -179,7 +183,9 @@ impl Arrays<'_> {
     /// The type that keys and values are packed in.
     fn packed_type(&self) -> KeyValueType {
         self.key_value_type.unwrap_or(match (self.keys.elements(), self.values.elements()) {
-            (Elements::Bf16(_), Elements::Bf16(_)) => KeyValueType::Bf16,
+            (Elements::Bf16(_), Elements::Bf16(_)) if multiplies_brain_floats(InstructionSet::current()) => {
+                KeyValueType::Bf16
+            }
             _ => KeyValueType::F32,
         })
     }
@@ -201,6 +207,8 @@ impl Arrays<'_> {
 pub struct ArrayScratch {
     attention: AttentionScratch,
     few: FewScratch,
+    /// One per thread.
+    short: Vec<Mutex<ShortScratch>>,
     /// The last call's cache, for its memory.
     cache: Option<KeyValueCache>,
 }
@@ -208,10 +216,7 @@ pub struct ArrayScratch {
 impl ArrayScratch {
     /// An empty cache, with the last one's memory where it fits.
     fn take_cache(&mut self, shape: CacheShape, kind: KeyValueType) -> KeyValueCache {
-        match self.cache.take() {
-            Some(cache) if cache.shape() == shape && cache.kind() == kind => cache,
-            _ => KeyValueCache::new(shape, kind),
-        }
+        KeyValueCache::reusing(self.cache.take(), shape, kind)
     }
 
     /// Keeps the memory of the keys and values of `cache`, but not its indexes.
@@ -320,6 +325,11 @@ impl Attention {
         }
 
         let arrays = &Arrays { keys, values, ..*arrays };
+        if self.is_exact(arrays) && short::fits(arrays) {
+            let mut report = short::run(self, arrays, arrays.packed_type(), output, team, &mut scratch.short);
+            report.fold_batch(batch);
+            return ControlFlow::Continue(report);
+        }
         let shape = CacheShape { kv_heads: keys.row_heads(), key_dim, value_dim };
         if let Some((kind, budget)) = self.narrower_type(arrays) {
             let mut cache = scratch.take_cache(shape, kind);
@@ -341,13 +351,21 @@ impl Attention {
         report
     }
 
+    /// Whether `arrays` are attended to exactly, whatever the method.
+    fn is_exact(&self, arrays: &Arrays<'_>) -> bool {
+        match self.method {
+            _ if arrays.soft_cap.is_some() => true,
+            Method::Exact => true,
+            Method::Budgeted(_) => !budgeted::makes_clusters(&self.mask, arrays.keys.shape()[2]),
+            Method::Dci(_) => false,
+        }
+    }
+
     /// Type that the keys and values of `arrays` may be rounded to where that stays within a budget, and the budget.
     fn narrower_type(&self, arrays: &Arrays<'_>) -> Option<(KeyValueType, f32)> {
         match self.method {
             Method::Budgeted(BudgetSettings { budget })
-                if arrays.key_value_type.is_none()
-                    && arrays.soft_cap.is_none()
-                    && budgeted::makes_clusters(&self.mask, arrays.keys.shape()[2]) =>
+                if arrays.key_value_type.is_none() && !self.is_exact(arrays) =>
             {
                 rounding::faster_type(arrays.packed_type(), budget).map(|kind| (kind, budget))
             }

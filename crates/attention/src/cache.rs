@@ -7,6 +7,7 @@
 use std::ops::Range;
 use std::sync::{PoisonError, RwLock};
 
+use bytemuck::Pod;
 use iceformer_kernels::attention::{KEY_DIM_MULTIPLE, KeyBlock, PAGE_KEYS, VALUE_DIM_MULTIPLE};
 
 use crate::ThreadTeam;
@@ -73,6 +74,15 @@ impl CacheShape {
         self.key_dim.next_multiple_of(KEY_DIM_MULTIPLE)
     }
 
+    /// Words of four bytes that a key of type `kind` takes in a page.
+    pub(crate) fn key_words(self, kind: KeyValueType) -> usize {
+        match kind {
+            KeyValueType::F32 => self.padded_key_dim(),
+            KeyValueType::Bf16 => self.padded_key_dim() / 2,
+            KeyValueType::Int8 => self.padded_key_dim() / 4,
+        }
+    }
+
     /// Value width in a page: padded with zeros.
     pub(crate) fn padded_value_dim(self) -> usize {
         self.value_dim.next_multiple_of(VALUE_DIM_MULTIPLE)
@@ -91,20 +101,48 @@ struct Head {
 }
 
 impl Head {
-    fn write_key(&mut self, index: usize, key: &[f32], key_dim: usize) {
-        let slot = index % SEGMENT_KEYS;
-        match &mut self.segments[index / SEGMENT_KEYS] {
-            Segment::F32 { keys, .. } => page::write_key_f32(keys, slot, key, key_dim),
-            Segment::Bf16 { keys, .. } => page::write_key_bf16(keys, slot, key, key_dim),
-            Segment::Int8 { keys, key_scales, .. } => {
-                page::write_key_int8(
-                    Int8Slot { data: keys, scale: &mut key_scales[slot] },
-                    slot,
-                    key,
-                    &self.mean,
-                    key_dim,
-                );
+    /// Writes the keys of `tokens` of row head `row_head` of `keys` to position `first` and those after it, whole pages at
+    /// a time where it can.
+    fn write_keys(
+        &mut self,
+        first: usize,
+        keys: &StridedView<'_>,
+        row_head: usize,
+        tokens: Range<usize>,
+        words: usize,
+    ) {
+        let (mut encoded, mut row) = (vec![0; PAGE_KEYS.min(tokens.len()) * words], Vec::new());
+        let mut token = tokens.start;
+        while token < tokens.end {
+            let index = first + token - tokens.start;
+            let is_page = index.is_multiple_of(PAGE_KEYS) && tokens.end - token >= PAGE_KEYS;
+            let (segment, slot) = (&mut self.segments[index / SEGMENT_KEYS], index % SEGMENT_KEYS);
+            if is_page
+                && let Segment::F32 { keys: pages, .. } = &mut *segment
+                && let Some(rows) = keys.rows_in_place(row_head, token)
+            {
+                // Nothing to encode.
+                page::write_page(pages, slot, rows.map(bytemuck::cast_slice), words);
+                token += PAGE_KEYS;
+                continue;
             }
+            let encoded = &mut encoded[..if is_page { PAGE_KEYS * words } else { words }];
+            for (number, words) in encoded.chunks_exact_mut(words).enumerate() {
+                let key = keys.row(row_head, token + number, &mut row);
+                match segment {
+                    Segment::F32 { .. } => page::encode_key_f32(words, key),
+                    Segment::Bf16 { .. } => page::encode_key_bf16(words, key),
+                    Segment::Int8 { key_scales, .. } => {
+                        page::encode_key_int8(words, &mut key_scales[slot + number], key, &self.mean);
+                    }
+                }
+            }
+            match segment {
+                Segment::F32 { keys, .. } => write_encoded(keys, slot, encoded, words),
+                Segment::Bf16 { keys, .. } => write_encoded(keys, slot, encoded, words),
+                Segment::Int8 { keys, .. } => write_encoded(keys, slot, encoded, words),
+            }
+            token += encoded.len() / words;
         }
     }
 
@@ -117,6 +155,41 @@ impl Head {
                 let slot_data = Int8Slot { data: values, scale: &mut value_scales[slot] };
                 page::write_value_int8(slot_data, slot, value, value_dim);
             }
+        }
+    }
+
+    /// Writes the first `tokens` values of row head `row_head` of `values` to position `first` and those after it, in
+    /// pairs where it can.
+    fn write_values(
+        &mut self,
+        first: usize,
+        values: &StridedView<'_>,
+        row_head: usize,
+        tokens: usize,
+        value_dim: usize,
+    ) {
+        let mut rows = [Vec::new(), Vec::new()];
+        let mut token = 0;
+        while token < tokens {
+            let index = first + token;
+            if index % 2 == 1 || tokens - token == 1 {
+                self.write_value(index, values.row(row_head, token, &mut rows[0]), value_dim);
+                token += 1;
+                continue;
+            }
+            let [one, other] = &mut rows;
+            let pair = [values.row(row_head, token, one), values.row(row_head, token + 1, other)];
+            let slot = index % SEGMENT_KEYS;
+            match &mut self.segments[index / SEGMENT_KEYS] {
+                Segment::F32 { values, .. } => {
+                    pair.iter().zip(slot..).for_each(|(row, slot)| page::write_value_f32(values, slot, row, value_dim));
+                }
+                Segment::Bf16 { values, .. } => page::write_value_pair_bf16(values, slot, pair, value_dim),
+                Segment::Int8 { values, value_scales, .. } => {
+                    page::write_value_pair_int8(values, &mut value_scales[slot..slot + 2], slot, pair, value_dim);
+                }
+            }
+            token += 2;
         }
     }
 
@@ -157,10 +230,20 @@ impl Head {
         for key in first_keys.chunks_exact(key_dim) {
             self.mean.iter_mut().zip(key).for_each(|(mean, value)| *mean += value / count as f32);
         }
-        for (index, key) in first_keys.chunks_exact(key_dim).enumerate() {
-            self.write_key(index, key, shape.padded_key_dim());
-        }
+        let keys = StridedView::token_major(&first_keys, count, 1, key_dim);
+        self.write_keys(0, &keys, 0, 0..count, shape.key_words(KeyValueType::Int8));
         self.first_keys = first_keys;
+    }
+}
+
+/// Writes the keys of `encoded`, one or sixteen, `words` words each, to `slot` and those after it.
+fn write_encoded<T: Pod>(keys: &mut [T], slot: usize, encoded: &[u32], words: usize) {
+    match encoded.len() == words {
+        true => page::write_key(keys, slot, encoded),
+        false => {
+            let key = |key: usize| &encoded[key * words..(key + 1) * words];
+            page::write_page(keys, slot, std::array::from_fn(key), words);
+        }
     }
 }
 
@@ -188,6 +271,17 @@ impl KeyValueCache {
             || Head { segments: Vec::new(), mean: mean.clone(), first_keys: Vec::new(), places: Places::default() };
         let heads = (0..shape.kv_heads).map(|_| head()).collect();
         Self { shape, kind, len: 0, stale: 0, heads, search_index: RwLock::default(), clusters: RwLock::default() }
+    }
+
+    /// An empty cache, with the memory of `earlier` where that fits.
+    pub(crate) fn reusing(earlier: Option<Self>, shape: CacheShape, kind: KeyValueType) -> Self {
+        match earlier {
+            Some(mut cache) if cache.shape == shape && cache.kind == kind => {
+                cache.clear();
+                cache
+            }
+            _ => Self::new(shape, kind),
+        }
     }
 
     /// Appends `keys` `[tokens, kv_heads, key_dim]` and `values` `[tokens, kv_heads, value_dim]`.
@@ -239,12 +333,8 @@ impl KeyValueCache {
                 }
                 head.centre_first_keys(shape);
             }
-            for token in 0..tokens {
-                if token >= first {
-                    head.write_key(before + token, keys.row(index, token, &mut row), padded_key_dim);
-                }
-                head.write_value(before + token, values.row(index, token, &mut row), padded_value_dim);
-            }
+            head.write_keys(before + first, &keys, index, first..tokens, shape.key_words(kind));
+            head.write_values(before, &values, index, tokens, padded_value_dim);
             cleared.clone().for_each(|index| head.write_value(index, &zeros, padded_value_dim));
         };
         if tokens < 16 {

@@ -47,12 +47,5 @@ pub(crate) fn run<T: FromF32>(
     });
 
     let allowed = (0..call.tokens()).map(|token| call.seen(token).len() as u64).sum();
-    let each = HeadReport {
-        rows: call.tokens() as u64,
-        allowed_keys: allowed,
-        evaluated_keys: allowed,
-        kept_keys: allowed,
-        ..HeadReport::default()
-    };
-    Report::of_heads(call.query_heads(), &each)
+    Report::of_heads(call.query_heads(), &HeadReport::exact(call.tokens(), allowed))
 }

@@ -143,14 +143,7 @@ pub(crate) fn run<T: FromF32>(
         }
     }
     let allowed = (0..tokens).map(|token| visible(token).len() as u64).sum();
-    let each = HeadReport {
-        rows: tokens as u64,
-        allowed_keys: allowed,
-        evaluated_keys: allowed,
-        kept_keys: allowed,
-        ..HeadReport::default()
-    };
-    Report::of_heads(row_heads, &each)
+    Report::of_heads(row_heads, &HeadReport::exact(tokens, allowed))
 }
 
 /// All query rows of row key/value head `kv_head` over `range`.

@@ -29,6 +29,7 @@ mod places;
 mod report;
 mod rounding;
 mod segment;
+mod short;
 mod strided;
 mod tiles;
 

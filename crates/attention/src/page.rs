@@ -3,7 +3,7 @@
 //! `slot` counts keys from the start of the buffer; widths are the padded ones, and shorter input leaves zeros.
 
 use bytemuck::Pod;
-use iceformer_kernels::attention::PAGE_KEYS;
+use iceformer_kernels::attention::{PAGE_KEYS, transpose_keys};
 use iceformer_kernels::half::bf16;
 use iceformer_kernels::{brain_bits, nearest_integer};
 
@@ -13,40 +13,46 @@ pub(crate) struct Int8Slot<'a, T> {
     pub scale: &'a mut f32,
 }
 
-/// `[key_dim][16]`.
-pub(crate) fn write_key_f32(keys: &mut [f32], slot: usize, key: &[f32], key_dim: usize) {
-    let page = &mut keys[slot / PAGE_KEYS * PAGE_KEYS * key_dim..][..PAGE_KEYS * key_dim];
-    for (channel, value) in key.iter().enumerate() {
-        page[channel * PAGE_KEYS + slot % PAGE_KEYS] = *value;
-    }
+/// Writes `key` as a page of f32 holds it, a number in each of `words`.
+pub(crate) fn encode_key_f32(words: &mut [u32], key: &[f32]) {
+    let (words, padding) = words.split_at_mut(key.len());
+    words.copy_from_slice(bytemuck::cast_slice(key));
+    padding.fill(0);
 }
 
-/// `[key_dim / 2][16][2]`.
-pub(crate) fn write_key_bf16(keys: &mut [u16], slot: usize, key: &[f32], key_dim: usize) {
-    let page = &mut keys[slot / PAGE_KEYS * PAGE_KEYS * key_dim..][..PAGE_KEYS * key_dim];
-    // Rounded some at a time, side by side, before they are spread.
-    for (part, key) in key.chunks(PAGE_KEYS).enumerate() {
-        let mut bits = [0; PAGE_KEYS];
-        bits.iter_mut().zip(key).for_each(|(bits, value)| *bits = brain_bits(*value));
-        for (step, pair) in bits.chunks_exact(2).enumerate().take(key.len().div_ceil(2)) {
-            page[((part * PAGE_KEYS / 2 + step) * PAGE_KEYS + slot % PAGE_KEYS) * 2..][..2].copy_from_slice(pair);
-        }
-    }
+/// Writes `key` as a page of bf16 holds it, two numbers in each of `words`.
+pub(crate) fn encode_key_bf16(words: &mut [u32], key: &[f32]) {
+    let (bits, padding) = bytemuck::cast_slice_mut::<u32, u16>(words).split_at_mut(key.len());
+    bits.iter_mut().zip(key).for_each(|(bits, value)| *bits = brain_bits(*value));
+    padding.fill(0);
 }
 
-/// `[key_dim / 4][16][4]` of the integers of `key − mean`, plus 128.
-pub(crate) fn write_key_int8(target: Int8Slot<'_, u8>, slot: usize, key: &[f32], mean: &[f32], key_dim: usize) {
-    let inverse = scale(key.iter().zip(mean).map(|(value, mean)| value - mean), target.scale);
-    let page = &mut target.data[slot / PAGE_KEYS * PAGE_KEYS * key_dim..][..PAGE_KEYS * key_dim];
-    let lane = slot % PAGE_KEYS;
-    for (step, (key, mean)) in key.chunks(4).zip(mean.chunks(4)).enumerate() {
-        // A padded channel keeps the offset alone, so that it counts as zero.
-        let mut integers = [128; 4];
-        for ((integer, value), mean) in integers.iter_mut().zip(key).zip(mean) {
-            *integer = (nearest_integer((value - mean) * inverse) + 128) as u8;
-        }
-        page[(step * PAGE_KEYS + lane) * 4..][..4].copy_from_slice(&integers);
+/// Writes the integers of `key − mean`, plus 128, as a page of int8 holds them, four in each of `words`.
+pub(crate) fn encode_key_int8(words: &mut [u32], scale_of_key: &mut f32, key: &[f32], mean: &[f32]) {
+    let inverse = scale(key.iter().zip(mean).map(|(value, mean)| value - mean), scale_of_key);
+    let (bytes, padding) = bytemuck::cast_slice_mut::<u32, u8>(words).split_at_mut(key.len());
+    for ((byte, value), mean) in bytes.iter_mut().zip(key).zip(mean) {
+        *byte = (nearest_integer((value - mean) * inverse) + 128) as u8;
     }
+    // A padded channel keeps the offset alone, so that it counts as zero.
+    padding.fill(128);
+}
+
+/// Writes sixteen encoded keys of `words` words each, less zeros at the end, to the page that starts at `slot`.
+pub(crate) fn write_page<T: Pod>(keys: &mut [T], slot: usize, encoded: [&[u32]; PAGE_KEYS], words: usize) {
+    let page = &mut bytemuck::cast_slice_mut::<T, u32>(keys)[slot * words..(slot + PAGE_KEYS) * words];
+    transpose_keys(encoded, page);
+}
+
+/// Writes an encoded key to `slot`.
+pub(crate) fn write_key<T: Pod>(keys: &mut [T], slot: usize, encoded: &[u32]) {
+    let first = slot / PAGE_KEYS * PAGE_KEYS * encoded.len();
+    let page = &mut bytemuck::cast_slice_mut::<T, u32>(keys)[first..first + PAGE_KEYS * encoded.len()];
+    page.as_chunks_mut::<PAGE_KEYS>()
+        .0
+        .iter_mut()
+        .zip(encoded)
+        .for_each(|(lanes, word)| lanes[slot % PAGE_KEYS] = *word);
 }
 
 /// `[16][value_dim]`.
@@ -71,14 +77,37 @@ pub(crate) fn write_value_int8(target: Int8Slot<'_, i8>, slot: usize, value: &[f
     }
 }
 
-/// Key `slot` of [`write_key_f32`]'s layout.
+/// As [`write_value_bf16`], the values of `slot`, an even one, and of the next.
+pub(crate) fn write_value_pair_bf16(values: &mut [u16], slot: usize, pair: [&[f32]; 2], value_dim: usize) {
+    let target = &mut values[slot * value_dim..][..2 * value_dim];
+    for ((target, one), other) in target.as_chunks_mut::<2>().0.iter_mut().zip(pair[0]).zip(pair[1]) {
+        *target = [brain_bits(*one), brain_bits(*other)];
+    }
+}
+
+/// As [`write_value_int8`], the values of `slot`, an even one, and of the next.
+pub(crate) fn write_value_pair_int8(
+    values: &mut [i8],
+    scales: &mut [f32],
+    slot: usize,
+    pair: [&[f32]; 2],
+    value_dim: usize,
+) {
+    let [one, other] = [0, 1].map(|row| scale(pair[row].iter().copied(), &mut scales[row]));
+    let target = &mut values[slot * value_dim..][..2 * value_dim];
+    for ((target, first), second) in target.as_chunks_mut::<2>().0.iter_mut().zip(pair[0]).zip(pair[1]) {
+        *target = [nearest_integer(first * one) as i8, nearest_integer(second * other) as i8];
+    }
+}
+
+/// Key `slot` of a page of f32.
 pub(crate) fn read_key_f32(keys: &[f32], slot: usize, key_dim: usize, key: &mut [f32]) {
     let page = &keys[slot / PAGE_KEYS * PAGE_KEYS * key_dim..][..PAGE_KEYS * key_dim];
     let lane = page.iter().skip(slot % PAGE_KEYS).step_by(PAGE_KEYS);
     key.iter_mut().zip(lane).for_each(|(target, value)| *target = *value);
 }
 
-/// Key `slot` of [`write_key_bf16`]'s layout.
+/// Key `slot` of a page of bf16.
 pub(crate) fn read_key_bf16(keys: &[u16], slot: usize, key_dim: usize, key: &mut [f32]) {
     let page = &keys[slot / PAGE_KEYS * PAGE_KEYS * key_dim..][..PAGE_KEYS * key_dim];
     for (step, pair) in key.chunks_mut(2).enumerate() {
@@ -87,7 +116,7 @@ pub(crate) fn read_key_bf16(keys: &[u16], slot: usize, key_dim: usize, key: &mut
     }
 }
 
-/// Key `slot` of [`write_key_int8`]'s layout, without its mean.
+/// Key `slot` of a page of int8, without its mean.
 pub(crate) fn read_key_int8(keys: &[u8], scale: f32, slot: usize, key_dim: usize, key: &mut [f32]) {
     let page = &keys[slot / PAGE_KEYS * PAGE_KEYS * key_dim..][..PAGE_KEYS * key_dim];
     for (step, four) in key.chunks_mut(4).enumerate() {
@@ -140,10 +169,8 @@ pub(crate) fn copy_paired_value<T: Pod>(values: &mut [T], slot: usize, source: &
 /// Sets the scale that maps the largest of `values` to 127 and returns its inverse. A NaN or ∞ makes the scale NaN or
 /// ∞, so that it shows in every score of the key instead of turning into a wrong number.
 fn scale(values: impl Iterator<Item = f32>, scale: &mut f32) -> f32 {
-    let largest = values.fold(0.0_f32, |largest, value| {
-        // `f32::max` would drop a NaN.
-        if value.abs() > largest || value.is_nan() { value.abs() } else { largest }
-    });
+    // Sizes are ordered as their bits are, a NaN above all, which `f32::max` would drop.
+    let largest = f32::from_bits(values.map(|value| value.abs().to_bits()).fold(0, u32::max));
     *scale = largest / 127.0;
     if largest > 0.0 { 127.0 / largest } else { 0.0 }
 }

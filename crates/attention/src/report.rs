@@ -63,6 +63,12 @@ impl AddAssign<&Self> for Report {
 }
 
 impl HeadReport {
+    /// Of `rows` queries that were computed exactly, which see `allowed_keys` keys together.
+    pub(crate) fn exact(rows: usize, allowed_keys: u64) -> Self {
+        let (evaluated_keys, kept_keys) = (allowed_keys, allowed_keys);
+        Self { rows: rows as u64, allowed_keys, evaluated_keys, kept_keys, ..Self::default() }
+    }
+
     /// Share of the allowed pairs whose own value entered the output; 1 where nothing was allowed.
     pub fn kept_share(&self) -> f64 {
         if self.allowed_keys == 0 { 1.0 } else { self.kept_keys as f64 / self.allowed_keys as f64 }

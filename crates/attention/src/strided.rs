@@ -103,6 +103,14 @@ impl<'a> StridedView<'a> {
         Self { shape: [batch, heads, range.len(), width], offset, ..*self }
     }
 
+    /// The `count` row heads from `first` on alone, heads of one entry of the batch, as a batch of one.
+    pub(crate) fn row_heads_of(&self, first: usize, count: usize) -> Self {
+        let [_, heads, tokens, width] = self.shape;
+        debug_assert!(first % heads + count <= heads, "heads of one entry");
+        let offset = if self.shape.contains(&0) { self.offset } else { self.start(first, 0) };
+        Self { shape: [1, count, tokens, width], offset, ..*self }
+    }
+
     /// Heads of all entries of the batch: head `h` of entry `b` is row head `b · heads + h`.
     pub(crate) fn row_heads(&self) -> usize {
         self.shape[0] * self.shape[1]
@@ -119,15 +127,31 @@ impl<'a> StridedView<'a> {
     where
         'a: 'b,
     {
+        self.row_in_place(head, token).unwrap_or_else(|| {
+            buffer.resize(self.shape[3], 0.0);
+            self.read_row(head, token, buffer);
+            buffer
+        })
+    }
+
+    /// The numbers of `token` of row head `head`, `[width]`, where they lie as f32 one behind the other.
+    pub(crate) fn row_in_place(&self, head: usize, token: usize) -> Option<&'a [f32]> {
         let width = self.shape[3];
         match self.elements {
-            Elements::F32(values) if self.strides[3] == 1 || width == 1 => &values[self.start(head, token)..][..width],
-            _ => {
-                buffer.resize(width, 0.0);
-                self.read_row(head, token, buffer);
-                buffer
+            Elements::F32(values) if self.strides[3] == 1 || width == 1 => {
+                Some(&values[self.start(head, token)..][..width])
             }
+            _ => None,
         }
+    }
+
+    /// As [`row_in_place`](Self::row_in_place), of `N` tokens from `token` on.
+    pub(crate) fn rows_in_place<const N: usize>(&self, head: usize, token: usize) -> Option<[&'a [f32]; N]> {
+        let mut rows: [&[f32]; N] = [&[]; N];
+        for (offset, row) in rows.iter_mut().enumerate() {
+            *row = self.row_in_place(head, token + offset)?;
+        }
+        Some(rows)
     }
 
     /// Writes the numbers of `token` of row head `head` to `row`, `[width]`.

@@ -139,8 +139,11 @@ impl Task {
 impl Plan {
     /// The cut of `call`.
     pub fn new(call: &Call<'_>) -> Self {
-        let (tokens, group, kv_heads, keys) =
-            (call.tokens(), call.group(), call.cache.shape().kv_heads, call.cache.len());
+        Self::of_heads(call.cache.shape().kv_heads, call.group(), call.tokens(), call.cache.len())
+    }
+
+    /// The cut of `tokens` queries of `group` heads for each of `kv_heads` over `keys`.
+    pub fn of_heads(kv_heads: usize, group: usize, tokens: usize, keys: usize) -> Self {
         // A whole number of micro-tiles.
         let tile_tokens = (TILE_ROWS / group / MICRO_ROWS * MICRO_ROWS).max(MICRO_ROWS).min(tokens.max(1));
         let tiles = tokens.div_ceil(tile_tokens);
@@ -199,7 +202,10 @@ impl Plan {
             team.run_chunks(&mut targets, 1, |task, target, worker| {
                 let (rows, extra) = &mut target[0];
                 let mut store = |tile: &AttentionTile| {
-                    self.write(call, rows, |_, row, output| tile.finish_row(row, output));
+                    self.write(call, rows, |_, row, output| {
+                        tile.finish_row(row, output);
+                        move || tile.log_sum_exp(row)
+                    });
                 };
                 body(&self.task(task, keys), extra, worker, &mut store);
             });
@@ -217,7 +223,10 @@ impl Plan {
         });
         let parts = &*parts;
         let merge_rows = |rows: &mut [OutputRows<'_, T>]| {
-            self.write(call, rows, |first, row, output| merge(&parts[first..first + self.ranges], row, output));
+            self.write(call, rows, |first, row, output| {
+                let log_sum_exp = merge(&parts[first..first + self.ranges], row, output);
+                move || log_sum_exp
+            });
         };
         let mut rows: Vec<_> = rows.collect();
         if self.tokens < MERGED_TOKENS {
@@ -228,12 +237,12 @@ impl Plan {
     }
 
     /// Writes `rows`: `finish` is given the first task that holds a row, its number there and a place for its output, and
-    /// returns its log-sum-exp.
-    fn write<T: FromF32>(
+    /// returns what gives its log-sum-exp where that is wanted.
+    fn write<T: FromF32, L: FnOnce() -> f32>(
         &self,
         call: &Call<'_>,
         rows: &mut [OutputRows<'_, T>],
-        finish: impl Fn(usize, usize, &mut [f32]) -> f32,
+        finish: impl Fn(usize, usize, &mut [f32]) -> L,
     ) {
         let (mut output, mut query) = (vec![0.0; call.cache.shape().value_dim], Vec::new());
         for rows in rows {
@@ -241,7 +250,7 @@ impl Plan {
             let first_head = rows.kv_head * self.group;
             for head in 0..self.group {
                 let log_sum_exp = finish(first, self.row_of(head, token), &mut output);
-                rows.write(head, &mut output, || log_sum_exp + call.centre(first_head + head, token, &mut query));
+                rows.write(head, &mut output, || log_sum_exp() + call.centre(first_head + head, token, &mut query));
             }
         }
     }
@@ -253,7 +262,8 @@ impl Part {
         self.output.resize(rows * value_dim, 0.0);
         self.log_sum_exp.resize(rows, 0.0);
         for (row, output) in self.output.chunks_exact_mut(value_dim).take(rows).enumerate() {
-            self.log_sum_exp[row] = tile.finish_row(row, output);
+            tile.finish_row(row, output);
+            self.log_sum_exp[row] = tile.log_sum_exp(row);
         }
     }
 }

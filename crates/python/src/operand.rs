@@ -1,28 +1,28 @@
 //! Arrays as they come from the Python half.
 
 use iceformer_attention::{Elements, ElementsMut, StridedView};
-use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
+use numpy::{PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyReadwriteArrayDyn};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-/// `(flat, dtype, shape, strides)`: all memory from the first to the last number as one contiguous array (`float32`, or
+/// `(memory, dtype, shape, strides)`: all memory from the first to the last number as a contiguous array (`float32`, or
 /// `uint16` of the bits of `float16` and `bfloat16`), its type, and `[batch, heads, tokens, width]`.
 #[derive(FromPyObject)]
 pub struct Operand<'py>(Bound<'py, PyAny>, String, [usize; 4], [usize; 4]);
 
 /// An [`Operand`]'s memory, borrowed from NumPy.
 pub enum Borrowed<'py> {
-    F32(PyReadonlyArray1<'py, f32>),
-    F16(PyReadonlyArray1<'py, u16>),
-    Bf16(PyReadonlyArray1<'py, u16>),
+    F32(PyReadonlyArrayDyn<'py, f32>),
+    F16(PyReadonlyArrayDyn<'py, u16>),
+    Bf16(PyReadonlyArrayDyn<'py, u16>),
 }
 
 impl<'py> Operand<'py> {
     pub fn borrow(&self) -> PyResult<Borrowed<'py>> {
         Ok(match self.1.as_str() {
-            "float32" => Borrowed::F32(self.0.cast::<PyArray1<f32>>()?.readonly()),
-            "float16" => Borrowed::F16(self.0.cast::<PyArray1<u16>>()?.readonly()),
-            "bfloat16" => Borrowed::Bf16(self.0.cast::<PyArray1<u16>>()?.readonly()),
+            "float32" => Borrowed::F32(self.0.cast::<PyArrayDyn<f32>>()?.readonly()),
+            "float16" => Borrowed::F16(self.0.cast::<PyArrayDyn<u16>>()?.readonly()),
+            "bfloat16" => Borrowed::Bf16(self.0.cast::<PyArrayDyn<u16>>()?.readonly()),
             other => return Err(unknown_type(other)),
         })
     }
@@ -37,23 +37,23 @@ impl<'py> Operand<'py> {
     }
 }
 
-/// `(flat, dtype)`: where results go, contiguous.
+/// `(memory, dtype)`: where results go, contiguous.
 #[derive(FromPyObject)]
 pub struct Output<'py>(Bound<'py, PyAny>, String);
 
 /// An [`Output`]'s memory, borrowed from NumPy.
 pub enum BorrowedMut<'py> {
-    F32(PyReadwriteArray1<'py, f32>),
-    F16(PyReadwriteArray1<'py, u16>),
-    Bf16(PyReadwriteArray1<'py, u16>),
+    F32(PyReadwriteArrayDyn<'py, f32>),
+    F16(PyReadwriteArrayDyn<'py, u16>),
+    Bf16(PyReadwriteArrayDyn<'py, u16>),
 }
 
 impl<'py> Output<'py> {
     pub fn borrow(&self) -> PyResult<BorrowedMut<'py>> {
         Ok(match self.1.as_str() {
-            "float32" => BorrowedMut::F32(self.0.cast::<PyArray1<f32>>()?.readwrite()),
-            "float16" => BorrowedMut::F16(self.0.cast::<PyArray1<u16>>()?.readwrite()),
-            "bfloat16" => BorrowedMut::Bf16(self.0.cast::<PyArray1<u16>>()?.readwrite()),
+            "float32" => BorrowedMut::F32(self.0.cast::<PyArrayDyn<f32>>()?.readwrite()),
+            "float16" => BorrowedMut::F16(self.0.cast::<PyArrayDyn<u16>>()?.readwrite()),
+            "bfloat16" => BorrowedMut::Bf16(self.0.cast::<PyArrayDyn<u16>>()?.readwrite()),
             other => return Err(unknown_type(other)),
         })
     }

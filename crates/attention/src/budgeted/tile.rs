@@ -513,7 +513,8 @@ mod tests {
                     let (mut tile, mut output) = (AttentionTile::default(), vec![0.0; width]);
                     tiles::begin(&mut tile, &call, &task);
                     add(&mut tile);
-                    let log_sum_exp = tile.finish_row(0, &mut output);
+                    tile.finish_row(0, &mut output);
+                    let log_sum_exp = tile.log_sum_exp(0);
                     output.push(log_sum_exp);
                     output
                 };

@@ -220,7 +220,8 @@ mod tests {
                         let mut output = vec![0.0; (value_dim + 1) * rows];
                         for (row, output) in output.chunks_exact_mut(value_dim + 1).enumerate() {
                             let (sum, output) = output.split_first_mut().expect("a place for the sum");
-                            *sum = tile.finish_row(row, output);
+                            tile.finish_row(row, output);
+                            *sum = tile.log_sum_exp(row);
                         }
                         output
                     };

@@ -29,13 +29,15 @@ mod queries;
 #[cfg(target_arch = "x86_64")]
 mod softmax;
 mod tile;
+mod transpose;
 mod widened;
 
 #[cfg(target_arch = "x86_64")]
 use crate::InstructionSet;
 pub use clusters::{ClusterQueries, ClusterSummaries, PANEL_CLUSTERS};
 pub use masses::{add_squared_errors, largest, masses_in_place, sum_of_squared_errors, sums_up_to};
-pub use tile::{AttentionTile, KeyBlock, TileShape};
+pub use tile::{AttentionTile, KeyBlock, TileShape, multiplies_brain_floats};
+pub use transpose::transpose_keys;
 
 /// Keys in a page.
 pub const PAGE_KEYS: usize = 16;

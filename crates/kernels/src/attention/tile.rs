@@ -512,7 +512,20 @@ impl AttentionTile {
 
     /// Softmax sum of row `row` so far, relative to `e^maximum`.
     pub fn sum(&self, row: usize) -> f32 {
-        self.sums[row * PAGE_KEYS..(row + 1) * PAGE_KEYS].iter().sum()
+        let lanes = &self.sums[row * PAGE_KEYS..(row + 1) * PAGE_KEYS];
+        // Four sums side by side, so that they do not all wait for one another.
+        let [a, b, c, d] = lanes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .fold([0.0; 4], |sums, lanes| std::array::from_fn(|lane| sums[lane] + lanes[lane]));
+        (a + c) + (b + d)
+    }
+
+    /// Log-sum-exp of row `row` so far, in nats: −∞ for a row that saw no key.
+    pub fn log_sum_exp(&self, row: usize) -> f32 {
+        let sum = self.sum(row);
+        if sum == 0.0 { f32::NEG_INFINITY } else { self.maxima[row] * NATS + sum.ln() }
     }
 
     /// Lets later masses of row `row` be given relative to `e^reference`, which becomes its largest logit unless a
@@ -550,24 +563,23 @@ impl AttentionTile {
         WeightedClusters { masses, stride, rows, values, value_dim, output }.run(level, &mut self.weights);
     }
 
-    /// Writes the output of row `row` (`output` may be narrower than the padded width) and returns its log-sum-exp in
-    /// nats: −∞, with an output of zeros, for a row that saw no key.
-    pub fn finish_row(&self, row: usize, output: &mut [f32]) -> f32 {
+    /// Writes the output of row `row` (`output` may be narrower than the padded width): zeros for a row that saw no key.
+    pub fn finish_row(&self, row: usize, output: &mut [f32]) {
         let value_dim = self.shape.value_dim;
-        let sum: f32 = self.sums[row * PAGE_KEYS..(row + 1) * PAGE_KEYS].iter().sum();
+        let sum = self.sum(row);
         let sums = &self.output[row * value_dim..(row + 1) * value_dim];
         if sum == 0.0 {
             output.fill(0.0);
-            return f32::NEG_INFINITY;
+            return;
         }
         let inverse = 1.0 / sum;
         output.iter_mut().zip(sums).for_each(|(target, value)| *target = value * inverse);
-        self.maxima[row] * NATS + sum.ln()
     }
 }
 
-/// Whether bf16 is multiplied as such: not without the instructions, and not where they are slow.
-fn multiplies_brain_floats(level: InstructionSet) -> bool {
+/// Whether tiles multiply bf16 as such at this level: not without the instructions, and not where they are slow. Keys and
+/// values of bf16 are widened to f32 there.
+pub fn multiplies_brain_floats(level: InstructionSet) -> bool {
     match level {
         InstructionSet::Avx512Bf16 => !InstructionSet::brain_dots_are_slow(),
         level => level > InstructionSet::Avx512Bf16,

@@ -112,8 +112,8 @@ def attention(
             given.
         soft_cap: Logits become `soft_cap · tanh(logit / soft_cap)`, as in Gemma 2.
         sinks: `[query_heads]`, one more logit for each head that takes its share of the softmax and has no value.
-        kv_type: What keys and values are packed in: `"f32"`, `"bf16"`, `"int8"`, or `"auto"`: bf16 for bfloat16, else
-            f32, so that nothing is rounded, but with method budgeted and enough keys the type that this machine is
+        kv_type: What keys and values are packed in: `"f32"`, `"bf16"`, `"int8"`, or `"auto"`: bf16 for bfloat16 on
+            a machine that is fast at it, else f32, so that nothing is rounded, but with method budgeted and enough keys the type that this machine is
             fastest with (int8, or bf16 with AMX), where some rows show that its rounding takes at most half of the
             budget; the report's `rounded_rows` tells. A call of up to four queries (a decode step) reads them in place.
         threads: Threads to use; all cores that the process may use unless given.
@@ -169,15 +169,15 @@ def _as_list(values: Any) -> list[Any]:
 
 def _one_type(**arrays: Any) -> str:
     """The element type that `arrays`, all of one library, have in common."""
-    kinds = {name: _arrays.type_name(name, array) for name, array in arrays.items()}
-    if len({_arrays.is_tensor(array) for array in arrays.values()}) > 1:
+    kinds = [_arrays.type_name(name, array) for name, array in arrays.items()]
+    if len(set(map(type, arrays.values()))) > 1 and len(set(map(_arrays.is_tensor, arrays.values()))) > 1:
         raise TypeError(
             "some of " + ", ".join(arrays) + " are NumPy arrays, others torch tensors; expected one library"
         )
-    if len(set(kinds.values())) > 1:
-        found = ", ".join(f"{name} of {kind}" for name, kind in kinds.items())
+    if len(set(kinds)) > 1:
+        found = ", ".join(f"{name} of {kind}" for name, kind in zip(arrays, kinds))
         raise TypeError(f"{found}; expected one element type")
-    return next(iter(kinds.values()))
+    return kinds[0]
 
 
 class KeyValueCache:
