@@ -113,7 +113,7 @@ fn run_case(
             exact.clone_from(&continuation);
         }
         let first_difference = exact.iter().zip(&continuation).position(|(a, b)| a != b);
-        let finding = Finding::Agreement { same: first_difference.is_none(), first_difference, compared: generate };
+        let finding = Finding::Agreement { same: first_difference.is_none(), first_difference, continuation };
         let mut measurement = Measurement::new(place, method, setup, text_cost, finding);
         (measurement.question, measurement.answer) = (question_cost, answer_cost);
         let reports = if setup == Setup::Everything { session.reports() } else { &after_text };

@@ -80,8 +80,8 @@ pub enum Finding {
         same: bool,
         /// The first token that differs, from 0; `None` where none does.
         first_difference: Option<usize>,
-        /// Tokens compared.
-        compared: usize,
+        /// The tokens themselves, to compare runs with other settings.
+        continuation: Vec<u32>,
     },
     /// How likely the text is, and how far the distributions are from those of exact attention.
     Likelihood {

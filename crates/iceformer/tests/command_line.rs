@@ -452,6 +452,9 @@ fn eval_compares_continuations() {
         assert_eq!(case["same"].as_bool().unwrap(), case["first_difference"].is_null(), "{case}");
         assert_eq!(case["text"]["tokens"].as_u64().unwrap() + case["question"]["tokens"].as_u64().unwrap(), 500);
         assert_eq!(case["answer"]["tokens"], 9);
+        let exact = cases.iter().find(|exact| exact["method"] == "exact" && exact["case"] == case["case"]).unwrap();
+        assert_eq!(case["continuation"].as_array().unwrap().len(), 10);
+        assert_eq!(case["same"], case["continuation"] == exact["continuation"], "{case}");
     }
     assert_eq!(records(&lines, "summary")[0]["same_share"], 1.0, "exact is compared with itself");
 }
