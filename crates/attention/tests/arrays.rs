@@ -226,11 +226,14 @@ fn a_few_queries_over_every_number_of_keys() {
 
 #[test]
 fn masks_and_padding() {
-    for (tokens, keys) in [(1, 90), (4, 90), (90, 90), (20, 90)] {
+    // A few queries, heads that fit one tile, and heads that do not.
+    for (tokens, keys, heads) in
+        [(1, 90, (4, 2)), (4, 90, (4, 2)), (90, 90, (4, 2)), (20, 90, (4, 2)), (90, 90, (4, 1))]
+    {
         for window in [None, Some(1), Some(20)] {
             for causal in [false, true] {
                 let mask = Mask { causal, window, keys: None };
-                let case = Case { mask, batch: 3, ..Case::new(tokens, keys) };
+                let case = Case { mask, batch: 3, heads, ..Case::new(tokens, keys) };
                 case.check();
                 for ranges in
                     [[0..90, 0..90, 0..90], [7..90, 7..90, 7..90], [30..90, 0..60, 5..5], [0..1, 89..90, 0..90]]
@@ -302,7 +305,34 @@ fn a_head_of_a_cache_is_not_shared_between_entries() {
 fn packed_types_are_chosen_by_the_caller() {
     for kept in KeyValueType::ALL {
         Case { kept: Some(kept), kind: Kind::Bf16, ..Case::new(1, 200) }.check();
+        Case { kept: Some(kept), kind: Kind::Bf16, ..Case::new(60, 60) }.check();
         Case { kept: Some(kept), kind: Kind::Bf16, ..Case::new(200, 200) }.check();
+    }
+}
+
+#[test]
+fn heads_packed_one_by_one_give_the_bits_of_a_cache() {
+    for kept in KeyValueType::ALL {
+        for (tokens, keys, mask) in [(7, 7, Mask::causal()), (40, 333, Mask::causal()), (90, 1000, Mask::default())] {
+            let case = Case { kept: Some(kept), mask, batch: 1, layout: Layout::TokenMajor, ..Case::new(tokens, keys) };
+            let arrays = case.arrays();
+            let shape = CacheShape { kv_heads: case.heads.1, key_dim: case.widths.0, value_dim: case.widths.1 };
+            let (team, mut scratch) = (ThreadTeam::new(2), ArrayScratch::default());
+            let mut cache = KeyValueCache::new(shape, kept);
+            cache.append_view(arrays[1].view(), arrays[2].view(), &team);
+            let mut output = vec![f32::NAN; tokens * case.heads.0 * case.widths.1];
+            let flow = case.attention(Method::Exact).run_cached(
+                arrays[0].view(),
+                keys - tokens,
+                &cache,
+                ElementsMut::F32(&mut output),
+                &team,
+                &mut scratch,
+                &mut || ControlFlow::Continue(()),
+            );
+            assert!(flow.is_continue());
+            assert!(output == case.run(&case.input(&arrays), 2), "{tokens} tokens of {kept:?}");
+        }
     }
 }
 
