@@ -7,19 +7,19 @@ use crate::simd::{self, Operation, Simd};
 /// Running maxima and sums.
 const LANES: usize = 16;
 
-/// The largest absolute value; NaN where one is no number or infinite. A comparison would drop the NaN: times zero, either
-/// leaves one in `poison`. Sixteen running maxima, so that the loop runs in vectors.
+/// The largest absolute value; NaN where one is no number or infinite. Sizes are ordered as their bits are, with infinity
+/// and what is no number above all others. Sixteen running maxima, so that the loop runs in vectors.
 #[inline(always)]
 pub(super) fn largest_size(values: &[f32]) -> f32 {
-    let (mut maxima, mut poison) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+    let mut maxima = [0_i32; LANES];
     let (chunks, rest) = values.as_chunks::<LANES>();
     for chunk in chunks.iter().map(<[f32; LANES]>::as_slice).chain([rest]) {
-        for ((largest, poison), value) in maxima.iter_mut().zip(&mut poison).zip(chunk) {
-            *largest = if value.abs() > *largest { value.abs() } else { *largest };
-            *poison += value * 0.0;
+        for (largest, value) in maxima.iter_mut().zip(chunk) {
+            *largest = (*largest).max(value.abs().to_bits() as i32);
         }
     }
-    maxima.into_iter().fold(0.0, f32::max) + poison.iter().sum::<f32>()
+    let largest = f32::from_bits(maxima.into_iter().fold(0, i32::max) as u32);
+    if largest.is_finite() { largest } else { f32::NAN }
 }
 
 /// Writes `query` to `integers`, scaled so that its largest number becomes 127. Returns the size of a step and the sum of
