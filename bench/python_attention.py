@@ -209,7 +209,7 @@ def missed_mass(exact: torch.Tensor, found: torch.Tensor, values: torch.Tensor, 
         sums, squares = values.sum(2, keepdim=True), (values**2).sum(2, keepdim=True)
     variance = (squares / seen - (sums / seen) ** 2).sum(3).clamp(min=1e-12)
     spread = variance.sqrt().repeat_interleave(exact.shape[1] // values.shape[1], dim=1)
-    return (found - exact).norm(dim=3) / (2**0.5 * spread)
+    return ((found - exact).norm(dim=3) / (2**0.5 * spread)).clamp(max=1)
 
 
 def random_model(name: str, layers: int | None):

@@ -27,7 +27,7 @@ const CHUNK_NUMBERS: usize = 1 << 20;
 /// … and fewest tokens: several whole tiles.
 const CHUNK_TOKENS: usize = 512;
 /// Largest cache that is kept for the next call, which saves that call the system's clearing of new memory.
-const KEPT_BYTES: usize = 32 << 20;
+pub(crate) const KEPT_BYTES: usize = 32 << 20;
 
 /// What a call on arrays reads.
 #[derive(Clone, Copy, Debug)]
@@ -39,8 +39,9 @@ pub struct Arrays<'a> {
     /// `[batch, kv_heads, keys, value_dim]`
     pub values: StridedView<'a>,
     /// Type that keys and values are packed in, where they are; `None`: bf16 for bf16 on a machine that is fast at it,
-    /// else f32, so that nothing is rounded, unless method `budgeted` finds on some rows that a type this machine is faster with (int8, with AMX
-    /// bf16) takes at most half of the budget.
+    /// else f32, so that nothing is rounded, unless method `budgeted` finds on some rows that a type this machine is
+    /// faster with (int8, with AMX bf16) takes at most half of the budget of nearly all of them; clusters then have the
+    /// rest.
     pub key_value_type: Option<KeyValueType>,
     /// Position of the first query among the keys.
     pub first_position: usize,
@@ -216,7 +217,8 @@ pub struct ArrayScratch {
 impl ArrayScratch {
     /// An empty cache, with the last one's memory where it fits.
     fn take_cache(&mut self, shape: CacheShape, kind: KeyValueType) -> KeyValueCache {
-        KeyValueCache::reusing(self.cache.take(), shape, kind)
+        let fitting = self.cache.take_if(|cache| cache.shape() == shape && cache.kind() == kind);
+        KeyValueCache::reusing(fitting, shape, kind)
     }
 
     /// Keeps the memory of the keys and values of `cache`, but not its indexes.
@@ -334,9 +336,11 @@ impl Attention {
         if let Some((kind, budget)) = self.narrower_type(arrays) {
             let mut cache = scratch.take_cache(shape, kind);
             cache.append_view(keys, values, team);
-            let call = self.call(arrays, &cache);
+            let rest = Method::Budgeted(BudgetSettings { budget: rounding::rest_of(budget) });
+            let attention = Self { method: rest, ..self.clone() };
+            let call = attention.call(arrays, &cache);
             if rounding::is_within(budget, arrays, &call, team, &mut scratch.attention) {
-                let mut report = self.run_chunks(&call, output, team, &mut scratch.attention, proceed);
+                let mut report = attention.run_chunks(&call, output, team, &mut scratch.attention, proceed);
                 scratch.keep_cache(cache);
                 if let ControlFlow::Continue(report) = &mut report {
                     report.heads.iter_mut().for_each(|head| head.rounded_rows = head.rows);
@@ -365,9 +369,10 @@ impl Attention {
     fn narrower_type(&self, arrays: &Arrays<'_>) -> Option<(KeyValueType, f32)> {
         match self.method {
             Method::Budgeted(BudgetSettings { budget })
-                if arrays.key_value_type.is_none() && !self.is_exact(arrays) =>
+                if arrays.key_value_type.is_none() && arrays.sinks.is_none() && !self.is_exact(arrays) =>
             {
-                rounding::faster_type(arrays.packed_type(), budget).map(|kind| (kind, budget))
+                let queries = arrays.queries.shape()[2];
+                rounding::faster_type(arrays.packed_type(), budget, queries).map(|kind| (kind, budget))
             }
             _ => None,
         }

@@ -4,6 +4,8 @@
 //! in most models, but not in all of them (keys with a few very large channels). So the rounded keys and values are
 //! made, some queries attend to them and to the caller's own, and the difference decides.
 
+use std::ops::Range;
+
 use iceformer_kernels::InstructionSet;
 use iceformer_kernels::rows::{ROW_MULTIPLE, Rows, add_weighted_rows, dot_rows};
 use iceformer_kernels::softmax::softmax_in_place;
@@ -12,29 +14,40 @@ use crate::budgeted::distance;
 use crate::exact::{self, AttentionScratch};
 use crate::output::Output;
 use crate::tiles::Call;
-use crate::{Arrays, KeyValueType, StridedView, ThreadTeam};
+use crate::{Arrays, CacheShape, KeyValueType, StridedView, ThreadTeam};
 
 /// Budget from which rounding is tried: with integers a row of the reference model misses .003 (median) to .012 (99th
 /// percentile), and some of its heads more.
 const LEAST_BUDGET: f32 = 0.02;
-/// What rounding may take of the budget of a row. Errors of both kinds are independent, so that .87 of it is left to the
-/// other.
+/// Queries from which a trial is little beside the call.
+const LEAST_QUERIES: usize = 512;
+/// What rounding may take of the budget of a row.
 const BUDGET_SHARE: f32 = 0.5;
-/// One row of so many may take more, up to all of its budget.
-const ROWS_FOR_ONE_ABOVE: usize = 50;
-/// Queries that are tried, beside the last.
-const PLACES: usize = 16;
+/// One row of a head may take more, up to all of its budget.
+const ROWS_ABOVE: usize = 1;
+/// Largest error in relation to the output, as where clusters are measured: values may average out.
+const MOST_OF_OUTPUT: f32 = 0.5;
+/// Queries that are tried.
+const PLACES: usize = 17;
+/// Keys that such a query sees at least.
+const LEAST_SEEN: usize = 64;
 /// Keys read at a time.
 const BLOCK_KEYS: usize = 128;
 /// Values whose spread stands for that of all, at least.
 const SPREAD_VALUES: usize = 1024;
 
+/// What of `budget` is left to the clusters of a call that reads rounded keys and values: errors of both kinds are
+/// independent, so that their squares add up.
+pub(crate) fn rest_of(budget: f32) -> f32 {
+    budget * (1.0 - BUDGET_SHARE * BUDGET_SHARE).sqrt()
+}
+
 /// The type in which keys and values of type `precise` are attended to faster on this machine, where rounding to it may
-/// be within `budget`.
-pub(crate) fn faster_type(precise: KeyValueType, budget: f32) -> Option<KeyValueType> {
+/// be within `budget` and a trial is worth it for `queries`.
+pub(crate) fn faster_type(precise: KeyValueType, budget: f32, queries: usize) -> Option<KeyValueType> {
     let level = InstructionSet::current();
     let faster = match level {
-        _ if budget < LEAST_BUDGET || level < InstructionSet::Avx512Vnni => return None,
+        _ if budget < LEAST_BUDGET || queries < LEAST_QUERIES || level < InstructionSet::Avx512Vnni => return None,
         InstructionSet::Amx => KeyValueType::Bf16,
         _ => KeyValueType::Int8,
     };
@@ -44,8 +57,8 @@ pub(crate) fn faster_type(precise: KeyValueType, budget: f32) -> Option<KeyValue
     }
 }
 
-/// Whether the rows that are tried miss little enough of `budget` when they read the keys and values of `arrays` as
-/// `call.cache` has them.
+/// Whether the rows that are tried miss little enough of `budget` when they read the keys and values of `arrays`, which
+/// has no sinks, as `call.cache` has them.
 pub(crate) fn is_within(
     budget: f32,
     arrays: &Arrays<'_>,
@@ -54,34 +67,39 @@ pub(crate) fn is_within(
     scratch: &mut AttentionScratch,
 ) -> bool {
     let [batch, heads, tokens, _] = call.queries.shape();
-    let value_dim = call.cache.shape().value_dim;
-    let mut places: Vec<usize> = (0..PLACES).map(|place| (2 * place + 1) * tokens / (2 * PLACES)).collect();
-    places.push(tokens - 1);
-    places.dedup();
-    let mut rounded = vec![0.0_f32; places.len() * batch * heads * value_dim];
+    let CacheShape { kv_heads, value_dim, .. } = call.cache.shape();
+    // Padding says nothing of the others.
+    let seeing: Vec<usize> = (0..tokens).filter(|token| call.seen(*token).len() >= LEAST_SEEN).collect();
+    if seeing.len() < PLACES {
+        return false;
+    }
+    let places: Vec<usize> = (1..=PLACES).map(|place| seeing[place * seeing.len() / PLACES - 1]).collect();
+    let mut rounded = vec![0.0_f32; PLACES * batch * heads * value_dim];
     for (&token, output) in places.iter().zip(rounded.chunks_exact_mut(batch * heads * value_dim)) {
         let output = Output::new(output, [batch, 1, heads, value_dim], None);
         exact::run(&call.part(token..token + 1), output, team, scratch);
     }
-    // Of each key/value head: rows above their share, and whether one is above its budget.
-    let mut above = vec![(0, false); call.cache.shape().kv_heads];
-    team.run_chunks(&mut above, 1, |kv_head, above, _| {
-        let (rows_above, one_is_lost) = &mut above[0];
-        let unit = std::f32::consts::SQRT_2 * spread(&arrays.values, kv_head);
-        for (&token, rounded) in places.iter().zip(rounded.chunks_exact(batch * heads * value_dim)) {
-            let rounded = rounded[kv_head * call.group() * value_dim..].chunks_exact(value_dim);
-            for (truth, rounded) in attend(arrays, call, kv_head, token).iter().zip(rounded) {
-                let missed = distance(&truth[..value_dim], rounded) / unit;
-                // Never where all values are alike or one is no number: no distance is small then.
-                let is_within = |most: f32| missed <= most;
-                *rows_above += usize::from(!is_within(BUDGET_SHARE * budget));
-                *one_is_lost |= !is_within(budget);
-            }
+    // Of each place and key/value head, and each query head that reads it.
+    let group = call.group();
+    let mut shares = vec![vec![f32::NAN; group]; PLACES * kv_heads];
+    team.run_chunks(&mut shares, 1, |task, shares, _| {
+        let (place, kv_head) = (task / kv_heads, task % kv_heads);
+        let unit = std::f32::consts::SQRT_2 * spread(&arrays.values, kv_head, call.seen(places[place]));
+        let truth = attend(arrays, call, kv_head, places[place]);
+        let rounded = rounded[(place * kv_heads + kv_head) * group * value_dim..].chunks_exact(value_dim);
+        for ((share, truth), rounded) in shares[0].iter_mut().zip(&truth).zip(rounded) {
+            let truth = &truth[..value_dim];
+            let size = truth.iter().map(|value| value * value).sum::<f32>().sqrt();
+            *share = distance(truth, rounded) / (budget * unit).min(MOST_OF_OUTPUT * size);
         }
     });
-    let rows_above: usize = above.iter().map(|(rows, _)| rows).sum();
-    rows_above <= places.len() * batch * heads / ROWS_FOR_ONE_ABOVE
-        && !above.iter().any(|(_, one_is_lost)| *one_is_lost)
+    // Never where all values are alike or one is no number: no distance is small then.
+    let is_within = |share: f32, most: f32| share <= most;
+    (0..kv_heads * group).all(|head| {
+        let shares = (0..PLACES).map(|place| shares[place * kv_heads + head / group][head % group]);
+        let above = shares.clone().filter(|share| !is_within(*share, BUDGET_SHARE)).count();
+        above <= ROWS_ABOVE && shares.clone().all(|share| is_within(share, 1.0))
+    })
 }
 
 /// What the query heads that read `kv_head` give for query `token` with the keys and values as the caller has them, by
@@ -126,7 +144,7 @@ fn attend(arrays: &Arrays<'_>, call: &Call<'_>, kv_head: usize, token: usize) ->
 fn read_rows<'a>(
     view: &StridedView<'_>,
     head: usize,
-    tokens: std::ops::Range<usize>,
+    tokens: Range<usize>,
     width: usize,
     block: &'a mut [f32],
 ) -> Rows<'a> {
@@ -140,12 +158,12 @@ fn read_rows<'a>(
     Rows::F32(block)
 }
 
-/// Root-mean-square distance of the values of a head from their mean.
-fn spread(values: &StridedView<'_>, head: usize) -> f32 {
-    let [.., tokens, width] = values.shape();
+/// Root-mean-square distance of the values `seen` of a head from their mean.
+fn spread(values: &StridedView<'_>, head: usize, seen: Range<usize>) -> f32 {
+    let [.., width] = values.shape();
     let (mut sum, mut squares, mut count) = (vec![0.0_f64; width], 0.0_f64, 0.0_f64);
     let mut row = vec![0.0; width];
-    for token in (0..tokens).step_by((tokens / SPREAD_VALUES).max(1)) {
+    for token in seen.clone().step_by((seen.len() / SPREAD_VALUES).max(1)) {
         values.read_row(head, token, &mut row);
         for (sum, &value) in sum.iter_mut().zip(&row) {
             *sum += f64::from(value);
@@ -169,20 +187,22 @@ mod tests {
         // Two values, two channels: (1, 5) and (3, 5), one from the mean each.
         let memory = [1.0, 5.0, 3.0, 5.0];
         let view = |tokens| StridedView::new(Elements::F32(&memory), [1, 1, tokens, 2], [4, 4, 2, 1]).unwrap();
-        assert!((spread(&view(2), 0) - 1.0).abs() < 1e-6);
-        assert_eq!(spread(&view(1), 0), 0.0);
+        assert!((spread(&view(2), 0, 0..2) - 1.0).abs() < 1e-6);
+        assert_eq!(spread(&view(2), 0, 1..2), 0.0);
     }
 
     #[test]
-    fn a_small_budget_leaves_no_room() {
+    fn a_small_budget_leaves_no_room_and_few_queries_are_not_worth_it() {
         let level = InstructionSet::current();
-        let faster = faster_type(KeyValueType::F32, 0.05);
+        let faster = faster_type(KeyValueType::F32, 0.05, 512);
         match level {
             InstructionSet::Amx => assert_eq!(faster, Some(KeyValueType::Bf16)),
             level if level >= InstructionSet::Avx512Vnni => assert_eq!(faster, Some(KeyValueType::Int8)),
             _ => assert_eq!(faster, None),
         }
-        assert_eq!(faster_type(KeyValueType::F32, 0.01), None);
-        assert_eq!(faster_type(KeyValueType::Int8, 0.05), None);
+        assert_eq!(faster_type(KeyValueType::F32, 0.01, 512), None);
+        assert_eq!(faster_type(KeyValueType::F32, 0.05, 511), None);
+        assert_eq!(faster_type(KeyValueType::Int8, 0.05, 512), None);
+        assert!((rest_of(0.04) - 0.04 * 0.75_f32.sqrt()).abs() < 1e-9);
     }
 }

@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 use iceformer_kernels::attention::AttentionTile;
 
+use crate::arrays::KEPT_BYTES;
 use crate::output::{Output, OutputRows};
 use crate::strided::FromF32;
 use crate::tiles::{self, Call, HeadKeys, Plan};
@@ -77,7 +78,7 @@ pub(crate) fn run<T: FromF32>(
                 rows.write(head, output, || tile.log_sum_exp(row) + call.centre(head, token, query));
             }
         }
-        *kept = Some(cache);
+        *kept = (cache.bytes() <= KEPT_BYTES / team.threads()).then_some(cache);
     });
     let allowed =
         (0..tokens).map(|token| attention.mask.visible(arrays.first_position + token, keys).len() as u64).sum();

@@ -113,9 +113,10 @@ def attention(
         soft_cap: Logits become `soft_cap · tanh(logit / soft_cap)`, as in Gemma 2.
         sinks: `[query_heads]`, one more logit for each head that takes its share of the softmax and has no value.
         kv_type: What keys and values are packed in: `"f32"`, `"bf16"`, `"int8"`, or `"auto"`: bf16 for bfloat16 on
-            a machine that is fast at it, else f32, so that nothing is rounded, but with method budgeted and enough keys the type that this machine is
-            fastest with (int8, or bf16 with AMX), where some rows show that its rounding takes at most half of the
-            budget; the report's `rounded_rows` tells. A call of up to four queries (a decode step) reads them in place.
+            a machine that is fast at it, else f32, so that nothing is rounded. With method budgeted, 512 queries and
+            enough keys, `"auto"` is the type that the machine is fastest with (int8, or bf16 with AMX) where some
+            rows show that rounding leaves most of the budget; the report's `rounded_rows` tells. A call of up to four
+            queries (a decode step) reads them in place.
         threads: Threads to use; all cores that the process may use unless given.
         return_report: Whether to return `(output, Report)`.
 
