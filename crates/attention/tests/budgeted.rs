@@ -364,6 +364,25 @@ fn windows_and_padding_keep_keys_in_order() {
 }
 
 #[test]
+fn values_of_padding_are_no_measure() {
+    // A region of keys that nobody sees, with values beside which no error would count.
+    let hidden = 64 + 1024;
+    let mask = Mask { keys: Some(hidden..9_000), ..Mask::causal() };
+    let case = topical(shape(512, 9_000, 32, 32), mask);
+    let mut spoilt = topical(case.shape, case.mask.clone());
+    spoilt.inputs.values[..hidden * 2 * 32].iter_mut().for_each(|value| *value *= 1e5);
+    let team = ThreadTeam::new(2);
+    let run = |method| {
+        let cache = spoilt.cache(KeyValueType::F32, 0..9_000, &team);
+        spoilt.run(method, &cache, 0..512, &team)
+    };
+    let ((exact, ..), (output, _, report)) = (run(Method::Exact), run(BUDGETED));
+    let missed = quantile(&case.missed(&exact, &output), 0.99);
+    assert!(missed < f64::from(BUDGET), "{missed}");
+    assert!(report.kept_share() < 0.9, "{}", report.kept_share());
+}
+
+#[test]
 fn broken_numbers_show_where_exact_attention_shows_them() {
     let team = ThreadTeam::new(1);
     for value in [f32::NAN, f32::INFINITY] {

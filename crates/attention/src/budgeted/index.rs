@@ -307,13 +307,14 @@ impl HeadClusters {
         self.calibrations = before.zip(measured).map(|(before, measured)| before.merge(measured)).collect();
     }
 
-    /// Root mean square distance of the values in regions from their mean.
-    pub fn value_spread(&self) -> f32 {
-        let Some(width) = self.regions.first().map(|region| region.value_sum.len()) else { return 0.0 };
-        let count = self.keys() as f64;
-        let squares: f64 = self.regions.iter().map(|region| region.value_squares).sum();
+    /// Root mean square distance of the values in `regions` from their mean.
+    pub fn value_spread(&self, regions: &[usize]) -> f32 {
+        let regions = || regions.iter().map(|region| &self.regions[*region]);
+        let Some(width) = regions().next().map(|region| region.value_sum.len()) else { return 0.0 };
+        let count = regions().map(|region| region.len).sum::<usize>() as f64;
+        let squares: f64 = regions().map(|region| region.value_squares).sum();
         let mean_square: f64 = (0..width)
-            .map(|channel| (self.regions.iter().map(|region| region.value_sum[channel]).sum::<f64>() / count).powi(2))
+            .map(|channel| (regions().map(|region| region.value_sum[channel]).sum::<f64>() / count).powi(2))
             .sum();
         (squares / count - mean_square).max(0.0).sqrt() as f32
     }

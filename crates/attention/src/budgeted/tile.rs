@@ -455,9 +455,10 @@ impl Work<'_> {
         2.0 / (CLUSTER_KEYS as f32 * total * total)
     }
 
-    /// √2 · the spread of the values: the length of an error that counts as a missed mass of 1.
+    /// √2 · the spread of the values that the rows see from afar (padding may hold any): the length of an error that counts
+    /// as a missed mass of 1.
     pub fn value_scale(&self) -> f32 {
-        std::f32::consts::SQRT_2 * self.head().value_spread()
+        std::f32::consts::SQRT_2 * self.head().value_spread(self.regions)
     }
 }
 
