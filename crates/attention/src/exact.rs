@@ -8,7 +8,7 @@ use crate::budgeted::BudgetScratch;
 use crate::dci::DciScratch;
 use crate::output::Output;
 use crate::strided::FromF32;
-use crate::tiles::{self, Call, HeadKeys, Part, Plan};
+use crate::tiles::{self, Call, Part, Plan};
 use crate::{HeadReport, KeyValueType, Report, ThreadTeam};
 
 /// Buffers reused from call to call.
@@ -38,11 +38,7 @@ pub(crate) fn run<T: FromF32>(
     let tiles = &*tiles;
     plan.run(call, output, parts, &mut vec![(); plan.tasks()], team, |task, _, worker, store| {
         let mut tile = tiles[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        let seen = tiles::begin(&mut tile, call, task);
-        if !seen.is_empty() {
-            let first = tiles::block_start(cache, seen.start);
-            HeadKeys::of(call, task).accumulate(&mut tile, first..seen.end, |_| true);
-        }
+        tiles::attend_to_all(&mut tile, call, task);
         store(&tile);
     });
 

@@ -10,7 +10,7 @@ use iceformer_kernels::InstructionSet;
 use iceformer_kernels::rows::{ROW_MULTIPLE, Rows, add_weighted_rows, dot_rows};
 use iceformer_kernels::softmax::softmax_in_place;
 
-use crate::budgeted::distance;
+use crate::budgeted::{distance, share_of_allowed};
 use crate::exact::{self, AttentionScratch};
 use crate::output::Output;
 use crate::tiles::Call;
@@ -25,8 +25,6 @@ const LEAST_QUERIES: usize = 512;
 const BUDGET_SHARE: f32 = 0.5;
 /// One row of a head may take more, up to all of its budget.
 const ROWS_ABOVE: usize = 1;
-/// Largest error in relation to the output, as where clusters are measured: values may average out.
-const MOST_OF_OUTPUT: f32 = 0.5;
 /// Queries that are tried.
 const PLACES: usize = 17;
 /// Keys that such a query sees at least.
@@ -81,7 +79,7 @@ pub(crate) fn is_within(
     }
     // Of each place and key/value head, and each query head that reads it.
     let group = call.group();
-    let mut shares = vec![vec![f32::NAN; group]; PLACES * kv_heads];
+    let mut shares = vec![vec![f32::INFINITY; group]; PLACES * kv_heads];
     team.run_chunks(&mut shares, 1, |task, shares, _| {
         let (place, kv_head) = (task / kv_heads, task % kv_heads);
         let unit = std::f32::consts::SQRT_2 * spread(&arrays.values, kv_head, call.seen(places[place]));
@@ -89,16 +87,13 @@ pub(crate) fn is_within(
         let rounded = rounded[(place * kv_heads + kv_head) * group * value_dim..].chunks_exact(value_dim);
         for ((share, truth), rounded) in shares[0].iter_mut().zip(&truth).zip(rounded) {
             let truth = &truth[..value_dim];
-            let size = truth.iter().map(|value| value * value).sum::<f32>().sqrt();
-            *share = distance(truth, rounded) / (budget * unit).min(MOST_OF_OUTPUT * size);
+            *share = share_of_allowed(distance(truth, rounded) / unit, truth, budget, unit);
         }
     });
-    // Never where all values are alike or one is no number: no distance is small then.
-    let is_within = |share: f32, most: f32| share <= most;
     (0..kv_heads * group).all(|head| {
         let shares = (0..PLACES).map(|place| shares[place * kv_heads + head / group][head % group]);
-        let above = shares.clone().filter(|share| !is_within(*share, BUDGET_SHARE)).count();
-        above <= ROWS_ABOVE && shares.clone().all(|share| is_within(share, 1.0))
+        let above = shares.clone().filter(|share| *share > BUDGET_SHARE).count();
+        above <= ROWS_ABOVE && shares.clone().all(|share| share <= 1.0)
     })
 }
 

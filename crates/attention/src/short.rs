@@ -4,7 +4,6 @@
 //! Elsewhere all heads are packed before the first is attended to. That costs little beside the products of a long
 //! input; of 128 tokens it is a tenth of the time.
 
-use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use iceformer_kernels::attention::AttentionTile;
@@ -12,7 +11,7 @@ use iceformer_kernels::attention::AttentionTile;
 use crate::arrays::KEPT_BYTES;
 use crate::output::{Output, OutputRows};
 use crate::strided::FromF32;
-use crate::tiles::{self, Call, HeadKeys, Plan};
+use crate::tiles::{self, Call, Plan};
 use crate::{Arrays, Attention, CacheShape, HeadReport, KeyValueCache, KeyValueType, Report, ThreadTeam};
 
 /// Buffers of one thread, reused from call to call.
@@ -65,10 +64,7 @@ pub(crate) fn run<T: FromF32>(
             soft_cap: arrays.soft_cap,
         };
         let task = Plan::new(&call).task(0, keys);
-        let seen: Range<usize> = tiles::begin(tile, &call, &task);
-        if !seen.is_empty() {
-            HeadKeys::of(&call, &task).accumulate(tile, tiles::block_start(&cache, seen.start)..seen.end, |_| true);
-        }
+        tiles::attend_to_all(tile, &call, &task);
         output.resize(value_dim, 0.0);
         for rows in &mut rows[0] {
             let token = rows.token;

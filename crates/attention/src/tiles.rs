@@ -277,6 +277,15 @@ pub(crate) fn begin(tile: &mut AttentionTile, call: &Call<'_>, task: &Task) -> R
     })
 }
 
+/// Fills `tile` with the rows of `task` and all keys of it that they see.
+pub(crate) fn attend_to_all(tile: &mut AttentionTile, call: &Call<'_>, task: &Task) {
+    let seen = begin(tile, call, task);
+    if !seen.is_empty() {
+        let first = block_start(call.cache, seen.start);
+        HeadKeys::of(call, task).accumulate(tile, first..seen.end, |_| true);
+    }
+}
+
 /// As [`begin`], with `rows` rows, of which `query_of` gives the query head and the token, over those of `keys` that they
 /// see.
 pub(crate) fn begin_rows(

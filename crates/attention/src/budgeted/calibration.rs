@@ -95,7 +95,8 @@ const COMPUTE_COST: f32 = 1.2;
 /// Share of exact attention's time on far keys above which clusters are not worth it: making them takes time too.
 const MOST_COST: f32 = 0.85;
 /// Samples without which nothing is left to an estimate, and after which a head is given up whose clusters do not pay so
-/// far; one is enough where no cluster is spared at all. So many are computed exactly together: a block of keys is read, and expanded where it has to be, for all of them.
+/// far; one is enough where no cluster is spared at all. So many are computed exactly together: a block of keys is read,
+/// and expanded where it has to be, for all of them.
 pub(super) const LEAST_SAMPLES: usize = 4;
 /// Steps from the limit of an earlier measurement up to where the next begins.
 const STEPS_UP: usize = 2;
@@ -204,6 +205,15 @@ impl Trial {
         let error_factor = error_factor.min(budget / (SAFETY * limit));
         Calibration { samples: self.samples, rows: self.rows, limit, error_factor }
     }
+}
+
+/// What a row misses as a share of what it may: of `budget`, or of half its exact output, in units of `value_scale`.
+/// Infinite where it misses more.
+pub(crate) fn share_of_allowed(missed: f32, exact_output: &[f32], budget: f32, value_scale: f32) -> f32 {
+    let size = exact_output.iter().map(|value| value * value).sum::<f32>().sqrt();
+    let allowed = budget.min(MOST_OF_OUTPUT * size / value_scale);
+    // A NaN is within nothing.
+    if missed <= allowed { missed / allowed.max(f32::MIN_POSITIVE) } else { f32::INFINITY }
 }
 
 /// Measures the query heads of `kv_head`.
@@ -357,11 +367,8 @@ impl CalibrationScratch {
             rest += (error / limits[head]).powi(2) / rows;
             self.trial.finish_row(row, &mut self.output);
             self.exact.finish_row(self.first_exact_row + row, &mut self.exact_output);
-            let size = self.exact_output.iter().map(|value| value * value).sum::<f32>().sqrt();
-            let allowed = budget.min(MOST_OF_OUTPUT * size / value_scale);
             let missed = distance(&self.output, &self.exact_output) / value_scale;
-            // A NaN is within nothing.
-            let share = if missed <= allowed { missed / allowed.max(f32::MIN_POSITIVE) } else { f32::INFINITY };
+            let share = share_of_allowed(missed, &self.exact_output, budget, value_scale);
             finding.worst = finding.worst.max(share);
             if share > BEARING {
                 finding.bearable = finding.bearable.min(error / share);

@@ -23,6 +23,7 @@ mod tile;
 
 use std::sync::{Mutex, PoisonError, RwLockWriteGuard};
 
+pub(crate) use calibration::share_of_allowed;
 pub(crate) use index::{ClusterIndex, SortedKeys};
 pub use settings::{BudgetError, BudgetSettings};
 pub(crate) use tile::distance;

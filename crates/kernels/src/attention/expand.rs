@@ -1,7 +1,7 @@
 //! Blocks of bf16 or int8 as f32, for levels that multiply nothing narrower.
 
 use super::PAGE_KEYS;
-use super::tile::KeyBlock;
+use super::block::KeyBlock;
 
 /// Writes a bf16 or int8 block in the f32 page layout.
 pub(super) fn expand(

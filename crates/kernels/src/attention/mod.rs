@@ -17,6 +17,7 @@
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+mod block;
 mod clusters;
 #[cfg(target_arch = "x86_64")]
 mod clusters_bf16;
@@ -34,9 +35,10 @@ mod widened;
 
 #[cfg(target_arch = "x86_64")]
 use crate::InstructionSet;
+pub use block::KeyBlock;
 pub use clusters::{ClusterQueries, ClusterSummaries, PANEL_CLUSTERS};
 pub use masses::{add_squared_errors, largest, masses_in_place, sum_of_squared_errors, sums_up_to};
-pub use tile::{AttentionTile, KeyBlock, TileShape, multiplies_brain_floats};
+pub use tile::{AttentionTile, TileShape, multiplies_brain_floats};
 pub use transpose::transpose_keys;
 
 /// Keys in a page.

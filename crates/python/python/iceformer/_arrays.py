@@ -67,8 +67,12 @@ def _tensor_operand(tensor: Any, found: str, dimensions: int) -> Operand:
     flat = tensor
     if not tensor.is_contiguous():
         flat = tensor.as_strided((_span(shape, strides),), (1,), tensor.storage_offset())
-    memory = flat.numpy() if found == "float32" else flat.view(sys.modules["torch"].int16).numpy().view(np.uint16)
-    return memory, found, *_four(shape, strides, dimensions)
+    return _tensor_memory(flat, found), found, *_four(shape, strides, dimensions)
+
+
+def _tensor_memory(tensor: Any, found: str) -> np.ndarray:
+    """The numbers of a dense `tensor`, float32 or their bits, without a copy."""
+    return tensor.numpy() if found == "float32" else tensor.view(sys.modules["torch"].int16).numpy().view(np.uint16)
 
 
 def _numpy_operand(array: np.ndarray, found: str, dimensions: int) -> Operand:
@@ -104,9 +108,8 @@ def empty_like(array: Any, found: str, shape: tuple[int, ...]) -> tuple[Any, tup
     """A new contiguous array of `shape` in the library and element type (`found`) of `array`, and its memory as the native
     half writes it."""
     if is_tensor(array):
-        torch = sys.modules["torch"]
-        result = torch.empty(shape, dtype=array.dtype)
-        memory = result.numpy() if found == "float32" else result.view(torch.int16).numpy().view(np.uint16)
+        result = sys.modules["torch"].empty(shape, dtype=array.dtype)
+        memory = _tensor_memory(result, found)
     else:
         result = np.empty(shape, dtype=array.dtype.newbyteorder("="))
         memory = result if found == "float32" else result.view(np.uint16)
