@@ -74,10 +74,10 @@ fn weighted_rows_at(level: InstructionSet, sums: WeightedRows<'_>) {
     simd::run(level, sums);
 }
 
-/// Asks the memory for rows that will be needed soon, up to 8 KiB of them: behind that the hardware sees the pattern.
+/// Asks the memory for rows that will be needed soon, up to 1 KiB of them: behind that the hardware sees the pattern.
 pub fn fetch(rows: Rows<'_>) {
     fn lines<T>(values: &[T]) {
-        attention::fetch(&values[..values.len().min(8 * 1024 / size_of::<T>())]);
+        attention::fetch(&values[..values.len().min(1024 / size_of::<T>())]);
     }
     match rows {
         Rows::F32(rows) => lines(rows),
@@ -146,7 +146,12 @@ impl Element for u16 {
 fn dots<S: Simd, E: Element>(simd: S, vector: &[f32], rows: &[E], row_of: impl Fn(usize) -> usize, output: &mut [f32]) {
     // In arrays, whose constant length needs no check in the inner loop.
     let (vector, rows) = (vector.as_chunks().0, rows.as_chunks().0);
+    // Sixteen sums become numbers together.
     let mut done = 0;
+    while S::LANES == ROW_MULTIPLE && output.len() - done > 8 {
+        block::<S, E, 16>(simd, vector, rows, &row_of, done, output);
+        done = output.len().min(done + 16);
+    }
     while output.len() - done >= 8 {
         block::<S, E, 8>(simd, vector, rows, &row_of, done, output);
         done += 8;
@@ -184,8 +189,13 @@ fn block<S: Simd, E: Element, const N: usize>(
             }
         }
     }
-    for n in 0..N.min(output.len() - first) {
-        output[first + n] = simd.reduce_add(sums[n]);
+    let mut all = [simd.splat(0.0); 16];
+    all[..N].copy_from_slice(&sums);
+    let sums = simd.reduce_add_each(&all);
+    match output[first..].first_chunk_mut::<N>() {
+        // Of a length that is known, this is a store.
+        Some(output) => output.copy_from_slice(&sums[..N]),
+        None => output[first..].iter_mut().zip(sums).for_each(|(output, sum)| *output = sum),
     }
 }
 

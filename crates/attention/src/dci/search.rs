@@ -9,7 +9,7 @@ use super::index::HeadIndex;
 use super::lift::Bound;
 use super::node::Node;
 use super::projections::{Directions, Retrieval, RetrievalScratch};
-use super::rank::{Best, pack};
+use super::rank::{Best, for_each_above, pack, reached_by, unpack};
 use super::settings::DciSettings;
 
 /// Root of every tree.
@@ -21,7 +21,7 @@ pub(crate) struct SearchScratch {
     /// The keys found for a query.
     pub best: Best,
     frontier: Vec<Step>,
-    next: Vec<Step>,
+    next: Leads,
     scored: Scored,
     projected: Vec<f32>,
     retrieval: RetrievalScratch,
@@ -39,6 +39,17 @@ impl Step {
         // A key that is no number leads nowhere.
         Self { rank: pack(if score.is_nan() { f32::NEG_INFINITY } else { score }, owner), node }
     }
+}
+
+/// Nodes that keys lead to, one level down.
+#[derive(Default)]
+struct Leads {
+    scores: Vec<f32>,
+    owners: Vec<u32>,
+    nodes: Vec<u32>,
+    /// Those above a limit.
+    steps: Vec<Step>,
+    largest: Vec<f32>,
 }
 
 /// Scores of keys of one node.
@@ -125,7 +136,7 @@ impl Search<'_> {
                 let step = scratch.frontier[position];
                 let node = self.index.node(step.node);
                 if let Some(own_below) = node.own_below {
-                    scratch.next.push(Step { node: own_below, ..step });
+                    scratch.next.push(step, own_below);
                 }
                 let end = node.keys_before(visible.end);
                 // At the lowest level a key leads nowhere, and those out of sight need no product.
@@ -148,8 +159,8 @@ impl Search<'_> {
                 }
             }
             if height > 1 {
-                std::mem::swap(&mut scratch.frontier, &mut scratch.next);
-                self.keep_best(&mut scratch.frontier, target.beam, visible.clone(), height == 2);
+                let SearchScratch { frontier, next, .. } = scratch;
+                self.keep_best(next, frontier, target.beam, visible.clone(), height == 2);
             }
         }
         evaluated
@@ -202,7 +213,7 @@ impl Search<'_> {
                 let step = scratch.frontier[index];
                 let node = self.index.node(step.node);
                 if let Some(own_below) = node.own_below {
-                    scratch.next.push(Step { node: own_below, ..step });
+                    scratch.next.push(step, own_below);
                 }
                 let end = node.keys_before(position);
                 if end > 0 {
@@ -210,8 +221,10 @@ impl Search<'_> {
                     scratch.scored.lead(node, &which, &mut scratch.next);
                 }
             }
-            std::mem::swap(&mut scratch.frontier, &mut scratch.next);
-            best_only(&mut scratch.frontier, if height == level + 2 { 1 } else { target.beam });
+            let SearchScratch { frontier, next, .. } = scratch;
+            frontier.clear();
+            frontier.extend((0..next.scores.len()).map(|index| next.step(index)));
+            best_only(frontier, if height == level + 2 { 1 } else { target.beam });
         }
         scratch.frontier[0].node
     }
@@ -221,8 +234,11 @@ impl Search<'_> {
         let SearchScratch { scored, projected, retrieval, .. } = scratch;
         let Scored { scores, slots: chosen, keys } = scored;
         let width = target.vector.len();
-        let candidates = ((slots.len() as f32 * target.share).ceil() as usize).max(target.least);
-        let which = if slots.len() > self.settings.whole_node && candidates < slots.len() {
+        let candidates = || ((slots.len() as f32 * target.share).ceil() as usize).max(target.least);
+        let which = if slots.len() > self.settings.whole_node
+            && let candidates = candidates()
+            && candidates < slots.len()
+        {
             if projected.is_empty() {
                 let extra = target.extra.unwrap_or(0.0);
                 self.directions.project(target.vector, target.factor, extra, projected);
@@ -256,23 +272,19 @@ impl Search<'_> {
         which
     }
 
-    /// Keeps the best nodes, up to as many keys as `beam` nodes of the average size hold. Sizes differ much, and a mask
-    /// may hide most keys of a node; counting keys spends the same work on every query. At the lowest level only visible
-    /// keys count, and nodes without any are dropped; above it the owner counts, which the next level holds too.
-    fn keep_best(&self, steps: &mut Vec<Step>, beam: usize, visible: Range<usize>, lowest: bool) {
+    /// Keeps in `kept` the best nodes of `leads`, up to as many keys as `beam` nodes of the average size hold. Sizes differ
+    /// much, and a mask may hide most keys of a node; counting keys spends the same work on every query. At the lowest level
+    /// only visible keys count, and nodes without any are dropped; above it the owner counts, which the next level holds too.
+    fn keep_best(&self, leads: &mut Leads, kept: &mut Vec<Step>, beam: usize, visible: Range<usize>, lowest: bool) {
         let counted = if lowest { visible.clone() } else { 0..visible.end };
         let wanted = ((counted.len() as f64).powf(1.0 / self.settings.levels as f64) * beam as f64) as usize;
-        let mut first = 0;
-        let (mut kept, mut keys) = (0, 0);
-        // Sorted piece by piece: nearly always the first is enough.
-        while first < steps.len() {
-            let last = steps.len().min(first + 2 * beam);
-            if last < steps.len() {
-                steps[first..].select_nth_unstable_by_key(last - first - 1, |step| Reverse(step.rank));
-            }
-            steps[first..last].sort_unstable_by_key(|step| Reverse(step.rank));
-            for index in first..last {
-                let node = self.index.node(steps[index].node);
+        kept.clear();
+        let mut keys = 0;
+        // Best first. Returns whether there are enough.
+        let mut take = |steps: &mut [Step]| {
+            steps.sort_unstable_by_key(|step| Reverse(step.rank));
+            for &step in &*steps {
+                let node = self.index.node(step.node);
                 let end = node.keys_before(counted.end);
                 let owner = usize::from(!lowest);
                 let count = end - node.keys_from(counted.start, end);
@@ -282,17 +294,60 @@ impl Search<'_> {
                 }
                 // Above the lowest level a node fits whole or not at all; there the last one may overshoot by half.
                 let fitting = if lowest { count / 2 } else { count + owner };
-                if kept > 0 && keys + fitting > wanted {
-                    steps.truncate(kept);
-                    return;
+                if !kept.is_empty() && keys + fitting > wanted {
+                    return true;
                 }
                 keys += count + owner;
-                steps[kept] = steps[index];
-                kept += 1;
+                kept.push(step);
             }
-            first = last;
+            false
+        };
+        // Nearly always a few more than the beam are enough, and the others need no place.
+        let Leads { scores, steps, largest, .. } = &mut *leads;
+        let limit = reached_by(beam + beam / 4 + 1, scores, largest);
+        steps.clear();
+        let mut steps = std::mem::take(steps);
+        for_each_above(limit, &leads.scores, |index| steps.push(leads.step(index)));
+        if !take(&mut steps) {
+            steps.clear();
+            steps.extend(
+                (0..leads.scores.len()).filter(|index| leads.scores[*index] < limit).map(|index| leads.step(index)),
+            );
+            let mut rest = &mut steps[..];
+            while !rest.is_empty() {
+                let piece = rest.len().min(2 * beam);
+                if piece < rest.len() {
+                    rest.select_nth_unstable_by_key(piece - 1, |step| Reverse(step.rank));
+                }
+                let (first, others) = rest.split_at_mut(piece);
+                if take(first) {
+                    break;
+                }
+                rest = others;
+            }
         }
-        steps.truncate(kept);
+        leads.steps = steps;
+    }
+}
+
+impl Leads {
+    fn clear(&mut self) {
+        self.scores.clear();
+        self.owners.clear();
+        self.nodes.clear();
+    }
+
+    /// Adds `node`, which belongs to the owner of the node of `step`.
+    fn push(&mut self, step: Step, node: u32) {
+        let (score, owner) = unpack(step.rank);
+        self.scores.push(score);
+        self.owners.push(owner);
+        self.nodes.push(node);
+    }
+
+    /// What leads to node `index` of them.
+    fn step(&self, index: usize) -> Step {
+        Step::new(self.scores[index], self.owners[index], self.nodes[index])
     }
 }
 
@@ -306,15 +361,12 @@ impl Scored {
     }
 
     /// Adds the nodes that the keys scored lead to.
-    fn lead(&self, node: &Node, which: &Which, steps: &mut Vec<Step>) {
-        let scored = self.scores.iter().zip(self.keys(node, which));
+    fn lead(&self, node: &Node, which: &Which, leads: &mut Leads) {
+        leads.scores.extend_from_slice(&self.scores);
+        leads.owners.extend_from_slice(self.keys(node, which));
         match which {
-            Which::Range(slots) => steps.extend(
-                scored.zip(&node.below[slots.clone()]).map(|((&score, &key), &below)| Step::new(score, key, below)),
-            ),
-            Which::Chosen => steps.extend(
-                scored.zip(&self.slots).map(|((&score, &key), &slot)| Step::new(score, key, node.below[slot as usize])),
-            ),
+            Which::Range(slots) => leads.nodes.extend_from_slice(&node.below[slots.clone()]),
+            Which::Chosen => leads.nodes.extend(self.slots.iter().map(|&slot| node.below[slot as usize])),
         }
     }
 }

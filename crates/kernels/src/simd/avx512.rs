@@ -36,6 +36,14 @@ impl Avx512 {
         unsafe { body(self, operation) }
     }
 
+    /// Sums of the first two and of the last two quarters of `a`, then of `b`.
+    #[inline(always)]
+    fn add_halves(self, a: __m512, b: __m512) -> __m512 {
+        intrinsic! {
+            _mm512_add_ps(_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
+        }
+    }
+
     #[inline(always)]
     fn mask(self, count: usize) -> __mmask16 {
         assert!(count < LANES, "fewer values than lanes");
@@ -151,6 +159,28 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn reduce_add(self, a: __m512) -> f32 {
         intrinsic!(_mm512_reduce_add_ps(a))
+    }
+
+    #[inline(always)]
+    fn reduce_add_each(self, vectors: &[__m512; 16]) -> [f32; 16] {
+        // Each step adds halves of what it has of two vectors and lays them side by side: 45 instructions instead of eleven
+        // for each sum. (Loops, as closures would be compiled without the instructions.)
+        let mut pairs = [vectors[0]; 8];
+        for (pair, vectors) in pairs.iter_mut().zip(vectors.as_chunks::<2>().0) {
+            let [a, b] = *vectors;
+            *pair = intrinsic!(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        }
+        let mut fours = [vectors[0]; 4];
+        for (four, pairs) in fours.iter_mut().zip(pairs.as_chunks::<2>().0) {
+            *four = intrinsic! {{
+                let (a, b) = (_mm512_castps_pd(pairs[0]), _mm512_castps_pd(pairs[1]));
+                _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)))
+            }};
+        }
+        let [a, b, c, d] = fours;
+        let mut sums = [0.0; 16];
+        self.store(self.add_halves(self.add_halves(a, b), self.add_halves(c, d)), &mut sums);
+        sums
     }
 
     #[inline(always)]

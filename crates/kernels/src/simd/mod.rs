@@ -60,6 +60,15 @@ pub(crate) trait Simd: Copy {
     }
     /// Sum of the lanes, in an order that depends on the instruction set only.
     fn reduce_add(self, a: Self::Vector) -> f32;
+    /// The sum of the lanes of each of sixteen vectors, whatever the others are.
+    #[inline(always)]
+    fn reduce_add_each(self, vectors: &[Self::Vector; 16]) -> [f32; 16] {
+        let mut sums = [0.0; 16];
+        for (sum, vector) in sums.iter_mut().zip(vectors) {
+            *sum = self.reduce_add(*vector);
+        }
+        sums
+    }
     /// Largest lane; a NaN may be passed over.
     fn reduce_max(self, a: Self::Vector) -> f32;
 }
