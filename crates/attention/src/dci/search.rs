@@ -303,10 +303,9 @@ impl Search<'_> {
             false
         };
         // Nearly always a few more than the beam are enough, and the others need no place.
-        let Leads { scores, steps, largest, .. } = &mut *leads;
-        let limit = reached_by(beam + beam / 4 + 1, scores, largest);
+        let limit = reached_by(beam.saturating_add(beam / 4 + 1), &leads.scores, &mut leads.largest);
+        let mut steps = std::mem::take(&mut leads.steps);
         steps.clear();
-        let mut steps = std::mem::take(steps);
         for_each_above(limit, &leads.scores, |index| steps.push(leads.step(index)));
         if !take(&mut steps) {
             steps.clear();
@@ -315,7 +314,7 @@ impl Search<'_> {
             );
             let mut rest = &mut steps[..];
             while !rest.is_empty() {
-                let piece = rest.len().min(2 * beam);
+                let piece = rest.len().min(beam.saturating_mul(2));
                 if piece < rest.len() {
                     rest.select_nth_unstable_by_key(piece - 1, |step| Reverse(step.rank));
                 }
