@@ -1,20 +1,16 @@
 //! Malformed Hugging Face folders: each gives a one-line error that names the file and the field, without a large
 //! allocation.
-#![allow(missing_docs, unsafe_code)]
+#![allow(missing_docs)]
 
 mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::allocation::{self, CountingAllocator};
 use common::{safetensors_of, scratch_folder, tiny_config, tiny_shapes};
 use iceformer_engine::{Family, ModelFiles, RopeScaling};
 use serde_json::{Value, json};
 
-#[global_allocator]
-static ALLOCATOR: CountingAllocator = CountingAllocator;
-
-const KIB: usize = 1024;
+const KIB: u64 = 1024;
 const TOKENIZER: &str = r#"{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "decoder": {"type": "ByteLevel",
     "add_prefix_space": false, "trim_offsets": false, "use_regex": false}}"#;
 
@@ -50,7 +46,7 @@ impl Drop for Folder {
 }
 
 fn error_of(path: &Path) -> String {
-    let (result, peak) = allocation::peak_of(|| {
+    let (result, peak) = common::peak_of(|| {
         let files = ModelFiles::open(path).map_err(|error| error.to_string())?;
         files.tokenizer().map_err(|error| error.to_string())?;
         files.chat_template().map_err(|error| error.to_string())?;

@@ -1,24 +1,20 @@
 //! Malformed GGUF files: each gives a one-line error that names the file and the field, without a large allocation.
 //!
 //! Cases marked with an advisory are the shapes of known holes in other readers.
-#![allow(missing_docs, unsafe_code)]
+#![allow(missing_docs)]
 
 mod common;
 
-use common::allocation::{self, CountingAllocator};
 use common::gguf::{Entry, Gguf, Value, array, string};
 use common::scratch_folder;
 use iceformer_engine::ModelFiles;
 
-#[global_allocator]
-static ALLOCATOR: CountingAllocator = CountingAllocator;
-
-const KIB: usize = 1024;
+const KIB: u64 = 1024;
 
 /// Opens the file and everything behind it, and gives the first error.
 fn error_of(bytes: Vec<u8>) -> String {
-    let length = bytes.len();
-    let (result, peak) = allocation::peak_of(|| {
+    let length = bytes.len() as u64;
+    let (result, peak) = common::peak_of(|| {
         let files = ModelFiles::from_gguf_memory("model.gguf", bytes).map_err(|error| error.to_string())?;
         files.tokenizer().map_err(|error| error.to_string())?;
         files.chat_template().map_err(|error| error.to_string())?;

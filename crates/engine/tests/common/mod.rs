@@ -1,7 +1,6 @@
 //! What several tests of model files share.
 #![allow(dead_code, missing_docs)]
 
-pub mod allocation;
 pub mod gguf;
 
 use std::borrow::Cow;
@@ -9,6 +8,14 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use iceformer_engine::MemoryModel;
+
+/// The result of `run`, and how many bytes beyond those before were in use at once in this thread: a test can tell a parser
+/// that believes a length in a file.
+pub fn peak_of<T>(run: impl FnOnce() -> T) -> (T, u64) {
+    let mut result = None;
+    let counts = allocation_counter::measure(|| result = Some(run()));
+    (result.expect("it was run"), counts.bytes_max)
+}
 
 /// The folder of golden files.
 pub fn golden() -> PathBuf {
