@@ -189,12 +189,10 @@ fn block<S: Simd, E: Element, const N: usize>(
             }
         }
     }
-    let mut all = [simd.splat(0.0); 16];
-    all[..N].copy_from_slice(&sums);
-    let sums = simd.reduce_add_each(&all);
+    let sums = simd.reduce_add_each(&sums);
     match output[first..].first_chunk_mut::<N>() {
         // Of a length that is known, this is a store.
-        Some(output) => output.copy_from_slice(&sums[..N]),
+        Some(output) => *output = sums,
         None => output[first..].iter_mut().zip(sums).for_each(|(output, sum)| *output = sum),
     }
 }

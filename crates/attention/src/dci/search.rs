@@ -234,11 +234,12 @@ impl Search<'_> {
         let SearchScratch { scored, projected, retrieval, .. } = scratch;
         let Scored { scores, slots: chosen, keys } = scored;
         let width = target.vector.len();
-        let candidates = || ((slots.len() as f32 * target.share).ceil() as usize).max(target.least);
-        let which = if slots.len() > self.settings.whole_node
-            && let candidates = candidates()
-            && candidates < slots.len()
-        {
+        // A small node is evaluated whole.
+        let candidates = match slots.len() > self.settings.whole_node {
+            true => ((slots.len() as f32 * target.share).ceil() as usize).max(target.least),
+            false => slots.len(),
+        };
+        let which = if candidates < slots.len() {
             if projected.is_empty() {
                 let extra = target.extra.unwrap_or(0.0);
                 self.directions.project(target.vector, target.factor, extra, projected);

@@ -162,9 +162,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn reduce_add_each(self, vectors: &[__m512; 16]) -> [f32; 16] {
+    fn reduce_add_each<const N: usize>(self, some: &[__m512; N]) -> [f32; N] {
         // Each step adds halves of what it has of two vectors and lays them side by side: 45 instructions instead of eleven
         // for each sum. (Loops, as closures would be compiled without the instructions.)
+        let mut vectors = [self.splat(0.0); LANES];
+        vectors[..N].copy_from_slice(some);
         let mut pairs = [vectors[0]; 8];
         for (pair, vectors) in pairs.iter_mut().zip(vectors.as_chunks::<2>().0) {
             let [a, b] = *vectors;
@@ -178,9 +180,12 @@ impl Simd for Avx512 {
             }};
         }
         let [a, b, c, d] = fours;
-        let mut sums = [0.0; 16];
+        let mut sums = [0.0; LANES];
         self.store(self.add_halves(self.add_halves(a, b), self.add_halves(c, d)), &mut sums);
-        sums
+        std::array::from_fn(
+            #[inline(always)]
+            |index| sums[index],
+        )
     }
 
     #[inline(always)]

@@ -60,10 +60,10 @@ pub(crate) trait Simd: Copy {
     }
     /// Sum of the lanes, in an order that depends on the instruction set only.
     fn reduce_add(self, a: Self::Vector) -> f32;
-    /// The sum of the lanes of each of sixteen vectors, whatever the others are.
+    /// The sum of the lanes of each of up to sixteen vectors, whatever the others are.
     #[inline(always)]
-    fn reduce_add_each(self, vectors: &[Self::Vector; 16]) -> [f32; 16] {
-        let mut sums = [0.0; 16];
+    fn reduce_add_each<const N: usize>(self, vectors: &[Self::Vector; N]) -> [f32; N] {
+        let mut sums = [0.0; N];
         for (sum, vector) in sums.iter_mut().zip(vectors) {
             *sum = self.reduce_add(*vector);
         }
