@@ -8,7 +8,8 @@ use std::ops::Range;
 use std::sync::{PoisonError, RwLock};
 
 use bytemuck::Pod;
-use iceformer_kernels::attention::{KEY_DIM_MULTIPLE, KeyBlock, PAGE_KEYS, VALUE_DIM_MULTIPLE};
+use iceformer_kernels::attention::{KEY_DIM_MULTIPLE, KeyBlock, PAGE_KEYS, VALUE_DIM_MULTIPLE, fetch};
+use iceformer_kernels::rows::add_scaled;
 
 use crate::ThreadTeam;
 use crate::budgeted::{ClusterIndex, SortedKeys};
@@ -468,6 +469,32 @@ impl KeyValueCache {
             Segment::Int8 { values, value_scales, .. } => {
                 page::read_value_int8(values, value_scales[slot], slot, width, value);
             }
+        }
+    }
+
+    /// Adds value `index` of head `head` times `weight` to `output` `[value_dim]`; `room` is for a value.
+    pub(crate) fn add_value(&self, head: usize, index: usize, weight: f32, output: &mut [f32], room: &mut Vec<f32>) {
+        match self.place(head, index) {
+            (Segment::F32 { values, .. }, slot) => {
+                let value = &values[slot * self.shape.padded_value_dim()..][..self.shape.value_dim];
+                add_scaled(output, weight, value);
+            }
+            _ => {
+                room.resize(self.shape.value_dim, 0.0);
+                self.read_value(head, index, room);
+                add_scaled(output, weight, room);
+            }
+        }
+    }
+
+    /// Asks for value `index` of head `head` ahead of its use.
+    pub(crate) fn fetch_value(&self, head: usize, index: usize) {
+        let (segment, slot) = self.place(head, index);
+        let width = self.shape.padded_value_dim();
+        match segment {
+            Segment::F32 { values, .. } => fetch(&values[slot * width..][..width]),
+            Segment::Bf16 { values, .. } => fetch(&values[slot / 2 * 2 * width..][..2 * width]),
+            Segment::Int8 { values, .. } => fetch(&values[slot / 2 * 2 * width..][..2 * width]),
         }
     }
 

@@ -1,7 +1,6 @@
 //! One vector against rows of numbers: dot products for searches, weighted sums for what they find.
 
 use crate::InstructionSet;
-use crate::attention;
 use crate::simd::{self, Operation, Simd};
 
 /// The width of a row is a multiple of this, filled up with zeros, so that no kernel has a tail.
@@ -14,21 +13,6 @@ pub enum Rows<'a> {
     F32(&'a [f32]),
     /// 16-bit brain floats, widened as they are read.
     Bf16(&'a [u16]),
-}
-
-impl Rows<'_> {
-    /// Name of the kernel that runs on rows of this type at `level`, as reports print it.
-    pub fn kernel_name(self, level: InstructionSet) -> &'static str {
-        use InstructionSet::{Avx2, Portable};
-        match (self, level) {
-            (Self::F32(_), Portable) => "rows-f32-portable",
-            (Self::F32(_), Avx2) => "rows-f32-avx2",
-            (Self::F32(_), _) => "rows-f32-avx512",
-            (Self::Bf16(_), Portable) => "rows-bf16-portable",
-            (Self::Bf16(_), Avx2) => "rows-bf16-avx2",
-            (Self::Bf16(_), _) => "rows-bf16-avx512",
-        }
-    }
 }
 
 /// Writes the dot product of `vector` with each of the first `output.len()` rows.
@@ -74,17 +58,6 @@ fn weighted_rows_at(level: InstructionSet, sums: WeightedRows<'_>) {
     simd::run(level, sums);
 }
 
-/// Asks the memory for rows that will be needed soon, up to 1 KiB of them: behind that the hardware sees the pattern.
-pub fn fetch(rows: Rows<'_>) {
-    fn lines<T>(values: &[T]) {
-        attention::fetch(&values[..values.len().min(1024 / size_of::<T>())]);
-    }
-    match rows {
-        Rows::F32(rows) => lines(rows),
-        Rows::Bf16(rows) => lines(rows),
-    }
-}
-
 fn dots_at(level: InstructionSet, dots: Dots<'_>) {
     assert!(dots.vector.len().is_multiple_of(ROW_MULTIPLE), "a width that is no multiple of {ROW_MULTIPLE}");
     simd::run(level, dots);
@@ -124,7 +97,7 @@ fn one_of(chosen: &[u32]) -> impl Fn(usize) -> usize {
 }
 
 /// A number that rows are made of.
-trait Element: Copy {
+pub(crate) trait Element: Copy {
     fn load<S: Simd>(simd: S, values: &[Self]) -> S::Vector;
 }
 

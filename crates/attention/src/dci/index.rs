@@ -3,13 +3,15 @@
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use iceformer_kernels::rows::{ROW_MULTIPLE, Rows};
+use iceformer_kernels::panels::Panels;
+use iceformer_kernels::rows::ROW_MULTIPLE;
 
 use super::lift::{Bound, larger_norm};
-use super::node::{Node, RowBuffer};
+use super::node::{Node, Outline, PanelBuffer};
+use super::parent::{Newcomer, ParentScratch, parent};
 use super::projections::Directions;
 use super::random::uniform;
-use super::search::{ROOT, Search, SearchScratch};
+use super::search::Search;
 use super::settings::DciSettings;
 use crate::{KeyValueCache, KeyValueType, ThreadTeam};
 
@@ -17,6 +19,9 @@ use crate::{KeyValueCache, KeyValueType, ThreadTeam};
 const BLOCK_KEYS: usize = 1024;
 /// Keys of one task of the search for parents.
 const TASK_KEYS: usize = 32;
+
+/// Root of every tree.
+pub(crate) const ROOT: u32 = 0;
 
 /// A tree of keys for each head of a cache.
 ///
@@ -33,8 +38,10 @@ pub(crate) struct DciIndex {
 pub(crate) struct HeadIndex {
     full_precision: bool,
     nodes: Vec<Node>,
+    /// One for each node.
+    outlines: Vec<Outline>,
     /// Vectors of the first keys, up to `whole_range`, for queries that see no others.
-    first_rows: RowBuffer,
+    first_keys: PanelBuffer,
     /// `[keys]`: the largest squared norm of this key and all before it.
     largest_norms: Vec<f32>,
     incoming: Incoming,
@@ -69,13 +76,18 @@ impl DciIndex {
         built(&self.settings) == built(settings)
     }
 
+    /// Vectors of the first keys of head `head`, up to `whole_range`.
+    pub(crate) fn first_keys(&self, head: usize) -> Panels<'_> {
+        self.heads[head].first_keys.panels()
+    }
+
     /// A search of head `head` under `settings`, which [fit](Self::fits).
     pub(crate) fn search<'a>(&'a self, head: usize, settings: &'a DciSettings) -> Search<'a> {
         Search { index: &self.heads[head], directions: &self.directions, settings }
     }
 
     /// Takes in the keys of `cache` that are not yet held: `O(build_beam · keys^(1/levels))` products for each.
-    pub(crate) fn extend(&mut self, cache: &KeyValueCache, team: &ThreadTeam, scratch: &[Mutex<SearchScratch>]) {
+    pub(crate) fn extend(&mut self, cache: &KeyValueCache, team: &ThreadTeam, scratch: &[Mutex<ParentScratch>]) {
         while self.len < cache.len() {
             let block = self.len..cache.len().min(self.len + BLOCK_KEYS);
             // A decode step is shorter than waking the team takes.
@@ -90,7 +102,7 @@ impl DciIndex {
         cache: &KeyValueCache,
         block: Range<usize>,
         team: &ThreadTeam,
-        scratch: &[Mutex<SearchScratch>],
+        scratch: &[Mutex<ParentScratch>],
     ) {
         let whole_range = self.settings.whole_range;
         team.run_chunks(&mut self.heads, 1, |head, index, _| {
@@ -105,12 +117,13 @@ impl DciIndex {
             if wanted + 1 < self.settings.levels {
                 team.run_chunks(&mut parents, TASK_KEYS, |task, parents, worker| {
                     let (head, first) = (task * TASK_KEYS / padded, task * TASK_KEYS % padded);
-                    let search = self.search(head, &self.settings);
+                    let index = &self.heads[head];
                     let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
                     for offset in (first..first + TASK_KEYS).filter(is_wanted) {
-                        let (row, squared_norm) = search.index.incoming(offset);
-                        let position = block.start + offset;
-                        parents[offset - first] = search.parent(row, squared_norm, position, wanted, &mut scratch);
+                        let (row, squared_norm) = index.incoming(offset);
+                        let newcomer = Newcomer { row, squared_norm, position: block.start + offset, level: wanted };
+                        parents[offset - first] =
+                            parent(index, &self.directions, &self.settings, &newcomer, &mut scratch);
                     }
                 });
             }
@@ -166,11 +179,11 @@ fn level(settings: &DciSettings, position: usize) -> usize {
 
 impl HeadIndex {
     fn new(full_precision: bool) -> Self {
-        let root = Node::new(0, None, full_precision);
         Self {
             full_precision,
-            nodes: vec![root],
-            first_rows: RowBuffer::new(full_precision),
+            nodes: vec![Node::new(full_precision)],
+            outlines: vec![Outline::new(0, None)],
+            first_keys: PanelBuffer::new(full_precision),
             largest_norms: Vec::new(),
             incoming: Incoming::default(),
         }
@@ -178,6 +191,25 @@ impl HeadIndex {
 
     pub(crate) fn node(&self, node: u32) -> &Node {
         &self.nodes[node as usize]
+    }
+
+    pub(crate) fn outline(&self, node: u32) -> &Outline {
+        &self.outlines[node as usize]
+    }
+
+    /// Number of keys of `node` at positions below `end`.
+    pub(crate) fn keys_before(&self, node: u32, end: usize) -> usize {
+        self.outline(node).keys_before(self.node(node), end)
+    }
+
+    /// Number of nodes.
+    pub(crate) fn nodes(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Number of keys.
+    pub(crate) fn keys(&self) -> usize {
+        self.largest_norms.len()
     }
 
     /// Bound on the norms of the first `keys` keys.
@@ -188,11 +220,6 @@ impl HeadIndex {
     fn incoming(&self, offset: usize) -> (&[f32], f32) {
         let width = self.incoming.rows.len() / self.incoming.squared_norms.len();
         (&self.incoming.rows[offset * width..][..width], self.incoming.squared_norms[offset])
-    }
-
-    /// Vectors of the keys `range`, which ends at `whole_range` or before.
-    pub(crate) fn first_rows(&self, range: Range<usize>, width: usize) -> Rows<'_> {
-        self.first_rows.rows(range, width)
     }
 
     /// Fetches a block of keys and carries the bound on.
@@ -206,7 +233,7 @@ impl HeadIndex {
         for (row, position) in rows.chunks_exact_mut(width).zip(block) {
             cache.read_centred_key(head, position, &mut row[..key_dim]);
             if position < whole_range {
-                self.first_rows.push(position, row);
+                self.first_keys.push(position, row);
             }
             let squared_norm = row.iter().map(|value| value * value).sum();
             squared_norms.push(squared_norm);
@@ -219,41 +246,45 @@ impl HeadIndex {
     fn insert(&mut self, offset: usize, position: usize, level: usize, parent: u32) {
         let mut below = None;
         for _ in 0..level {
-            self.nodes.push(Node::new(position as u32, below, self.full_precision));
+            self.nodes.push(Node::new(self.full_precision));
+            self.outlines.push(Outline::new(position as u32, below));
             below = Some((self.nodes.len() - 1) as u32);
         }
         let width = self.incoming.rows.len() / self.incoming.squared_norms.len();
         let row = &self.incoming.rows[offset * width..][..width];
         let squared_norm = self.incoming.squared_norms[offset];
-        self.nodes[parent as usize].push(position as u32, row, squared_norm, below);
+        let node = &mut self.nodes[parent as usize];
+        node.push(position as u32, row, squared_norm, below);
+        self.outlines[parent as usize].update(node);
     }
 
     /// Drops all keys from position `len` on, and their nodes.
     fn truncate(&mut self, len: usize) {
         self.largest_norms.truncate(len);
         // The root stays, whoever owned the first key.
-        let stays = |index: usize, node: &Node| index == ROOT as usize || (node.owner as usize) < len;
+        let stays: Vec<bool> = self.outlines.iter().map(|outline| (outline.owner as usize) < len).collect();
+        let stays = |index: usize| index == ROOT as usize || stays[index];
         let mut renamed = Vec::with_capacity(self.nodes.len());
         let mut kept = 0;
-        for (index, node) in self.nodes.iter().enumerate() {
+        for index in 0..self.nodes.len() {
             renamed.push(kept);
-            kept += u32::from(stays(index, node));
+            kept += u32::from(stays(index));
         }
-        let mut index = 0;
-        self.nodes.retain_mut(|node| {
-            let stay = stays(index, node);
-            index += 1;
-            if stay {
-                node.truncate(len);
-                node.below.iter_mut().chain(&mut node.own_below).for_each(|below| *below = renamed[*below as usize]);
-            }
-            stay
-        });
+        let mut indices = 0..self.nodes.len();
+        self.nodes.retain_mut(|_| indices.next().is_some_and(stays));
+        let mut indices = 0..self.outlines.len();
+        self.outlines.retain_mut(|_| indices.next().is_some_and(stays));
+        for (node, outline) in self.nodes.iter_mut().zip(&mut self.outlines) {
+            node.truncate(len);
+            node.below.iter_mut().chain(&mut outline.own_below).for_each(|below| *below = renamed[*below as usize]);
+            outline.update(node);
+        }
     }
 
     fn bytes(&self) -> usize {
         let nodes = self.nodes.iter().map(Node::bytes).sum::<usize>();
-        nodes + self.first_rows.bytes() + 4 * self.largest_norms.capacity()
+        let outlines = self.outlines.capacity() * size_of::<Outline>();
+        nodes + outlines + self.first_keys.bytes() + 4 * self.largest_norms.capacity()
     }
 }
 

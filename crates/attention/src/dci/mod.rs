@@ -5,12 +5,16 @@
 //! ([`index`]), each node of which is a Prioritized DCI ([`projections`]), and a query goes down it with a beam
 //! ([`search`]). Beyond the paper, the tree outlives the prompt: decode steps append to it.
 
+mod beam;
 mod index;
+mod level;
 mod lift;
 mod node;
+mod parent;
 mod projections;
 mod random;
 mod rank;
+mod scoring;
 mod search;
 mod settings;
 
@@ -18,14 +22,16 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError, RwLockWriteGuard};
 
 use iceformer_kernels::InstructionSet;
-use iceformer_kernels::rows::{ROW_MULTIPLE, Rows, add_scaled, dot_rows};
+use iceformer_kernels::panels::{PANEL_ROWS, Panels, row_mut};
+use iceformer_kernels::rows::ROW_MULTIPLE;
 use iceformer_kernels::softmax::softmax_in_place;
 
 pub(crate) use index::DciIndex;
 pub use settings::{DciSettings, DciSettingsError};
 
+use self::parent::ParentScratch;
 use self::rank::unpack;
-use self::search::SearchScratch;
+use self::search::{Descent, SearchScratch};
 use crate::output::Output;
 use crate::report::{HeadReport, Report};
 use crate::strided::FromF32;
@@ -33,11 +39,13 @@ use crate::tiles::Call;
 use crate::{KeyValueCache, KeyValueType, ThreadTeam};
 
 /// Queries of one task: consecutive tokens of one head.
-const TILE_TOKENS: usize = 64;
+const TILE_TOKENS: usize = 128;
 
 /// Buffers reused from call to call.
 #[derive(Default)]
 pub(crate) struct DciScratch {
+    /// One per thread.
+    parents: Vec<Mutex<ParentScratch>>,
     /// One per thread.
     searches: Vec<Mutex<SearchScratch>>,
     /// One per thread.
@@ -49,13 +57,16 @@ pub(crate) struct DciScratch {
 /// Buffers of one task.
 #[derive(Default)]
 struct RowScratch {
-    /// The query times the scale, filled up with zeros.
-    query: Vec<f32>,
+    /// `[tokens][row width]`: the queries times the scale, filled up with zeros.
+    queries: Vec<f32>,
     /// The query, where it has to be widened.
     widened: Vec<f32>,
     value: Vec<f32>,
     logits: Vec<f32>,
     near: NearKeys,
+    /// Queries that are compared with all of `near` they see, and those compared with all of the first keys.
+    with_near: Vec<u32>,
+    with_first: Vec<u32>,
 }
 
 /// What a task leaves.
@@ -73,10 +84,9 @@ struct Part {
 #[derive(Default)]
 struct NearKeys {
     range: Range<usize>,
-    /// `[keys][row width]`
-    rows: Vec<f32>,
-    positions: Vec<u32>,
-    scores: Vec<f32>,
+    /// `[panels][row width][PANEL_ROWS]`
+    panels: Vec<f32>,
+    key: Vec<f32>,
 }
 
 /// One call with what it searches.
@@ -89,8 +99,8 @@ struct Search<'a> {
 
 /// Name of the kernel that compares queries with the keys of a cache of this type.
 pub(crate) fn kernel_name(kind: KeyValueType) -> &'static str {
-    let rows = if index::full_precision(kind) { Rows::F32(&[]) } else { Rows::Bf16(&[]) };
-    rows.kernel_name(InstructionSet::current())
+    let panels = if index::full_precision(kind) { Panels::F32(&[]) } else { Panels::Bf16(&[]) };
+    panels.kernel_name(InstructionSet::current())
 }
 
 /// Runs `call` over the keys found for each query. Shapes and settings were checked by the caller.
@@ -102,6 +112,7 @@ pub(crate) fn run<T: FromF32>(
     scratch: &mut DciScratch,
 ) -> Report {
     let (heads, tokens, cache) = (call.query_heads(), call.tokens(), call.cache);
+    scratch.parents.resize_with(team.threads(), Mutex::default);
     scratch.searches.resize_with(team.threads(), Mutex::default);
     scratch.rows.resize_with(team.threads(), Mutex::default);
 
@@ -113,7 +124,7 @@ pub(crate) fn run<T: FromF32>(
             Some(index) if index.fits(settings) => guard.insert(index),
             _ => guard.insert(DciIndex::new(settings, cache)),
         };
-        index.extend(cache, team, &scratch.searches);
+        index.extend(cache, team, &scratch.parents);
         // Other calls may search the index from here on, but none may replace it.
         RwLockWriteGuard::downgrade(guard)
     });
@@ -165,55 +176,70 @@ impl Search<'_> {
             |seen: &Range<usize>| self.index.is_none() || (seen.len() <= whole_range && seen.end > whole_range);
         rows.near.read(call.cache, kv_head, tokens.clone().map(|token| call.seen(token)).filter(is_near));
 
+        let width = shape.key_dim.next_multiple_of(ROW_MULTIPLE);
+        let RowScratch { queries, widened, near, with_first, with_near, .. } = rows;
+        queries.clear();
+        queries.resize(tokens.len() * width, 0.0);
+        search.begin(self.settings.kept_keys, tokens.clone().map(|token| call.seen(token)));
+        with_first.clear();
+        with_near.clear();
+        for (offset, (row, token)) in queries.chunks_exact_mut(width).zip(tokens.clone()).enumerate() {
+            let query = call.query(head, token, widened);
+            row.iter_mut().zip(query).for_each(|(target, value)| *target = value * call.attention.scale);
+            let visible = &search.descent(offset).visible;
+            if visible.is_empty() {
+                // An empty range may lie behind the last key.
+            } else if is_near(visible) {
+                with_near.push(offset as u32);
+            } else if visible.end <= whole_range {
+                with_first.push(offset as u32);
+            } else {
+                search.queue(offset);
+            }
+        }
+        search.compare_with_all(with_near, queries, width, Panels::F32(&near.panels), near.range.start);
+        if let Some(index) = self.index {
+            search.compare_with_all(with_first, queries, width, index.first_keys(kv_head), 0);
+            index.search(kv_head, self.settings).find(queries, search);
+        }
+
         part.report = HeadReport { rows: tokens.len() as u64, ..HeadReport::default() };
         part.output.clear();
         part.output.resize(tokens.len() * shape.value_dim, 0.0);
         part.log_sum_exp.clear();
-        rows.query.clear();
-        rows.query.resize(shape.key_dim.next_multiple_of(ROW_MULTIPLE), 0.0);
-        rows.value.resize(shape.value_dim, 0.0);
-        for (token, output) in tokens.zip(part.output.chunks_exact_mut(shape.value_dim)) {
-            let query = call.query(head, token, &mut rows.widened);
-            rows.query.iter_mut().zip(query).for_each(|(target, value)| *target = value * call.attention.scale);
-            let visible = call.seen(token);
-            let evaluated = match self.index {
-                Some(index) if !is_near(&visible) => {
-                    let searcher = index.search(kv_head, self.settings);
-                    if visible.end <= whole_range {
-                        searcher.find_among_first(&rows.query, visible.clone(), search)
-                    } else {
-                        searcher.find(&rows.query, visible.clone(), search)
-                    }
-                }
-                _ => rows.near.find(&rows.query, visible.clone(), self.settings.kept_keys, search),
-            };
-            let (kept, log_sum_exp) = self.weigh(kv_head, rows, search, output);
+        for (offset, output) in part.output.chunks_exact_mut(shape.value_dim).enumerate() {
+            if offset + 1 < tokens.len() {
+                let found = search.descent(offset + 1).found();
+                found.iter().for_each(|&packed| call.cache.fetch_value(kv_head, unpack(packed).1 as usize));
+            }
+            let descent = search.descent(offset);
+            part.report.allowed_keys += descent.visible.len() as u64;
+            part.report.evaluated_keys += descent.evaluated;
+            let (kept, log_sum_exp) = self.weigh(kv_head, offset * width..(offset + 1) * width, rows, descent, output);
             part.log_sum_exp.push(log_sum_exp);
-            part.report.allowed_keys += visible.len() as u64;
-            part.report.evaluated_keys += evaluated;
             part.report.kept_keys += kept as u64;
         }
     }
 
-    /// Softmax over the keys that `search` found, and the weighted sum of their values. Returns their number and the
-    /// log-sum-exp.
+    /// Softmax over the keys that the descent of `query` (a range of the queries) found, and the weighted sum of their
+    /// values. Returns their number and the log-sum-exp.
     fn weigh(
         &self,
         kv_head: usize,
+        query: Range<usize>,
         rows: &mut RowScratch,
-        search: &mut SearchScratch,
+        descent: &mut Descent,
         output: &mut [f32],
     ) -> (usize, f32) {
-        let found = search.best.finish();
+        let found = descent.found();
         rows.logits.clear();
         rows.logits.extend(found.iter().map(|&packed| unpack(packed).0));
         let log_sum_exp = softmax_in_place(&mut rows.logits);
         for (&packed, &weight) in found.iter().zip(&rows.logits) {
-            self.call.cache.read_value(kv_head, unpack(packed).1 as usize, &mut rows.value);
-            add_scaled(output, weight, &rows.value);
+            self.call.cache.add_value(kv_head, unpack(packed).1 as usize, weight, output, &mut rows.value);
         }
         let mean = self.call.cache.key_mean(kv_head);
-        let centre: f32 = rows.query.iter().zip(mean).map(|(query, mean)| query * mean).sum();
+        let centre: f32 = rows.queries[query].iter().zip(mean).map(|(query, mean)| query * mean).sum();
         (found.len(), log_sum_exp + centre)
     }
 }
@@ -225,26 +251,13 @@ impl NearKeys {
         self.range = ranges.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..0);
         let key_dim = cache.shape().key_dim;
         let width = key_dim.next_multiple_of(ROW_MULTIPLE);
-        self.rows.clear();
-        self.rows.resize(self.range.len() * width, 0.0);
-        for (row, position) in self.rows.chunks_exact_mut(width).zip(self.range.clone()) {
-            cache.read_centred_key(kv_head, position, &mut row[..key_dim]);
+        self.panels.clear();
+        self.panels.resize(self.range.len().next_multiple_of(PANEL_ROWS) * width, 0.0);
+        self.key.resize(key_dim, 0.0);
+        for (row, position) in self.range.clone().enumerate() {
+            cache.read_centred_key(kv_head, position, &mut self.key);
+            row_mut(&mut self.panels, row, width).zip(&self.key).for_each(|(place, &value)| *place = value);
         }
-        self.positions.clear();
-        self.positions.extend(self.range.clone().map(|position| position as u32));
-    }
-
-    /// As [`search::Search::find`], by comparing with every visible key.
-    fn find(&mut self, query: &[f32], visible: Range<usize>, kept_keys: usize, search: &mut SearchScratch) -> u64 {
-        search.best.begin(kept_keys);
-        if visible.is_empty() {
-            return 0;
-        }
-        let offsets = visible.start - self.range.start..visible.end - self.range.start;
-        self.scores.resize(visible.len(), 0.0);
-        dot_rows(query, Rows::F32(&self.rows[offsets.start * query.len()..]), &mut self.scores);
-        search.best.extend(&self.positions[offsets], &self.scores);
-        visible.len() as u64
     }
 }
 

@@ -10,6 +10,7 @@
 use std::ops::Range;
 
 use iceformer_kernels::AlignedBuffer;
+use iceformer_kernels::panels::{Panels, Visit, dot_panels};
 use iceformer_kernels::rows::{ROW_MULTIPLE, Rows, dot_rows};
 
 use super::lift::Bound;
@@ -93,18 +94,17 @@ pub(crate) struct Retrieval<'a> {
 }
 
 impl Projections {
-    /// Projects the keys that are not yet.
-    pub(crate) fn extend(&mut self, directions: &Directions, rows: Rows<'_>, keys: usize) {
+    /// Projects those of the first `keys` keys that are not yet.
+    pub(crate) fn extend(&mut self, directions: &Directions, panels: Panels<'_>, keys: usize) {
         self.of_direction.resize_with(directions.count(), Vec::new);
-        let width = directions.width();
-        for (direction, projections) in directions.directions.chunks_exact(width).zip(&mut self.of_direction) {
-            let known = projections.len();
-            projections.resize(keys, 0.0);
-            let new_rows = match rows {
-                Rows::F32(rows) => Rows::F32(&rows[known * width..]),
-                Rows::Bf16(rows) => Rows::Bf16(&rows[known * width..]),
-            };
-            dot_rows(direction, new_rows, &mut projections[known..]);
+        let known = self.of_direction[0].len();
+        let added = (keys - known) as u32;
+        let visit = |vector| Visit { vector, first_row: known as u32, rows: added, place: vector * added };
+        let visits: Vec<Visit> = (0..directions.count() as u32).map(visit).collect();
+        let mut products = vec![0.0; visits.len() * added as usize];
+        dot_panels(&directions.directions, directions.width(), panels, &visits, &mut products);
+        for (projections, products) in self.of_direction.iter_mut().zip(products.chunks_exact(added.max(1) as usize)) {
+            projections.extend_from_slice(products);
         }
     }
 
@@ -165,6 +165,7 @@ mod tests {
 
     use iceformer_testing::random::Random;
 
+    use super::super::node::PanelBuffer;
     use super::*;
 
     /// The priority queues of the paper (algorithm 2), literally: sorted lists walked outwards from the query.
@@ -221,8 +222,10 @@ mod tests {
                 rows.chunks_exact(width).map(|row| row.iter().map(|value| value * value).sum()).collect();
             let bound = Bound::new(squared_norms.iter().copied().fold(0.0, f32::max));
             let mut projections = Projections::default();
-            projections.extend(&directions, Rows::F32(&rows), keys / 2);
-            projections.extend(&directions, Rows::F32(&rows), keys);
+            let mut panels = PanelBuffer::new(true);
+            rows.chunks_exact(width).enumerate().for_each(|(key, row)| panels.push(key, row));
+            projections.extend(&directions, panels.panels(), keys / 2);
+            projections.extend(&directions, panels.panels(), keys);
             let mut projected = Vec::new();
             let query: Vec<f32> = random.normals(width, 0.1);
             directions.project(&query, 1.0, 0.0, &mut projected);

@@ -143,6 +143,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn below(self, a: __m256, limit: __m256) -> u32 {
+        intrinsic!(_mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(a, limit))) as u32
+    }
+
+    #[inline(always)]
     fn scale_by_power_of_two(self, a: __m256, n: __m256) -> __m256 {
         // In two steps, since 2^n itself may be no f32; the first step is exact.
         intrinsic! {

@@ -51,6 +51,20 @@ pub(crate) trait Simd: Copy {
     fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// `a <= limit ? a : 0`
     fn zero_above(self, a: Self::Vector, limit: Self::Vector) -> Self::Vector;
+    /// One bit for each lane, the first lane's the lowest: whether `a < limit`.
+    fn below(self, a: Self::Vector, limit: Self::Vector) -> u32;
+    /// Writes `first` plus the place of each bit that is set, of the lowest `LANES`, to `places`, and returns how many there
+    /// are. Panics when there are fewer than `LANES` places; those behind hold anything afterwards.
+    #[inline(always)]
+    fn store_places(self, bits: u32, first: u32, places: &mut [u32]) -> usize {
+        let (mut rest, mut used) = (bits, 0);
+        while rest != 0 {
+            places[used] = first + rest.trailing_zeros();
+            rest &= rest - 1;
+            used += 1;
+        }
+        used
+    }
     /// `a · 2^n` rounded once, for whole `n` from −252 to 252.
     fn scale_by_power_of_two(self, a: Self::Vector, n: Self::Vector) -> Self::Vector;
     /// A fraction from 0 to 1 and an exponent for [`scale_by_power_of_two`](Self::scale_by_power_of_two), which together

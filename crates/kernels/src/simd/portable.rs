@@ -100,6 +100,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn below(self, a: Vector, limit: Vector) -> u32 {
+        (0..LANES).fold(0, |bits, i| bits | u32::from(a[i] < limit[i]) << i)
+    }
+
+    #[inline(always)]
     fn scale_by_power_of_two(self, a: Vector, n: Vector) -> Vector {
         // In two steps, since 2^n itself may be no f32; the first step is exact.
         let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
