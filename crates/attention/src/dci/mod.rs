@@ -38,8 +38,12 @@ use crate::strided::FromF32;
 use crate::tiles::Call;
 use crate::{KeyValueCache, KeyValueType, ThreadTeam};
 
-/// Queries of one task: consecutive tokens of one head.
-const TILE_TOKENS: usize = 128;
+/// Queries of one task, at least: consecutive tokens of one head.
+const TILE_TOKENS: usize = 64;
+/// And at most: keys come from memory once for all of them, but their scores have to stay in the caches.
+const MOST_TILE_TOKENS: usize = 256;
+/// Tasks that each thread should have before they grow.
+const TASKS_PER_THREAD: usize = 8;
 
 /// Buffers reused from call to call.
 #[derive(Default)]
@@ -131,17 +135,19 @@ pub(crate) fn run<T: FromF32>(
     let index = guard.as_ref().and_then(|guard| guard.as_ref());
     let search = Search { call: *call, settings, index };
 
-    let tiles = tokens.div_ceil(TILE_TOKENS);
+    let tile_tokens = heads * tokens / (TASKS_PER_THREAD * team.threads());
+    let tile_tokens = tile_tokens.clamp(TILE_TOKENS, MOST_TILE_TOKENS);
+    let tiles = tokens.div_ceil(tile_tokens);
     if scratch.parts.len() < heads * tiles {
         scratch.parts.resize_with(heads * tiles, Part::default);
     }
     let parts = &mut scratch.parts[..heads * tiles];
     // Heads that share a tree run one behind the other, so that it stays in the caches.
     team.run_chunks(parts, 1, |task, part, worker| {
-        let (head, first) = (task / tiles, task % tiles * TILE_TOKENS);
+        let (head, first) = (task / tiles, task % tiles * tile_tokens);
         let mut searching = scratch.searches[worker].lock().unwrap_or_else(PoisonError::into_inner);
         let mut rows = scratch.rows[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        search.tile(head, first..tokens.min(first + TILE_TOKENS), &mut part[0], &mut rows, &mut searching);
+        search.tile(head, first..tokens.min(first + tile_tokens), &mut part[0], &mut rows, &mut searching);
     });
 
     let mut report = Report::of_heads(heads, &HeadReport::default());
@@ -150,8 +156,8 @@ pub(crate) fn run<T: FromF32>(
     }
     let value_dim = cache.shape().value_dim;
     for mut row in output.into_rows(1) {
-        let part = &mut parts[row.kv_head * tiles + row.token / TILE_TOKENS];
-        let offset = row.token % TILE_TOKENS;
+        let part = &mut parts[row.kv_head * tiles + row.token / tile_tokens];
+        let offset = row.token % tile_tokens;
         let log_sum_exp = part.log_sum_exp[offset];
         row.write(0, &mut part.output[offset * value_dim..(offset + 1) * value_dim], || log_sum_exp);
     }
@@ -178,7 +184,6 @@ impl Search<'_> {
 
         let width = shape.key_dim.next_multiple_of(ROW_MULTIPLE);
         let RowScratch { queries, widened, near, with_first, with_near, .. } = rows;
-        queries.clear();
         queries.resize(tokens.len() * width, 0.0);
         search.begin(self.settings.kept_keys, tokens.clone().map(|token| call.seen(token)));
         with_first.clear();
@@ -186,6 +191,7 @@ impl Search<'_> {
         for (offset, (row, token)) in queries.chunks_exact_mut(width).zip(tokens.clone()).enumerate() {
             let query = call.query(head, token, widened);
             row.iter_mut().zip(query).for_each(|(target, value)| *target = value * call.attention.scale);
+            row[shape.key_dim..].fill(0.0);
             let visible = &search.descent(offset).visible;
             if visible.is_empty() {
                 // An empty range may lie behind the last key.
@@ -277,6 +283,6 @@ mod tests {
         attention.run(queries, &cache, &mut output, None, &team, &mut scratch);
         let rows: Vec<usize> = scratch.dci.parts.iter().map(|part| part.log_sum_exp.len()).collect();
         assert_eq!(rows.iter().sum::<usize>(), 1_000);
-        assert!(rows.len() >= 8 && rows.iter().all(|&rows| rows <= TILE_TOKENS), "tasks of {rows:?} queries");
+        assert!(rows.len() >= TASKS_PER_THREAD, "tasks of {rows:?} queries");
     }
 }
