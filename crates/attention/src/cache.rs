@@ -474,6 +474,7 @@ impl KeyValueCache {
 
     /// Adds value `index` of head `head` times `weight` to `output` `[value_dim]`; `room` is for a value.
     pub(crate) fn add_value(&self, head: usize, index: usize, weight: f32, output: &mut [f32], room: &mut Vec<f32>) {
+        assert!(index < self.len, "value {index} of a cache of {}", self.len);
         match self.place(head, index) {
             (Segment::F32 { values, .. }, slot) => {
                 let value = &values[slot * self.shape.padded_value_dim()..][..self.shape.value_dim];

@@ -465,6 +465,56 @@ fn nan_and_infinity_show_and_do_not_spread() {
 }
 
 #[test]
+fn keys_that_are_no_number_do_not_crowd_out_others() {
+    // Mean log-sum-exp behind so many of them, which no query sees.
+    let found = |hidden: usize| {
+        let (team, tokens, mut random) = (ThreadTeam::new(1), 16_000, Random::new(22));
+        let shape = Shape { query_tokens: 64, ..one_head(hidden + tokens, 32) };
+        let mut case = case(Kind::Gauss, shape, Mask { keys: Some(hidden..hidden + tokens), ..Mask::default() }, 0);
+        case.inputs.keys[..hidden * 32].fill(f32::NAN);
+        case.inputs.keys[hidden * 32..].copy_from_slice(&random.normals(tokens * 32, 3.0));
+        case.inputs.queries.copy_from_slice(&random.normals(64 * 32, 1.0));
+        let cache = case.cache(KeyValueType::F32, &team);
+        let (_, log_sum_exp, report) = case.run_on(DciSettings::default(), &cache, &team, 0..64);
+        assert_eq!(report.kept_keys, 64 * 20);
+        log_sum_exp.iter().sum::<f32>() / 64.0
+    };
+    let (alone, behind) = (found(0), found(28_000));
+    assert!(behind >= alone - 0.3, "mean log-sum-exp {behind} behind keys that are no number, {alone} without them");
+}
+
+#[test]
+fn queries_that_go_down_together_find_what_each_finds_alone() {
+    let team = ThreadTeam::new(1);
+    let wide = DciSettings { kept_keys: 4_000, ..DciSettings::PUBLISHED };
+    for (tokens, queries, settings) in [(1_500, 130, SMALL), (1_500, 130, DciSettings::PUBLISHED), (6_000, 70, wide)] {
+        for (mask, kind) in [(Mask::causal(), KeyValueType::F32), (Mask::default(), KeyValueType::Bf16)] {
+            let shape = Shape { query_tokens: queries, ..one_head(tokens, 16) };
+            let mut case = case(Kind::Gauss, shape, mask, 23);
+            // Keys that are equal, products that are, and numbers that are none.
+            case.inputs.keys[200 * 16..700 * 16].fill(0.25);
+            case.inputs.keys[700 * 16..900 * 16].iter_mut().for_each(|value| *value = value.round());
+            case.inputs.keys[30 * 16] = f32::NAN;
+            case.inputs.queries[2 * 16..4 * 16].fill(0.0);
+            case.inputs.queries[5 * 16] = f32::INFINITY;
+            let cache = case.cache(kind, &team);
+            let (output, log_sum_exp, report) = case.run_on(settings, &cache, &team, 0..queries);
+            let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
+            let (mut evaluated, mut kept) = (0, 0);
+            for token in 0..queries {
+                let (alone, log_sum_exp_alone, report) = case.run_on(settings, &cache, &team, token..token + 1);
+                let what = format!("query {token} of {tokens} tokens, {settings:?}");
+                assert_eq!(bits(&alone), bits(&output[token * 16..][..16]), "{what}");
+                assert_eq!(bits(&log_sum_exp_alone), bits(&log_sum_exp[token..][..1]), "{what}");
+                evaluated += report.evaluated_keys;
+                kept += report.kept_keys;
+            }
+            assert_eq!((evaluated, kept), (report.evaluated_keys, report.kept_keys));
+        }
+    }
+}
+
+#[test]
 fn negative_scale_and_zero_keys_work() {
     let mut case = case(Kind::Gauss, one_head(300, 16), Mask::causal(), 15);
     case.inputs.keys[100 * 16..200 * 16].fill(0.0);
@@ -538,7 +588,8 @@ proptest! {
         (causal, window, padding) in
             (any::<bool>(), prop::option::of(1_usize..200), prop::option::of((0_usize..300, 0_usize..300))),
         first_position in 0_usize..350,
-        (levels, simple_indices, composite_indices) in (1_usize..5, 1_usize..6, 1_usize..4),
+        (levels, simple_indices, composite_indices) in (1_usize..9, 1_usize..6, 1_usize..4),
+        query_beam in prop::option::of(prop_oneof![1_usize..50, Just(u32::MAX as usize)]),
         (build_beam, build_share, query_share) in (1_usize..9, 0.001_f32..1.0, 0.001_f32..1.0),
         (whole_node, whole_range) in (0_usize..40, 0_usize..80),
         seed in any::<u64>(),
@@ -550,7 +601,7 @@ proptest! {
         case.first_position = first_position;
         let settings = DciSettings {
             levels, simple_indices, composite_indices, build_beam, build_share, query_share, whole_node, whole_range, seed,
-            ..DciSettings::PUBLISHED
+            query_beam, kept_keys: 1,
         };
         case.check_everything_kept(settings);
         // Fewer kept than seen: a softmax over some of them, never more mass than there is.

@@ -211,8 +211,8 @@ mod tests {
         let mut random = Random::new(1);
         for level in levels() {
             for width in [0, 16, 48, 64, 128, 256] {
-                let (vectors, rows) = (random.normals(7 * width, 1.0), 40);
-                let mut wide = vec![f32::NAN; rows_of_panels(rows) * width];
+                let (vectors, rows) = (random.normals(7 * width, 1.0), 40_usize);
+                let mut wide = vec![f32::NAN; rows.next_multiple_of(PANEL_ROWS) * width];
                 for row in 0..rows {
                     row_mut(&mut wide, row, width)
                         .zip(random.normals(width, 1.0))
@@ -262,10 +262,6 @@ mod tests {
                 }
             }
         }
-    }
-
-    fn rows_of_panels(rows: usize) -> usize {
-        rows.next_multiple_of(PANEL_ROWS)
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::cmp::Ordering;
 use crate::InstructionSet;
 use crate::simd::{self, Operation, Simd};
 
-/// A number that at least `wanted` of `scores` reach, if there are as many, and seldom many more; −∞ where there are few
-/// more than are wanted. A NaN reaches every number.
+/// A number that at least `wanted` of `scores` reach, or −∞. Seldom do many more reach it: where a few scores are of another
+/// magnitude than the others, or there are few more than are wanted. A NaN reaches none.
 ///
 /// `largest` is room for numbers in between.
 pub fn reached_by(wanted: usize, scores: &[f32], largest: &mut Vec<f32>) -> f32 {
@@ -110,18 +110,18 @@ impl Operation for Reached<'_> {
                 &mut largest[..scores.len()],
                 scores,
                 #[inline(always)]
-                |largest, score| simd.max(largest, score),
+                // Of a NaN and what there was the latter is taken.
+                |largest, score| simd.max(score, largest),
             );
         }
         largest.resize(groups.next_multiple_of(S::LANES), f32::NAN);
-        number_reached(simd, wanted, largest, groups)
+        number_reached(simd, wanted, largest)
     }
 }
 
-/// As [`reached_by`], of the first `count` numbers, by bisection. Behind them the last vector is filled up with NaN.
+/// As [`reached_by`], of whole vectors of numbers, by bisection.
 #[inline(always)]
-fn number_reached<S: Simd>(simd: S, wanted: usize, numbers: &[f32], count: usize) -> f32 {
-    let filled_up = numbers.len() - count;
+fn number_reached<S: Simd>(simd: S, wanted: usize, numbers: &[f32]) -> f32 {
     let (mut smallest, mut largest) = (simd.splat(f32::INFINITY), simd.splat(f32::NEG_INFINITY));
     for numbers in numbers.chunks_exact(S::LANES) {
         // Of a NaN and what there was the latter is taken.
@@ -135,10 +135,10 @@ fn number_reached<S: Simd>(simd: S, wanted: usize, numbers: &[f32], count: usize
     }
     let enough = wanted.saturating_add(wanted / 4);
     let mut found = f32::NEG_INFINITY;
-    // Each round halves what is between; twenty tell all scores apart that are not next to equal.
+    // Each round halves what is between: twenty tell scores apart that differ by a millionth of their spread.
     for _ in 0..20 {
         let middle = 0.5 * low + 0.5 * high;
-        let reached = count_reaching(simd, middle, numbers) - filled_up;
+        let reached = count_reaching(simd, middle, numbers);
         if reached < wanted {
             high = middle;
         } else {
@@ -153,12 +153,13 @@ fn number_reached<S: Simd>(simd: S, wanted: usize, numbers: &[f32], count: usize
 
 #[inline(always)]
 fn count_reaching<S: Simd>(simd: S, limit: f32, numbers: &[f32]) -> usize {
-    let limit = simd.splat(limit);
-    let mut below = 0;
+    // Above the number before it: unlike "not below", no NaN is.
+    let before = simd.splat(limit.next_down());
+    let mut reaching = 0;
     for numbers in numbers.chunks_exact(S::LANES) {
-        below += simd.below(simd.load(numbers), limit).count_ones() as usize;
+        reaching += simd.below(before, simd.load(numbers)).count_ones() as usize;
     }
-    numbers.len() - below
+    reaching
 }
 
 struct Reaching<'a> {
@@ -173,7 +174,7 @@ impl Operation for Reaching<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         let Self { limit, scores, indices } = self;
-        let (limit, all) = (simd.splat(limit), u32::MAX >> (32 - S::LANES));
+        let limit = simd.splat(limit);
         let mut used = indices.len();
         // Room for all, and for a whole vector behind the last.
         indices.resize(used + scores.len() + S::LANES, 0);
@@ -181,7 +182,7 @@ impl Operation for Reaching<'_> {
         let rest = chunks.remainder();
         let mut first = 0;
         for scores in chunks {
-            used += simd.store_places(!simd.below(simd.load(scores), limit) & all, first, &mut indices[used..]);
+            used += simd.store_places(!simd.below(simd.load(scores), limit), first, &mut indices[used..]);
             first += S::LANES as u32;
         }
         if !rest.is_empty() {
@@ -253,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_are_none_and_ties_are_reached() {
+    fn outliers_and_numbers_that_are_none_do_no_harm() {
         for level in levels() {
             for count in [40, 41, 2_000] {
                 let mut scores = vec![1.0; count];
@@ -261,8 +262,20 @@ mod tests {
                 scores[count - 1] = f32::NAN;
                 scores[3] = f32::NEG_INFINITY;
                 let limit = reached_at(level, 20, &scores, &mut Vec::new());
-                assert!(reaching(level, limit, &scores).len() >= 20);
+                assert!(reaching(level, limit, &scores).len() >= 20 + 2, "those that are no number do not count");
                 assert!(reaching(level, f32::INFINITY, &scores) == [count as u32 / 2, count as u32 - 1]);
+                // One of another magnitude, in any place, and half of all no number.
+                let usual = Random::new(count as u64).normals(count, 1.0);
+                for place in 0..count {
+                    for one in [f32::MAX, f32::MIN, f32::INFINITY, f32::NEG_INFINITY] {
+                        let mut scores = usual.clone();
+                        scores[place] = one;
+                        scores.iter_mut().step_by(2).for_each(|score| *score = f32::NAN);
+                        let limit = reached_at(level, 5, &scores, &mut Vec::new());
+                        let reached = scores.iter().filter(|score| **score >= limit).count();
+                        assert!(reached >= 5, "{level:?}: {reached} reach {limit} with {one} at {place} of {count}");
+                    }
+                }
                 for every in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, f32::MIN, f32::MAX] {
                     let scores = vec![every; count];
                     let limit = reached_at(level, 20, &scores, &mut Vec::new());

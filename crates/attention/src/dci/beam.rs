@@ -5,7 +5,7 @@ use std::ops::Range;
 use iceformer_kernels::selection::{order_descending, push_reaching, reached_by};
 
 use super::index::{HeadIndex, ROOT};
-use super::level::{Level, Scored};
+use super::level::Level;
 use super::rank::Selection;
 
 /// A node that a query goes to.
@@ -20,8 +20,8 @@ pub(crate) struct Step {
 
 /// How much of a level a query follows.
 pub(crate) struct Beam {
-    /// Nodes of the average size.
-    pub nodes: usize,
+    /// As many keys as this many nodes of the average size hold.
+    pub average_nodes: usize,
     /// Levels of the tree.
     pub levels: usize,
     /// Keys that the query sees.
@@ -36,7 +36,7 @@ pub(crate) struct BeamScratch {
     scores: Vec<f32>,
     nodes: Vec<u32>,
     order: Vec<u32>,
-    pub selection: Selection,
+    selection: Selection,
 }
 
 impl Beam {
@@ -53,8 +53,21 @@ impl Beam {
         if hidden { index.node(node).keys_from(self.visible.start, end)..end } else { 0..end }
     }
 
-    /// Keeps in `kept` the best nodes that query `query` of `above` leads to, up to as many keys as `nodes` nodes of the
-    /// average size hold; of equals the first that it leads to. Sizes differ much, and a mask may hide most keys of a node;
+    /// Keys of the nodes to go to.
+    fn wanted(&self) -> usize {
+        let counted = if self.lowest { self.visible.len() } else { self.visible.end };
+        ((counted as f64).powf(1.0 / self.levels as f64) * self.average_nodes as f64) as usize
+    }
+
+    /// Keys and owners of a level that the query can be compared with, at most, in a tree of nodes of up to `largest_node`
+    /// keys.
+    pub(crate) fn most_scores(&self, largest_node: usize) -> usize {
+        // The best node is followed whatever its size, and the last may overshoot by half of its own.
+        self.wanted().saturating_mul(2).saturating_add(largest_node).min(2 * self.visible.end)
+    }
+
+    /// Keeps in `kept` the best nodes that query `query` of `above` leads to, up to as many keys as `average_nodes`
+    /// nodes hold; of equals the first that it leads to. Sizes differ much, and a mask may hide most keys of a node;
     /// counting keys spends the same work on every query. At the lowest level nodes without visible keys are dropped; above
     /// it the owner counts, which the next level holds too.
     pub(crate) fn choose(
@@ -65,8 +78,7 @@ impl Beam {
         kept: &mut Vec<Step>,
         scratch: &mut BeamScratch,
     ) {
-        let counted = if self.lowest { self.visible.len() } else { self.visible.end };
-        let wanted = ((counted as f64).powf(1.0 / self.levels as f64) * self.nodes as f64) as usize;
+        let wanted = self.wanted();
         let mut keys = 0;
         kept.clear();
         // Best first. Returns whether there are enough.
@@ -90,34 +102,31 @@ impl Beam {
             false
         };
         let BeamScratch { scores, nodes, order, selection: Selection { indices, largest } } = scratch;
-        let leads = above.leads(query);
+        let (of_leads, below) = above.leads(query);
         // Mostly a few more than the beam are enough, and the others need no order.
-        let (mut few, mut limit_before) = (self.nodes.saturating_add(self.nodes / 4 + 1), None);
+        let mut few = self.average_nodes.saturating_add(self.average_nodes / 4 + 1);
+        let mut limit_before = f32::INFINITY;
         loop {
-            let limit = reached_by(few, leads.scores, largest);
+            let limit = reached_by(few, of_leads, largest);
             indices.clear();
-            push_reaching(limit, leads.scores, indices);
-            few = indices.len().saturating_add(self.nodes);
-            // Those of the rounds before were taken; also what is no number.
-            if let Some(limit) = limit_before {
-                indices.retain(|&lead| leads.scores[lead as usize] < limit);
-            }
-            gather(&leads, indices, scores, nodes);
+            push_reaching(limit, of_leads, indices);
+            few = indices.len().saturating_mul(2).saturating_add(self.average_nodes);
+            // Those of the rounds before were taken. What is no number leads nowhere, and comes last.
+            let is_last = limit == f32::NEG_INFINITY;
+            let is_first = limit_before == f32::INFINITY;
+            indices.retain(|&lead| {
+                let score = of_leads[lead as usize];
+                if score.is_nan() { is_last } else { is_first || score < limit_before }
+            });
+            scores.clear();
+            scores.extend(indices.iter().map(|&lead| of_leads[lead as usize].max(f32::NEG_INFINITY)));
+            nodes.clear();
+            nodes.extend(indices.iter().map(|&lead| below[lead as usize]));
             order_descending(scores, order);
-            if take(order, scores, nodes) || limit == f32::NEG_INFINITY {
+            if take(order, scores, nodes) || is_last {
                 return;
             }
-            limit_before = Some(limit);
+            limit_before = limit;
         }
     }
-}
-
-/// The scores and nodes of some of `leads`.
-fn gather(leads: &Scored<'_>, indices: &[u32], scores: &mut Vec<f32>, nodes: &mut Vec<u32>) {
-    // A key that is no number leads nowhere.
-    let score = |&lead: &u32| Some(leads.scores[lead as usize]).filter(|score| !score.is_nan());
-    scores.clear();
-    scores.extend(indices.iter().map(|lead| score(lead).unwrap_or(f32::NEG_INFINITY)));
-    nodes.clear();
-    nodes.extend(indices.iter().map(|&lead| leads.below[lead as usize]));
 }

@@ -40,6 +40,8 @@ pub(crate) struct HeadIndex {
     nodes: Vec<Node>,
     /// One for each node.
     outlines: Vec<Outline>,
+    /// Keys of the largest node there has been.
+    largest_node: usize,
     /// Vectors of the first keys, up to `whole_range`, for queries that see no others.
     first_keys: PanelBuffer,
     /// `[keys]`: the largest squared norm of this key and all before it.
@@ -183,6 +185,7 @@ impl HeadIndex {
             full_precision,
             nodes: vec![Node::new(full_precision)],
             outlines: vec![Outline::new(0, None)],
+            largest_node: 0,
             first_keys: PanelBuffer::new(full_precision),
             largest_norms: Vec::new(),
             incoming: Incoming::default(),
@@ -207,9 +210,9 @@ impl HeadIndex {
         self.nodes.len()
     }
 
-    /// Number of keys.
-    pub(crate) fn keys(&self) -> usize {
-        self.largest_norms.len()
+    /// Keys of the largest node.
+    pub(crate) fn largest_node(&self) -> usize {
+        self.largest_node
     }
 
     /// Bound on the norms of the first `keys` keys.
@@ -256,6 +259,7 @@ impl HeadIndex {
         let node = &mut self.nodes[parent as usize];
         node.push(position as u32, row, squared_norm, below);
         self.outlines[parent as usize].update(node);
+        self.largest_node = self.largest_node.max(node.keys.len());
     }
 
     /// Drops all keys from position `len` on, and their nodes.

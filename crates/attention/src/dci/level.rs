@@ -30,13 +30,6 @@ pub(crate) struct Places<'a> {
     pub below: &'a mut [u32],
 }
 
-/// What one query is compared with.
-pub(crate) struct Scored<'a> {
-    pub scores: &'a [f32],
-    pub keys: &'a [u32],
-    pub below: &'a [u32],
-}
-
 impl Level {
     pub(crate) fn clear(&mut self) {
         self.used = 0;
@@ -77,18 +70,15 @@ impl Level {
         Places { scores: &mut self.scores, keys: &mut self.keys, below: &mut self.below }
     }
 
-    /// The owners and keys of query `query`, in the order of their being added.
-    pub(crate) fn leads(&self, query: usize) -> Scored<'_> {
-        self.scored(self.queries[query].all.clone())
+    /// Scores of the owners and keys of query `query`, in the order of their being added, and the nodes they lead to.
+    pub(crate) fn leads(&self, query: usize) -> (&[f32], &[u32]) {
+        let OfQuery { all, .. } = &self.queries[query];
+        (&self.scores[all.clone()], &self.below[all.clone()])
     }
 
-    /// The keys of query `query`.
-    pub(crate) fn keys(&self, query: usize) -> Scored<'_> {
+    /// Scores of the keys of query `query`, and their positions.
+    pub(crate) fn keys(&self, query: usize) -> (&[f32], &[u32]) {
         let OfQuery { all, first_key } = &self.queries[query];
-        self.scored(*first_key..all.end)
-    }
-
-    fn scored(&self, range: Range<usize>) -> Scored<'_> {
-        Scored { scores: &self.scores[range.clone()], keys: &self.keys[range.clone()], below: &self.below[range] }
+        (&self.scores[*first_key..all.end], &self.keys[*first_key..all.end])
     }
 }

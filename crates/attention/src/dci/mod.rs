@@ -31,7 +31,7 @@ pub use settings::{DciSettings, DciSettingsError};
 
 use self::parent::ParentScratch;
 use self::rank::unpack;
-use self::search::{Descent, SearchScratch};
+use self::search::{Descent, MOST_SCORES, SearchScratch};
 use crate::output::Output;
 use crate::report::{HeadReport, Report};
 use crate::strided::FromF32;
@@ -42,6 +42,8 @@ use crate::{KeyValueCache, KeyValueType, ThreadTeam};
 const TILE_TOKENS: usize = 64;
 /// And at most: keys come from memory once for all of them, but their scores have to stay in the caches.
 const MOST_TILE_TOKENS: usize = 256;
+/// Values that are asked for ahead of their use.
+const FETCHED_VALUES: usize = 64;
 /// Tasks that each thread should have before they grow.
 const TASKS_PER_THREAD: usize = 8;
 
@@ -136,7 +138,9 @@ pub(crate) fn run<T: FromF32>(
     let search = Search { call: *call, settings, index };
 
     let tile_tokens = heads * tokens / (TASKS_PER_THREAD * team.threads());
-    let tile_tokens = tile_tokens.clamp(TILE_TOKENS, MOST_TILE_TOKENS);
+    // What they find has to be held, too.
+    let most = MOST_SCORES / settings.kept_keys.min(cache.len()).max(1);
+    let tile_tokens = tile_tokens.clamp(TILE_TOKENS, MOST_TILE_TOKENS).min(most.max(1));
     let tiles = tokens.div_ceil(tile_tokens);
     if scratch.parts.len() < heads * tiles {
         scratch.parts.resize_with(heads * tiles, Part::default);
@@ -216,7 +220,10 @@ impl Search<'_> {
         for (offset, output) in part.output.chunks_exact_mut(shape.value_dim).enumerate() {
             if offset + 1 < tokens.len() {
                 let found = search.descent(offset + 1).found();
-                found.iter().for_each(|&packed| call.cache.fetch_value(kv_head, unpack(packed).1 as usize));
+                found
+                    .iter()
+                    .take(FETCHED_VALUES)
+                    .for_each(|&packed| call.cache.fetch_value(kv_head, unpack(packed).1 as usize));
             }
             let descent = search.descent(offset);
             part.report.allowed_keys += descent.visible.len() as u64;
@@ -274,15 +281,24 @@ mod tests {
 
     #[test]
     fn one_head_of_one_sequence_is_work_for_many_threads() {
-        let team = ThreadTeam::new(1);
-        let mut cache = KeyValueCache::new(CacheShape { kv_heads: 1, key_dim: 2, value_dim: 1 }, KeyValueType::F32);
-        cache.append(&[1.0; 2_000], &[1.0; 1_000], &team);
-        let attention = Attention { method: Method::Dci(DciSettings::default()), mask: Mask::causal(), scale: 1.0 };
-        let queries = Queries { data: &[1.0; 2_000], query_heads: 1, first_position: 0 };
-        let (mut output, mut scratch) = ([0.0; 1_000], AttentionScratch::default());
-        attention.run(queries, &cache, &mut output, None, &team, &mut scratch);
-        let rows: Vec<usize> = scratch.dci.parts.iter().map(|part| part.log_sum_exp.len()).collect();
-        assert_eq!(rows.iter().sum::<usize>(), 1_000);
-        assert!(rows.len() >= TASKS_PER_THREAD, "tasks of {rows:?} queries");
+        let rows = |kept_keys: usize, tokens: usize, threads: usize| -> Vec<usize> {
+            let team = ThreadTeam::new(threads);
+            let mut cache = KeyValueCache::new(CacheShape { kv_heads: 1, key_dim: 2, value_dim: 1 }, KeyValueType::F32);
+            cache.append(&vec![1.0; 2 * tokens], &vec![1.0; tokens], &team);
+            let settings = DciSettings { kept_keys, whole_range: tokens, ..DciSettings::default() };
+            let attention = Attention { method: Method::Dci(settings), mask: Mask::causal(), scale: 1.0 };
+            let queries = Queries { data: &vec![1.0; 2 * tokens], query_heads: 1, first_position: 0 };
+            let (mut output, mut scratch) = (vec![0.0; tokens], AttentionScratch::default());
+            attention.run(queries, &cache, &mut output, None, &team, &mut scratch);
+            let rows: Vec<usize> = scratch.dci.parts.iter().map(|part| part.log_sum_exp.len()).collect();
+            assert_eq!(rows.iter().sum::<usize>(), tokens);
+            rows
+        };
+        assert!(rows(20, 1_000, 1).len() >= TASKS_PER_THREAD);
+        assert!(rows(20, 1_600, 3).len() >= 3 * TASKS_PER_THREAD);
+        let long = rows(20, 6_000, 1);
+        assert!(long.len() >= TASKS_PER_THREAD && long.iter().all(|&rows| rows <= MOST_TILE_TOKENS), "{long:?}");
+        // What a task finds is bounded as well.
+        assert!(rows(u32::MAX as usize, 6_000, 1).iter().all(|&rows| rows * 6_000 <= MOST_SCORES));
     }
 }

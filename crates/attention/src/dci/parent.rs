@@ -11,20 +11,20 @@ use super::settings::DciSettings;
 /// Buffers of a search for a parent.
 #[derive(Default)]
 pub(crate) struct ParentScratch {
-    frontier: Vec<Step>,
-    next: Vec<Step>,
+    frontier: Vec<Lead>,
+    next: Vec<Lead>,
     scored: Scores,
     projected: Vec<f32>,
 }
 
-/// A node to go to, ranked by the score of its owner.
+/// A node that may be gone to, ranked by the score of its owner; of equals the earlier owner's comes first.
 #[derive(Clone, Copy)]
-struct Step {
+struct Lead {
     rank: u64,
     node: u32,
 }
 
-impl Step {
+impl Lead {
     fn new(score: f32, owner: u32, node: u32) -> Self {
         // A key that is no number leads nowhere.
         Self { rank: pack(if score.is_nan() { f32::NEG_INFINITY } else { score }, owner), node }
@@ -62,28 +62,29 @@ pub(crate) fn parent(
     };
     projected.clear();
     frontier.clear();
-    frontier.push(Step { rank: 0, node: ROOT });
+    frontier.push(Lead { rank: 0, node: ROOT });
     for height in (key.level + 2..=settings.levels).rev() {
         next.clear();
-        for step in &*frontier {
-            let node = index.node(step.node);
-            if let Some(own_below) = index.outline(step.node).own_below {
-                next.push(Step { node: own_below, ..*step });
+        for lead in &*frontier {
+            let node = index.node(lead.node);
+            if let Some(own_below) = index.outline(lead.node).own_below {
+                next.push(Lead { node: own_below, ..*lead });
             }
-            let end = index.keys_before(step.node, key.position);
+            let end = index.keys_before(lead.node, key.position);
             if end > 0 {
-                scored.score(node, 0..end, &target, settings.whole_node, directions, projected);
+                let candidates = target.candidates(end, settings.whole_node);
+                scored.score(node, 0..end, &target, candidates, directions, projected);
                 let scored = scored.scores.iter().zip(&scored.slots);
                 next.extend(
-                    scored.map(|(&score, &slot)| Step::new(score, node.keys[slot as usize], node.below[slot as usize])),
+                    scored.map(|(&score, &slot)| Lead::new(score, node.keys[slot as usize], node.below[slot as usize])),
                 );
             }
         }
         if height == key.level + 2 {
-            return next.iter().max_by_key(|step| step.rank).map_or(ROOT, |step| step.node);
+            return next.iter().max_by_key(|lead| lead.rank).map_or(ROOT, |lead| lead.node);
         }
         if next.len() > settings.build_beam {
-            next.select_nth_unstable_by_key(settings.build_beam - 1, |step| Reverse(step.rank));
+            next.select_nth_unstable_by_key(settings.build_beam - 1, |lead| Reverse(lead.rank));
             next.truncate(settings.build_beam);
         }
         std::mem::swap(frontier, next);

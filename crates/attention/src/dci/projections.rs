@@ -97,14 +97,12 @@ impl Projections {
     /// Projects those of the first `keys` keys that are not yet.
     pub(crate) fn extend(&mut self, directions: &Directions, panels: Panels<'_>, keys: usize) {
         self.of_direction.resize_with(directions.count(), Vec::new);
-        let known = self.of_direction[0].len();
-        let added = (keys - known) as u32;
-        let visit = |vector| Visit { vector, first_row: known as u32, rows: added, place: vector * added };
-        let visits: Vec<Visit> = (0..directions.count() as u32).map(visit).collect();
-        let mut products = vec![0.0; visits.len() * added as usize];
-        dot_panels(&directions.directions, directions.width(), panels, &visits, &mut products);
-        for (projections, products) in self.of_direction.iter_mut().zip(products.chunks_exact(added.max(1) as usize)) {
-            projections.extend_from_slice(products);
+        let width = directions.width();
+        for (direction, projections) in directions.directions.chunks_exact(width).zip(&mut self.of_direction) {
+            let known = projections.len();
+            projections.resize(keys, 0.0);
+            let visit = Visit { vector: 0, first_row: known as u32, rows: (keys - known) as u32, place: 0 };
+            dot_panels(direction, width, panels, &[visit], &mut projections[known..]);
         }
     }
 

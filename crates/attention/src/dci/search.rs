@@ -1,7 +1,8 @@
 //! Going down the tree with a beam, for the keys of some queries.
 //!
-//! The queries of a tile go down together, level by level, so that a node is read once for all of those that visit it, and
-//! what is done for each visit is little. What a query finds depends on no other.
+//! The queries of a tile go down together, level by level, so that a node is read once for all of those that visit it (but
+//! for one of which each query retrieves other keys), and what is done for each visit is little. What a query finds depends
+//! on no other.
 
 use std::ops::Range;
 
@@ -9,28 +10,30 @@ use iceformer_kernels::panels::{Panels, Visit, dot_panels};
 
 use super::beam::{Beam, BeamScratch, Step};
 use super::index::HeadIndex;
-use super::level::{Level, Places, Scored};
+use super::level::{Level, Places};
 use super::projections::Directions;
-use super::rank::{Best, pack};
+use super::rank::{Best, Selection, pack};
 use super::scoring::{Scores, Target};
 use super::settings::DciSettings;
 
-/// Scores of all queries that go down together, at most, where there are several: bounds the memory.
-const MOST_SCORES: usize = 1 << 22;
+/// Scores of queries that go down together, at most, where there are several: bounds the memory.
+pub(crate) const MOST_SCORES: usize = 1 << 20;
 
 /// Searches of the queries of a tile; its buffers are reused from one tile to the next.
 #[derive(Default)]
 pub(crate) struct SearchScratch {
     descents: Vec<Descent>,
     queue: Vec<u32>,
-    pending: Vec<u32>,
     /// From the lowest up.
     levels: Vec<Level>,
     visits: Visits,
     frontier: Vec<Step>,
     beam: BeamScratch,
     scored: Scores,
-    scores: Vec<f32>,
+    /// Of comparisons with all keys.
+    all_visits: Vec<Visit>,
+    all_scores: Vec<f32>,
+    selection: Selection,
 }
 
 /// The search of one query.
@@ -87,27 +90,29 @@ impl SearchScratch {
         panels: Panels<'_>,
         first: usize,
     ) {
-        let Self { descents, scores, visits, beam: BeamScratch { selection, .. }, .. } = self;
-        let mut place = 0;
-        let visit = |&query: &u32| {
-            let visible = &descents[query as usize].visible;
-            let (first_row, rows) = ((visible.start - first) as u32, visible.len() as u32);
-            place += rows;
-            Visit { vector: query, first_row, rows, place: place - rows }
-        };
-        visits.sorted.clear();
-        visits.sorted.extend(queued.iter().map(visit));
-        scores.resize(place as usize, 0.0);
-        dot_panels(queries, width, panels, &visits.sorted, scores);
-        for visit in &visits.sorted {
-            let descent = &mut descents[visit.vector as usize];
-            descent.evaluated = u64::from(visit.rows);
-            let (scores, first) =
-                (&scores[visit.place as usize..][..visit.rows as usize], descent.visible.start as u32);
-            descent.best.expect(scores, selection);
-            descent.best.offer(scores, selection, |indices, packed| {
-                packed.extend(indices.iter().map(|&index| pack(scores[index as usize], first + index)));
-            });
+        let Self { descents, all_scores: scores, all_visits: visits, selection, .. } = self;
+        let longest = queued.iter().map(|&query| descents[query as usize].visible.len()).max().unwrap_or(0);
+        for queued in queued.chunks((MOST_SCORES / longest.max(1)).max(1)) {
+            let mut place = 0;
+            visits.clear();
+            visits.extend(queued.iter().map(|&query| {
+                let visible = &descents[query as usize].visible;
+                let (first_row, rows) = ((visible.start - first) as u32, visible.len() as u32);
+                place += rows;
+                Visit { vector: query, first_row, rows, place: place - rows }
+            }));
+            scores.resize(place as usize, 0.0);
+            dot_panels(queries, width, panels, visits, scores);
+            for visit in &*visits {
+                let Descent { visible, evaluated, best, .. } = &mut descents[visit.vector as usize];
+                *evaluated = u64::from(visit.rows);
+                let (scores, first) = (&scores[visit.place as usize..][..visit.rows as usize], visible.start as u32);
+                best.expect(scores, selection);
+                best.offer(scores, selection, |indices, packed| {
+                    packed.extend(indices.iter().map(|&index| pack(scores[index as usize], first + index)));
+                });
+                best.finish();
+            }
         }
     }
 }
@@ -129,14 +134,13 @@ impl Search<'_> {
         let mut queue = std::mem::take(&mut scratch.queue);
         let mut nodes = self.settings.beam();
         while !queue.is_empty() {
-            // A level holds no more keys than the tree.
-            let keys = self.index.keys();
-            let of_node = (keys as f64).powf(1.0 / self.settings.levels as f64) as usize + 1;
-            let most_scores = keys.min(nodes.saturating_mul(of_node));
+            let most_scores = |&query: &u32| {
+                let visible = scratch.descents[query as usize].visible.clone();
+                self.beam(nodes, visible, false).most_scores(self.index.largest_node())
+            };
+            let most_scores = queue.iter().map(most_scores).max().unwrap_or(1).saturating_mul(self.settings.levels);
             for pending in queue.chunks((MOST_SCORES / most_scores).max(1)) {
-                scratch.pending.clear();
-                scratch.pending.extend_from_slice(pending);
-                self.descend(queries, nodes, scratch);
+                self.descend(pending, queries, nodes, scratch);
             }
             // A mask may hide whole branches from a beam. At the latest when it is as wide as the tree, nothing is left
             // out.
@@ -149,18 +153,20 @@ impl Search<'_> {
         scratch.queue = queue;
     }
 
-    /// Goes down from the root once with all queries that are pending, along `nodes` nodes at each level.
-    fn descend(&self, queries: &[f32], nodes: usize, scratch: &mut SearchScratch) {
+    fn beam(&self, average_nodes: usize, visible: Range<usize>, lowest: bool) -> Beam {
+        Beam { average_nodes, levels: self.settings.levels, visible, lowest }
+    }
+
+    /// Goes down from the root once with the queries `pending`, along `nodes` nodes of the average size at each level.
+    fn descend(&self, pending: &[u32], queries: &[f32], nodes: usize, scratch: &mut SearchScratch) {
         let (levels, width) = (self.settings.levels, self.directions.width());
         scratch.levels.resize_with(levels, Level::default);
         for height in (1..=levels).rev() {
             scratch.levels[height - 1].clear();
             scratch.visits.clear();
-            for rank in 0..scratch.pending.len() {
-                let SearchScratch { descents, pending, levels: scored, frontier, beam, .. } = scratch;
-                let query = pending[rank];
-                let visible = descents[query as usize].visible.clone();
-                let of_query = Beam { nodes, levels, visible, lowest: height == 1 };
+            for (rank, &query) in pending.iter().enumerate() {
+                let SearchScratch { descents, levels: scored, frontier, beam, .. } = &mut *scratch;
+                let of_query = self.beam(nodes, descents[query as usize].visible.clone(), height == 1);
                 if height == levels {
                     frontier.clear();
                     frontier.push(of_query.root(self.index));
@@ -186,20 +192,21 @@ impl Search<'_> {
                 }
             });
         }
-        let SearchScratch { descents, pending, levels, beam: BeamScratch { selection, .. }, .. } = scratch;
+        let SearchScratch { descents, levels, selection, .. } = scratch;
         for (rank, &query) in pending.iter().enumerate() {
             let Descent { visible, best, .. } = &mut descents[query as usize];
             best.begin(self.settings.kept_keys);
             // Above the lowest level keys out of sight are among those scored.
             let certain = if visible.start == 0 { levels.len() } else { 1 };
-            levels[..certain].iter().for_each(|level| best.expect(level.keys(rank).scores, selection));
+            levels[..certain].iter().for_each(|level| best.expect(level.keys(rank).0, selection));
             for level in &*levels {
-                let Scored { scores, keys, .. } = level.keys(rank);
+                let (scores, keys) = level.keys(rank);
                 best.offer(scores, selection, |indices, packed| {
                     let seen = indices.iter().filter(|&&index| keys[index as usize] as usize >= visible.start);
                     packed.extend(seen.map(|&index| pack(scores[index as usize], keys[index as usize])));
                 });
             }
+            best.finish();
         }
     }
 
@@ -209,21 +216,24 @@ impl Search<'_> {
         let (descent, level) = (&mut descents[query as usize], &mut levels[height - 1]);
         let owner = |step: &Step| Some((step.score, self.index.outline(step.node).own_below?));
         level.begin_query(frontier.iter().filter_map(owner));
+        let width = self.directions.width();
+        let vector = &queries[query as usize * width..][..width];
+        let squared_norm: f32 = vector.iter().map(|value| value * value).sum();
+        let target = Target {
+            vector,
+            bound: self.index.bound(descent.visible.end),
+            extra: None,
+            factor: if squared_norm > 0.0 { 1.0 / squared_norm.sqrt() } else { 0.0 },
+            share: self.settings.query_share,
+            least: nodes.max(self.settings.kept_keys),
+        };
         for Step { node, slots, .. } in &*frontier {
-            if slots.len() > self.settings.whole_node {
-                let vector = &queries[query as usize * self.directions.width()..][..self.directions.width()];
-                let squared_norm: f32 = vector.iter().map(|value| value * value).sum();
-                let target = Target {
-                    vector,
-                    bound: self.index.bound(descent.visible.end),
-                    extra: None,
-                    factor: if squared_norm > 0.0 { 1.0 / squared_norm.sqrt() } else { 0.0 },
-                    share: self.settings.query_share,
-                    least: nodes.max(self.settings.kept_keys),
-                };
-                let (node, whole_node) = (self.index.node(*node), self.settings.whole_node);
-                let Descent { projected, .. } = &mut *descent;
-                scored.score(node, slots.clone(), &target, whole_node, self.directions, projected);
+            let candidates = target.candidates(slots.len(), self.settings.whole_node);
+            if candidates < slots.len() {
+                let node = self.index.node(*node);
+                let Descent { projected, evaluated, .. } = &mut *descent;
+                let products = scored.score(node, slots.clone(), &target, candidates, self.directions, projected);
+                *evaluated += products as u64;
                 let first = level.add_keys(scored.scores.len());
                 let Places { scores, keys, below } = level.places();
                 for (place, (&score, &slot)) in (first..).zip(scored.scores.iter().zip(&scored.slots)) {
@@ -232,8 +242,8 @@ impl Search<'_> {
                         below[place] = node.below[slot as usize];
                     }
                 }
-                descent.evaluated += scored.scores.len() as u64;
             } else if !slots.is_empty() {
+                // Places of several queries are fewer than MOST_SCORES, those of one fewer than keys and nodes.
                 let place = level.add_keys(slots.len()) as u32;
                 let (first_row, rows) = (slots.start as u32, slots.len() as u32);
                 visits.push(*node, Visit { vector: query, first_row, rows, place });
@@ -251,7 +261,7 @@ struct Visits {
     sorted: Vec<Visit>,
     /// Nodes with the end of their visits among those sorted, in the order in which they were first visited.
     nodes: Vec<(u32, u32)>,
-    /// For each node of the tree, its visits, or where the next is sorted in; zero between calls.
+    /// For each node of the tree, its visits, or where the next is sorted in; zero before and after.
     counts: Vec<u32>,
 }
 
@@ -288,9 +298,11 @@ impl Visits {
             sorted[*place as usize] = visit;
             *place += 1;
         }
+        for &(node, _) in &*nodes {
+            counts[node as usize] = 0;
+        }
         let mut first = 0;
         for (rank, &(node, end)) in nodes.iter().enumerate() {
-            counts[node as usize] = 0;
             let next = nodes.get(rank + 1).map(|&(next, _)| next);
             take(node, next, &sorted[first..end as usize]);
             first = end as usize;

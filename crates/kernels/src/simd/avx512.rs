@@ -154,7 +154,8 @@ impl Simd for Avx512 {
     fn store_places(self, bits: u32, first: u32, places: &mut [u32]) -> usize {
         assert!(places.len() >= LANES, "a full vector");
         let lanes = intrinsic!(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-        let chosen = intrinsic!(_mm512_maskz_compress_epi32(bits as __mmask16, lanes));
+        let bits = bits as __mmask16;
+        let chosen = intrinsic!(_mm512_maskz_compress_epi32(bits, lanes));
         let chosen = intrinsic!(_mm512_add_epi32(chosen, _mm512_set1_epi32(first as i32)));
         // SAFETY: the slice has at least LANES places.
         unsafe { _mm512_storeu_si512(places.as_mut_ptr().cast(), chosen) };

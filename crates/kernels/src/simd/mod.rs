@@ -57,7 +57,8 @@ pub(crate) trait Simd: Copy {
     /// are. Panics when there are fewer than `LANES` places; those behind hold anything afterwards.
     #[inline(always)]
     fn store_places(self, bits: u32, first: u32, places: &mut [u32]) -> usize {
-        let (mut rest, mut used) = (bits, 0);
+        assert!(places.len() >= Self::LANES, "a full vector");
+        let (mut rest, mut used) = (bits & (u32::MAX >> (32 - Self::LANES)), 0);
         while rest != 0 {
             places[used] = first + rest.trailing_zeros();
             rest &= rest - 1;
