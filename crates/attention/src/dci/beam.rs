@@ -105,19 +105,23 @@ impl Beam {
         let (of_leads, below) = above.leads(query);
         // Mostly a few more than the beam are enough, and the others need no order.
         let mut few = self.average_nodes.saturating_add(self.average_nodes / 4 + 1);
+        let mut more = self.average_nodes;
         let mut limit_before = f32::INFINITY;
         loop {
             let limit = reached_by(few, of_leads, largest);
             indices.clear();
             push_reaching(limit, of_leads, indices);
-            few = indices.len().saturating_mul(2).saturating_add(self.average_nodes);
+            few = indices.len().saturating_add(more);
+            more = more.saturating_mul(2);
             // Those of the rounds before were taken. What is no number leads nowhere, and comes last.
             let is_last = limit == f32::NEG_INFINITY;
             let is_first = limit_before == f32::INFINITY;
-            indices.retain(|&lead| {
-                let score = of_leads[lead as usize];
-                if score.is_nan() { is_last } else { is_first || score < limit_before }
-            });
+            if !is_first || !is_last {
+                indices.retain(|&lead| {
+                    let score = of_leads[lead as usize];
+                    if score.is_nan() { is_last } else { is_first || score < limit_before }
+                });
+            }
             scores.clear();
             scores.extend(indices.iter().map(|&lead| of_leads[lead as usize].max(f32::NEG_INFINITY)));
             nodes.clear();

@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use super::index::{HeadIndex, ROOT};
 use super::projections::Directions;
 use super::rank::pack;
-use super::scoring::{Scores, Target};
+use super::scoring::{Scores, Target, candidates};
 use super::settings::DciSettings;
 
 /// Buffers of a search for a parent.
@@ -52,14 +52,7 @@ pub(crate) fn parent(
 ) -> u32 {
     let ParentScratch { frontier, next, scored, projected } = scratch;
     let bound = index.bound(key.position + 1);
-    let target = Target {
-        vector: key.row,
-        bound,
-        extra: Some(bound.extra(key.squared_norm)),
-        factor: bound.inverse(),
-        share: settings.build_share,
-        least: settings.build_beam,
-    };
+    let target = Target { vector: key.row, bound, extra: Some(bound.extra(key.squared_norm)), factor: bound.inverse() };
     projected.clear();
     frontier.clear();
     frontier.push(Lead { rank: 0, node: ROOT });
@@ -72,7 +65,7 @@ pub(crate) fn parent(
             }
             let end = index.keys_before(lead.node, key.position);
             if end > 0 {
-                let candidates = target.candidates(end, settings.whole_node);
+                let candidates = candidates(end, settings.whole_node, settings.build_share, settings.build_beam);
                 scored.score(node, 0..end, &target, candidates, directions, projected);
                 let scored = scored.scores.iter().zip(&scored.slots);
                 next.extend(

@@ -17,19 +17,14 @@ pub(crate) struct Target<'a> {
     pub extra: Option<f32>,
     /// Makes the vector a unit vector (with `extra`) where it is projected.
     pub factor: f32,
-    /// Share of a large node's keys that each composite index retrieves.
-    pub share: f32,
-    /// Candidates that each composite index retrieves at least.
-    pub least: usize,
 }
 
-impl Target<'_> {
-    /// Keys that each composite index retrieves of `keys` keys of a node: all of up to `whole_node`.
-    pub(crate) fn candidates(&self, keys: usize, whole_node: usize) -> usize {
-        match keys > whole_node {
-            true => ((keys as f32 * self.share).ceil() as usize).max(self.least).min(keys),
-            false => keys,
-        }
+/// Keys that each composite index retrieves of the `keys` keys of a node: all of up to `whole_node`, of others a share, and
+/// `least` at least.
+pub(crate) fn candidates(keys: usize, whole_node: usize, share: f32, least: usize) -> usize {
+    match keys > whole_node {
+        true => ((keys as f32 * share).ceil() as usize).max(least).min(keys),
+        false => keys,
     }
 }
 
@@ -83,10 +78,12 @@ impl Scores {
             visits.push(visit(slots.clone()));
         }
         dot_panels(target.vector, width, node.panels(), visits, scores);
-        for (place, &slot) in scored.iter().enumerate() {
-            scores[place] = scores[slot as usize - slots.start];
+        if scored.len() < slots.len() {
+            for (place, &slot) in scored.iter().enumerate() {
+                scores[place] = scores[slot as usize - slots.start];
+            }
+            scores.truncate(scored.len());
         }
-        scores.truncate(scored.len());
         if let Some(extra) = target.extra {
             for (score, &slot) in scores.iter_mut().zip(&*scored) {
                 let extra_of_key = target.bound.extra(node.squared_norms[slot as usize]);

@@ -13,7 +13,7 @@ use super::index::HeadIndex;
 use super::level::{Level, Places};
 use super::projections::Directions;
 use super::rank::{Best, Selection, pack};
-use super::scoring::{Scores, Target};
+use super::scoring::{Scores, Target, candidates};
 use super::settings::DciSettings;
 
 /// Scores of queries that go down together, at most, where there are several: bounds the memory.
@@ -216,20 +216,19 @@ impl Search<'_> {
         let (descent, level) = (&mut descents[query as usize], &mut levels[height - 1]);
         let owner = |step: &Step| Some((step.score, self.index.outline(step.node).own_below?));
         level.begin_query(frontier.iter().filter_map(owner));
-        let width = self.directions.width();
-        let vector = &queries[query as usize * width..][..width];
-        let squared_norm: f32 = vector.iter().map(|value| value * value).sum();
-        let target = Target {
-            vector,
-            bound: self.index.bound(descent.visible.end),
-            extra: None,
-            factor: if squared_norm > 0.0 { 1.0 / squared_norm.sqrt() } else { 0.0 },
-            share: self.settings.query_share,
-            least: nodes.max(self.settings.kept_keys),
-        };
+        let least = nodes.max(self.settings.kept_keys);
         for Step { node, slots, .. } in &*frontier {
-            let candidates = target.candidates(slots.len(), self.settings.whole_node);
+            let candidates = candidates(slots.len(), self.settings.whole_node, self.settings.query_share, least);
             if candidates < slots.len() {
+                let width = self.directions.width();
+                let vector = &queries[query as usize * width..][..width];
+                let squared_norm: f32 = vector.iter().map(|value| value * value).sum();
+                let target = Target {
+                    vector,
+                    bound: self.index.bound(descent.visible.end),
+                    extra: None,
+                    factor: if squared_norm > 0.0 { 1.0 / squared_norm.sqrt() } else { 0.0 },
+                };
                 let node = self.index.node(*node);
                 let Descent { projected, evaluated, .. } = &mut *descent;
                 let products = scored.score(node, slots.clone(), &target, candidates, self.directions, projected);
