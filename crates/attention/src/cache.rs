@@ -477,8 +477,8 @@ impl KeyValueCache {
         assert!(index < self.len, "value {index} of a cache of {}", self.len);
         match self.place(head, index) {
             (Segment::F32 { values, .. }, slot) => {
-                let value = &values[slot * self.shape.padded_value_dim()..][..self.shape.value_dim];
-                add_scaled(output, weight, value);
+                let value = page::value_f32(values, slot, self.shape.padded_value_dim());
+                add_scaled(output, weight, &value[..self.shape.value_dim]);
             }
             _ => {
                 room.resize(self.shape.value_dim, 0.0);
@@ -493,9 +493,9 @@ impl KeyValueCache {
         let (segment, slot) = self.place(head, index);
         let width = self.shape.padded_value_dim();
         match segment {
-            Segment::F32 { values, .. } => fetch(&values[slot * width..][..width]),
-            Segment::Bf16 { values, .. } => fetch(&values[slot / 2 * 2 * width..][..2 * width]),
-            Segment::Int8 { values, .. } => fetch(&values[slot / 2 * 2 * width..][..2 * width]),
+            Segment::F32 { values, .. } => fetch(page::value_f32(values, slot, width)),
+            Segment::Bf16 { values, .. } => fetch(page::paired_value(values, slot, width)),
+            Segment::Int8 { values, .. } => fetch(page::paired_value(values, slot, width)),
         }
     }
 

@@ -125,14 +125,25 @@ pub(crate) fn read_key_int8(keys: &[u8], scale: f32, slot: usize, key_dim: usize
     }
 }
 
+/// The numbers of value `slot` of [`write_value_f32`]'s layout.
+pub(crate) fn value_f32(values: &[f32], slot: usize, value_dim: usize) -> &[f32] {
+    &values[slot * value_dim..][..value_dim]
+}
+
+/// The numbers of value `slot` of [`write_value_bf16`]'s or [`write_value_int8`]'s layout and of the value that it is paired
+/// with, in turns.
+pub(crate) fn paired_value<T>(values: &[T], slot: usize, value_dim: usize) -> &[T] {
+    &values[slot / 2 * 2 * value_dim..][..2 * value_dim]
+}
+
 /// Value `slot` of [`write_value_f32`]'s layout.
 pub(crate) fn read_value_f32(values: &[f32], slot: usize, value_dim: usize, value: &mut [f32]) {
-    value.copy_from_slice(&values[slot * value_dim..][..value.len()]);
+    value.copy_from_slice(&value_f32(values, slot, value_dim)[..value.len()]);
 }
 
 /// Value `slot` of [`write_value_bf16`]'s layout.
 pub(crate) fn read_value_bf16(values: &[u16], slot: usize, value_dim: usize, value: &mut [f32]) {
-    let pairs = values[slot / 2 * 2 * value_dim..][..2 * value_dim].chunks_exact(2);
+    let pairs = paired_value(values, slot, value_dim).chunks_exact(2);
     for (target, pair) in value.iter_mut().zip(pairs) {
         *target = bf16::from_bits(pair[slot % 2]).to_f32();
     }
@@ -140,7 +151,7 @@ pub(crate) fn read_value_bf16(values: &[u16], slot: usize, value_dim: usize, val
 
 /// Value `slot` of [`write_value_int8`]'s layout.
 pub(crate) fn read_value_int8(values: &[i8], scale: f32, slot: usize, value_dim: usize, value: &mut [f32]) {
-    let pairs = values[slot / 2 * 2 * value_dim..][..2 * value_dim].chunks_exact(2);
+    let pairs = paired_value(values, slot, value_dim).chunks_exact(2);
     for (target, pair) in value.iter_mut().zip(pairs) {
         *target = f32::from(pair[slot % 2]) * scale;
     }
@@ -159,7 +170,7 @@ pub(crate) fn copy_key<T: Pod>(keys: &mut [T], slot: usize, source: &[T], from: 
 
 /// Copies the value at slot `from` of `source` to slot `slot`, in pages of `[8][value_dim][2]`.
 pub(crate) fn copy_paired_value<T: Pod>(values: &mut [T], slot: usize, source: &[T], from: usize, value_dim: usize) {
-    let source = &source[from / 2 * 2 * value_dim..][..2 * value_dim];
+    let source = paired_value(source, from, value_dim);
     let target = &mut values[slot / 2 * 2 * value_dim..][..2 * value_dim];
     for (target, source) in target.as_chunks_mut::<2>().0.iter_mut().zip(source.as_chunks::<2>().0) {
         target[slot % 2] = source[from % 2];

@@ -9,7 +9,6 @@ use super::level::Level;
 use super::rank::Selection;
 
 /// A node that a query goes to.
-#[derive(Clone)]
 pub(crate) struct Step {
     /// Of the node's owner.
     pub score: f32,

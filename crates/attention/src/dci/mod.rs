@@ -22,13 +22,14 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError, RwLockWriteGuard};
 
 use iceformer_kernels::InstructionSet;
-use iceformer_kernels::panels::{PANEL_ROWS, Panels, row_mut};
+use iceformer_kernels::panels::Panels;
 use iceformer_kernels::rows::ROW_MULTIPLE;
 use iceformer_kernels::softmax::softmax_in_place;
 
 pub(crate) use index::DciIndex;
 pub use settings::{DciSettings, DciSettingsError};
 
+use self::node::PanelBuffer;
 use self::parent::ParentScratch;
 use self::rank::unpack;
 use self::search::{Descent, MOST_SCORES, SearchScratch};
@@ -87,12 +88,17 @@ struct Part {
 
 /// Keys of a range of positions, read from the cache, for queries that see too few for a search and those not among the
 /// first.
-#[derive(Default)]
 struct NearKeys {
     range: Range<usize>,
-    /// `[panels][row width][PANEL_ROWS]`
-    panels: Vec<f32>,
+    panels: PanelBuffer,
+    /// A key, filled up with zeros.
     key: Vec<f32>,
+}
+
+impl Default for NearKeys {
+    fn default() -> Self {
+        Self { range: 0..0, panels: PanelBuffer::new(true), key: Vec::new() }
+    }
 }
 
 /// One call with what it searches.
@@ -207,7 +213,7 @@ impl Search<'_> {
                 search.queue(offset);
             }
         }
-        search.compare_with_all(with_near, queries, width, Panels::F32(&near.panels), near.range.start);
+        search.compare_with_all(with_near, queries, width, near.panels.panels(), near.range.start);
         if let Some(index) = self.index {
             search.compare_with_all(with_first, queries, width, index.first_keys(kv_head), 0);
             index.search(kv_head, self.settings).find(queries, search);
@@ -219,11 +225,9 @@ impl Search<'_> {
         part.log_sum_exp.clear();
         for (offset, output) in part.output.chunks_exact_mut(shape.value_dim).enumerate() {
             if offset + 1 < tokens.len() {
-                let found = search.descent(offset + 1).found();
-                found
-                    .iter()
-                    .take(FETCHED_VALUES)
-                    .for_each(|&packed| call.cache.fetch_value(kv_head, unpack(packed).1 as usize));
+                for &packed in search.descent(offset + 1).found().iter().take(FETCHED_VALUES) {
+                    call.cache.fetch_value(kv_head, unpack(packed).1 as usize);
+                }
             }
             let descent = search.descent(offset);
             part.report.allowed_keys += descent.visible.len() as u64;
@@ -241,7 +245,7 @@ impl Search<'_> {
         kv_head: usize,
         query: Range<usize>,
         rows: &mut RowScratch,
-        descent: &mut Descent,
+        descent: &Descent,
         output: &mut [f32],
     ) -> (usize, f32) {
         let found = descent.found();
@@ -263,13 +267,11 @@ impl NearKeys {
         let ranges = ranges.filter(|range| !range.is_empty());
         self.range = ranges.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..0);
         let key_dim = cache.shape().key_dim;
-        let width = key_dim.next_multiple_of(ROW_MULTIPLE);
-        self.panels.clear();
-        self.panels.resize(self.range.len().next_multiple_of(PANEL_ROWS) * width, 0.0);
-        self.key.resize(key_dim, 0.0);
+        self.key.clear();
+        self.key.resize(key_dim.next_multiple_of(ROW_MULTIPLE), 0.0);
         for (row, position) in self.range.clone().enumerate() {
-            cache.read_centred_key(kv_head, position, &mut self.key);
-            row_mut(&mut self.panels, row, width).zip(&self.key).for_each(|(place, &value)| *place = value);
+            cache.read_centred_key(kv_head, position, &mut self.key[..key_dim]);
+            self.panels.push(row, &self.key);
         }
     }
 }

@@ -63,15 +63,19 @@ impl Best {
         push(indices, &mut self.packed);
     }
 
-    /// The best, packed, largest score first.
-    pub(crate) fn finish(&mut self) -> &[u64] {
+    /// Keeps the best of those offered, in order.
+    pub(crate) fn finish(&mut self) {
         let Self { wanted, packed, .. } = self;
         if packed.len() > *wanted {
             packed.select_nth_unstable_by(*wanted - 1, |a, b| b.cmp(a));
             packed.truncate(*wanted);
         }
         packed.sort_unstable_by(|a, b| b.cmp(a));
-        packed
+    }
+
+    /// What was kept when it was [finished](Self::finish): packed, largest score first.
+    pub(crate) fn found(&self) -> &[u64] {
+        &self.packed
     }
 }
 
@@ -113,7 +117,8 @@ mod tests {
             let mut expected: Vec<u64> = keys.iter().zip(&scores).map(|(&key, &score)| pack(score, key)).collect();
             expected.sort_unstable_by(|a, b| b.cmp(a));
             expected.truncate(wanted);
-            assert_eq!(best.finish(), expected, "{wanted} of {count}");
+            best.finish();
+            assert_eq!(best.found(), expected, "{wanted} of {count}");
         }
     }
 }

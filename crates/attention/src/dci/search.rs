@@ -71,8 +71,8 @@ impl SearchScratch {
     }
 
     /// The search of query `query`.
-    pub(crate) fn descent(&mut self, query: usize) -> &mut Descent {
-        &mut self.descents[query]
+    pub(crate) fn descent(&self, query: usize) -> &Descent {
+        &self.descents[query]
     }
 
     /// Puts query `query` among those that [`Search::find`] searches for.
@@ -119,8 +119,8 @@ impl SearchScratch {
 
 impl Descent {
     /// The keys found, packed, largest score first.
-    pub(crate) fn found(&mut self) -> &[u64] {
-        self.best.finish()
+    pub(crate) fn found(&self) -> &[u64] {
+        self.best.found()
     }
 }
 
@@ -134,11 +134,10 @@ impl Search<'_> {
         let mut queue = std::mem::take(&mut scratch.queue);
         let mut nodes = self.settings.beam();
         while !queue.is_empty() {
-            let most_scores = |&query: &u32| {
-                let visible = scratch.descents[query as usize].visible.clone();
-                self.beam(nodes, visible, false).most_scores(self.index.largest_node())
-            };
-            let most_scores = queue.iter().map(most_scores).max().unwrap_or(1).saturating_mul(self.settings.levels);
+            // The more a query sees, the more it may be compared with.
+            let ends = queue.iter().map(|&query| scratch.descents[query as usize].visible.end);
+            let widest = self.beam(nodes, 0..ends.max().unwrap_or(1), false);
+            let most_scores = widest.most_scores(self.index.largest_node()).saturating_mul(self.settings.levels);
             for pending in queue.chunks((MOST_SCORES / most_scores).max(1)) {
                 self.descend(pending, queries, nodes, scratch);
             }
@@ -146,7 +145,7 @@ impl Search<'_> {
             // out.
             nodes = nodes.saturating_mul(4);
             queue.retain(|&query| {
-                let descent = &mut scratch.descents[query as usize];
+                let descent = &scratch.descents[query as usize];
                 descent.found().len() < self.settings.kept_keys.min(descent.visible.len())
             });
         }
