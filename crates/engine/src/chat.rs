@@ -4,6 +4,7 @@
 //! are bounded.
 
 mod environment;
+mod json;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -51,6 +52,39 @@ pub struct ChatTemplate {
     special_tokens: BTreeMap<String, String>,
 }
 
+/// The files of a Hugging Face folder that make its chat template.
+#[derive(Clone, Copy)]
+pub(crate) struct TemplateFiles<'a> {
+    /// `chat_template.jinja`.
+    pub template: Option<&'a [u8]>,
+    /// `tokenizer_config.json`.
+    pub config: SideFile<'a>,
+    /// `special_tokens_map.json`.
+    pub special_tokens_map: SideFile<'a>,
+}
+
+/// A file that may be missing.
+#[derive(Clone, Copy)]
+pub(crate) struct SideFile<'a> {
+    pub bytes: Option<&'a [u8]>,
+    /// How messages call it.
+    pub file: &'a str,
+}
+
+impl SideFile<'_> {
+    /// Null where it is missing.
+    fn json(self) -> Result<Value, ChatError> {
+        let read = |bytes| {
+            let parsed = serde_json::from_slice(bytes);
+            parsed.map_err(|error| ChatError::Read {
+                file: self.file.into(),
+                problem: format!("not valid JSON: {error}"),
+            })
+        };
+        self.bytes.map_or(Ok(Value::Null), read)
+    }
+}
+
 /// What is wrong with a chat template.
 #[derive(Debug, thiserror::Error)]
 pub enum ChatError {
@@ -72,16 +106,10 @@ pub enum ChatError {
 
 impl ChatTemplate {
     /// Reads `chat_template.jinja`, or the template in `tokenizer_config.json`.
-    pub(crate) fn from_hugging_face(
-        template: Option<&[u8]>,
-        config: Option<&[u8]>,
-        file: &str,
-    ) -> Result<Option<Self>, ChatError> {
-        let problem = |problem: String| ChatError::Read { file: file.into(), problem };
-        let config: Value = match config {
-            None => Value::Null,
-            Some(json) => serde_json::from_slice(json).map_err(|error| problem(format!("not valid JSON: {error}")))?,
-        };
+    pub(crate) fn from_hugging_face(files: &TemplateFiles<'_>) -> Result<Option<Self>, ChatError> {
+        let TemplateFiles { template, config, special_tokens_map } = *files;
+        let problem = |problem: String| ChatError::Read { file: config.file.into(), problem };
+        let config = config.json()?;
         let source = match template {
             Some(bytes) => {
                 let file = || "chat_template.jinja".into();
@@ -91,8 +119,14 @@ impl ChatTemplate {
             None => template_of_config(&config).map_err(problem)?,
         };
         let Some(source) = source else { return Ok(None) };
+        // As in transformers, the older file counts only beside a configuration that does not list the added tokens.
+        let older = match config.get("added_tokens_decoder") {
+            None => special_tokens_map.json()?,
+            Some(_) => Value::Null,
+        };
         let mut special_tokens = BTreeMap::new();
-        for (name, value) in config.as_object().into_iter().flatten().filter(|(name, _)| name.ends_with("_token")) {
+        let named = [&config, &older].into_iter().filter_map(Value::as_object).flatten();
+        for (name, value) in named.filter(|(name, _)| name.ends_with("_token")) {
             // A string, or the description of an added token.
             if let Some(text) = value.as_str().or_else(|| value.get("content")?.as_str()) {
                 special_tokens.insert(name.clone(), text.to_owned());

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::chat::{SideFile, TemplateFiles};
 use crate::config::{Family, ModelConfig, RopeConfig, RopeScaling};
 use crate::file_map::FileSource;
 use crate::{ChatTemplate, Message, ModelFiles, TensorName, Tokenizer};
@@ -69,7 +70,9 @@ pub fn tokenizer_metadata(data: &[u8]) {
 
 pub fn chat_template(data: &[u8]) {
     let tokens = br#"{"bos_token": "<s>", "eos_token": {"content": "</s>"}}"#;
-    let Ok(Some(template)) = ChatTemplate::from_hugging_face(Some(data), Some(tokens), "fuzz") else { return };
+    let file = |bytes| SideFile { bytes, file: "fuzz" };
+    let files = TemplateFiles { template: Some(data), config: file(Some(tokens)), special_tokens_map: file(None) };
+    let Ok(Some(template)) = ChatTemplate::from_hugging_face(&files) else { return };
     let messages = [Message::new("system", "Be brief."), Message::new("user", " a\n"), Message::new("assistant", "b")];
     contained_panics(|| {
         let _ = template.render(&messages, true);

@@ -16,7 +16,8 @@ use crate::tokenizer::{Tokenizer, TokenizerError};
 pub struct Model {
     decoder: Arc<Decoder>,
     tokenizer: Tokenizer,
-    chat_template: Option<ChatTemplate>,
+    /// What is wrong with a template is told to who wants to chat.
+    chat_template: Result<Option<ChatTemplate>, ChatError>,
     team: Arc<ThreadTeam>,
 }
 
@@ -29,9 +30,6 @@ pub enum LoadError {
     /// The tokenizer is missing or malformed.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// The chat template is malformed.
-    #[error(transparent)]
-    Chat(#[from] ChatError),
     /// The weights cannot be packed.
     #[error(transparent)]
     Decoder(#[from] DecoderError),
@@ -49,14 +47,17 @@ impl Model {
     /// Reads tokenizer and chat template and packs the weights; `progress(done, total)` is told about each layer.
     ///
     /// # Errors
-    /// When the tokenizer is missing, or a file is malformed or unreadable.
+    /// When the tokenizer is missing, or a file is malformed or unreadable; of a chat template
+    /// [`chat_template`](Self::chat_template) tells.
     pub fn from_files(
         files: &ModelFiles,
         team: Arc<ThreadTeam>,
         progress: impl FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
-        let (tokenizer, chat_template) = (files.tokenizer()?, files.chat_template()?);
-        Self::with_tokenizer(files, tokenizer, chat_template, team, progress)
+        // Before the weights, which take longer.
+        let (tokenizer, chat_template) = (files.tokenizer()?, files.chat_template());
+        let decoder = Arc::new(Decoder::load(files, &team, progress)?);
+        Ok(Self { decoder, tokenizer, chat_template, team })
     }
 
     /// [`from_files`](Self::from_files) with a tokenizer and chat template that were read before, so that a caller can
@@ -72,7 +73,7 @@ impl Model {
         progress: impl FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
         let decoder = Arc::new(Decoder::load(files, &team, progress)?);
-        Ok(Self { decoder, tokenizer, chat_template, team })
+        Ok(Self { decoder, tokenizer, chat_template: Ok(chat_template), team })
     }
 
     /// The decoder.
@@ -86,8 +87,11 @@ impl Model {
     }
 
     /// The chat template, where the model has one.
-    pub fn chat_template(&self) -> Option<&ChatTemplate> {
-        self.chat_template.as_ref()
+    ///
+    /// # Errors
+    /// When it has one that cannot be used.
+    pub fn chat_template(&self) -> Result<Option<&ChatTemplate>, &ChatError> {
+        self.chat_template.as_ref().map(Option::as_ref)
     }
 
     /// The threads that run it.

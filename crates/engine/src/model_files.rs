@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use crate::chat::{ChatError, ChatTemplate};
+use crate::chat::{ChatError, ChatTemplate, SideFile, TemplateFiles};
 use crate::config::{self, ConfigError, ModelConfig};
 use crate::file_map::FileSource;
 use crate::gguf::{self, GgufError, Metadata};
@@ -171,6 +171,7 @@ impl ModelFiles {
             _ => OpenError::Safetensors(format!("{}: {error}", path.display())),
         })?;
         table.check(&config)?;
+        untie(&mut config, &table)?;
         let name = std::path::absolute(path).ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into()));
         let name = name.unwrap_or_else(|| path.display().to_string());
         Ok(Self { name, config, table, side: SideFiles::Folder { path: path.into() } })
@@ -181,12 +182,13 @@ impl ModelFiles {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn from_memory(name: &str, model: MemoryModel) -> Result<Self, OpenError> {
-        let config = config::parse_config(&model.config)
+        let mut config = config::parse_config(&model.config)
             .map_err(|error| OpenError::Config { file: format!("{name}/config.json"), error })?;
         let source = FileSource::memory(&format!("{name}/model.safetensors"), model.weights.clone());
         let table =
             safetensors_files::open_single(source).map_err(|error| OpenError::Safetensors(error.to_string()))?;
         table.check(&config)?;
+        untie(&mut config, &table)?;
         Ok(Self { name: name.into(), config, table, side: SideFiles::Memory(model) })
     }
 
@@ -282,7 +284,12 @@ impl ModelFiles {
         };
         let (config, config_file) = read("tokenizer_config.json", |model| model.tokenizer_config.as_ref())?;
         let (template, _) = read("chat_template.jinja", |_| None)?;
-        ChatTemplate::from_hugging_face(template.as_deref(), config.as_deref(), &config_file)
+        let (older, older_file) = read("special_tokens_map.json", |_| None)?;
+        ChatTemplate::from_hugging_face(&TemplateFiles {
+            template: template.as_deref(),
+            config: SideFile { bytes: config.as_deref(), file: &config_file },
+            special_tokens_map: SideFile { bytes: older.as_deref(), file: &older_file },
+        })
     }
 
     /// Contents of a file beside the weights, `None` where it does not exist, and how messages call it.
@@ -303,6 +310,21 @@ impl ModelFiles {
             SideFiles::Gguf { .. } => Ok((None, format!("{}/{name}", self.name))),
         }
     }
+}
+
+/// Files may hold an output layer although the configuration ties it to the embedding, such as those of a model that was
+/// trained on without the tie. As in transformers 5 it counts where it is another matrix than the embedding.
+fn untie(config: &mut ModelConfig, table: &TensorTable) -> Result<(), TensorError> {
+    if !config.tied_embeddings || !table.tensors.contains_key(&table.name_of(TensorName::Output)) {
+        return Ok(());
+    }
+    let untied = ModelConfig { tied_embeddings: false, ..config.clone() };
+    let (output, embedding) =
+        (table.view(&untied, TensorName::Output)?, table.view(&untied, TensorName::TokenEmbedding)?);
+    let same = output.weight_type() == embedding.weight_type()
+        && (0..output.rows()).all(|row| output.row_bytes(row) == embedding.row_bytes(row));
+    config.tied_embeddings = same;
+    Ok(())
 }
 
 /// Reads a file that is small in every real model.

@@ -8,6 +8,7 @@ mod sentence_piece;
 mod stream;
 
 use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 pub use stream::TextStream;
 
@@ -74,10 +75,26 @@ impl Tokenizer {
     /// Text of `tokens`, without special tokens. Bytes that are no UTF-8 become U+FFFD; ids outside the vocabulary
     /// give nothing.
     pub fn decode(&self, tokens: &[u32]) -> String {
+        if self.token_text == TokenText::Plain {
+            return self.decode_joined(tokens);
+        }
         let mut stream = self.text_stream();
         let mut text: String = tokens.iter().map(|&token| stream.push(token)).collect();
         text += &stream.finish();
         text
+    }
+
+    /// Text of `tokens` by the library's own decoder.
+    fn decode_joined(&self, tokens: &[u32]) -> String {
+        match &self.encoder {
+            // Its errors are those of a decoder that expects other tokens. Some fail by a panic: stripping the end of an
+            // empty token does.
+            Encoder::HuggingFace(tokenizer) => {
+                let decoded = catch_unwind(AssertUnwindSafe(|| tokenizer.decode(tokens, true)));
+                decoded.ok().and_then(Result::ok).unwrap_or_default()
+            }
+            Encoder::SentencePiece(_) => String::new(),
+        }
     }
 
     /// Decodes token by token, from the start of a text.

@@ -7,7 +7,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{safetensors_of, scratch_folder, tiny_config, tiny_shapes};
-use iceformer_engine::{Family, ModelFiles, RopeScaling};
+use iceformer_engine::{Family, Message, ModelFiles, RopeScaling, TensorName};
 use serde_json::{Value, json};
 
 const KIB: u64 = 1024;
@@ -123,10 +123,11 @@ fn configurations() {
         ("rms_norm_eps", json!("small"), &["rms_norm_eps is \"small\"", "a number"]),
         ("rms_norm_eps", json!(-1.0), &["epsilon -1"]),
         ("hidden_act", json!("gelu"), &["hidden_act", "gelu", "silu"]),
+        ("is_causal", json!(false), &["is_causal \"false\" is not supported", "causal"]),
         ("tie_word_embeddings", json!("yes"), &["tie_word_embeddings is \"yes\"", "true or false"]),
         ("tie_word_embeddings", json!(false), &["lm_head.weight", "missing"]),
         ("attention_bias", json!(true), &["q_proj.bias", "missing"]),
-        ("eos_token_id", json!([1, "2"]), &["eos_token_id", "token ids"]),
+        ("eos_token_id", json!([1, "2"]), &["eos_token_id[1] is \"2\"", "token ids"]),
         ("eos_token_id", json!(-1), &["eos_token_id", "token id"]),
         ("quantization_config", json!({"quant_method": "gptq"}), &["quantization_config", "gptq", "GGUF"]),
         ("rope_theta", json!(-2), &["rope theta is -2"]),
@@ -170,6 +171,18 @@ fn layers_and_windows() {
         config[field] = value;
         folder.put("config.json", config.to_string());
         assert_names(&folder.error(), &["config.json", expected]);
+    }
+    // A Mistral with such a list is what transformers calls a Ministral.
+    for (family, window) in [("mistral", Some(16)), ("llama", None)] {
+        let mut config = config.clone();
+        config["model_type"] = json!(family);
+        config["sliding_window"] = json!(16);
+        for (kind, expected) in [("full_attention", None), ("sliding_attention", window)] {
+            config["layer_types"] = json!([kind]);
+            folder.put("config.json", config.to_string());
+            let files = ModelFiles::open(&folder.0).unwrap();
+            assert_eq!(files.config().attention_window(0), expected, "{family}, {kind}");
+        }
     }
     config["model_type"] = json!("mistral");
     config["sliding_window"] = json!(0);
@@ -223,6 +236,66 @@ fn both_layouts_of_rope() {
     assert_eq!(open("rope_theta", json!(5e5)).theta, 5e5);
     assert_eq!(open("rope_parameters", json!({"rope_type": "default", "rope_theta": 7.0})).theta, 7.0);
     assert_eq!(open("rope_scaling", Value::Null).scaling, RopeScaling::None);
+    // Of both the older counts, unless it says nothing.
+    let both = |older: Value| {
+        let mut config = tiny_config(64);
+        config["rope_scaling"] = older;
+        config["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 7.0});
+        folder.put("config.json", config.to_string());
+        ModelFiles::open(&folder.0).unwrap().config().rope.clone()
+    };
+    let linear = both(json!({"type": "linear", "factor": 4.0}));
+    assert_eq!((linear.theta, linear.scaling), (1e4, RopeScaling::Linear { factor: 4.0 }));
+    for nothing in [Value::Null, json!({})] {
+        assert_eq!(both(nothing).theta, 7.0);
+    }
+}
+
+#[test]
+fn an_output_layer_of_its_own_counts() {
+    let folder = Folder::new("untied");
+    let mut shapes = tiny_shapes(64);
+    shapes.insert("lm_head.weight".into(), vec![64, 8]);
+    let same = safetensors_of(&shapes);
+    folder.put("model.safetensors", &same);
+    assert!(ModelFiles::open(&folder.0).unwrap().config().tied_embeddings);
+    // Tensors lie in the order of their names, the head first.
+    let header = 8 + u64::from_le_bytes(same[..8].try_into().unwrap()) as usize;
+    let mut other = same;
+    other[header + 4 * 8 * 63..][..4].copy_from_slice(&3.0f32.to_le_bytes());
+    folder.put("model.safetensors", other);
+    let files = ModelFiles::open(&folder.0).unwrap();
+    assert!(!files.config().tied_embeddings);
+    let (head, embedding) =
+        (files.tensor(TensorName::Output).unwrap(), files.tensor(TensorName::TokenEmbedding).unwrap());
+    assert_eq!(head.row_bytes(62), embedding.row_bytes(62));
+    assert_ne!(head.row_bytes(63), embedding.row_bytes(63));
+    shapes.insert("lm_head.weight".into(), vec![63, 8]);
+    folder.put("model.safetensors", safetensors_of(&shapes));
+    assert_names(&folder.error(), &["lm_head.weight", "[63, 8]", "[64, 8]"]);
+}
+
+#[test]
+fn special_tokens_of_the_older_file() {
+    let folder = Folder::new("special");
+    let template = r#""chat_template": "{{ bos_token }}|{{ eos_token }}""#;
+    let older = r#"{"bos_token": {"content": "<s>"}, "eos_token": "</s>", "additional_special_tokens": ["<x>"]}"#;
+    folder.put("special_tokens_map.json", older);
+    for (config, expected) in [
+        (format!("{{{template}}}"), "<s>|</s>"),
+        (format!(r#"{{{template}, "bos_token": "<b>", "eos_token": null}}"#), "<s>|</s>"),
+        (format!(r#"{{{template}, "bos_token": "<b>", "added_tokens_decoder": {{}}}}"#), "<b>|"),
+    ] {
+        folder.put("tokenizer_config.json", &config);
+        let chat = ModelFiles::open(&folder.0).unwrap().chat_template().unwrap().unwrap();
+        assert_eq!(chat.render(&[Message::new("user", "a")], true).unwrap(), expected, "{config}");
+    }
+    folder.remove("tokenizer_config.json");
+    folder.put("chat_template.jinja", "{{ bos_token }}");
+    let chat = ModelFiles::open(&folder.0).unwrap().chat_template().unwrap().unwrap();
+    assert_eq!(chat.render(&[Message::new("user", "a")], true).unwrap(), "<s>");
+    folder.put("special_tokens_map.json", "[");
+    assert_names(&folder.error(), &["special_tokens_map.json: not valid JSON"]);
 }
 
 /// A header and `data` bytes behind it.

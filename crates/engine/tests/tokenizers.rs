@@ -5,7 +5,7 @@ mod common;
 
 use common::{golden, tiny_model};
 use iceformer_engine::{ModelFiles, Tokenizer};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn texts() -> Vec<String> {
     let json = std::fs::read_to_string(golden().join("tokenizers/texts.json")).unwrap();
@@ -135,4 +135,47 @@ fn a_continued_text_keeps_its_space() {
     let mut stream = tokenizer.text_stream_continuing();
     let text: String = ids.iter().map(|&id| stream.push(id)).collect();
     assert_eq!(text, " the ships");
+}
+
+/// Decoders that look like the usual ones but have other parameters: the library's own text, at once and token by token.
+#[test]
+fn unusual_decoders_give_the_text_of_the_library() {
+    let step = |kind: &str| json!({ "type": kind });
+    let strip = |start: u32, stop: u32| json!({"type": "Strip", "content": " ", "start": start, "stop": stop});
+    let replace = |from: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": " "});
+    let metaspace =
+        |sign: &str| json!({"type": "Metaspace", "replacement": sign, "prepend_scheme": "always", "split": true});
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+    // And whether a part of the text is as right as the whole.
+    let cases = [
+        ("sentencepiece", vec![metaspace("_")], true),
+        ("sentencepiece", vec![replace("_"), step("ByteFallback"), step("Fuse")], true),
+        ("sentencepiece", vec![replace("▁"), step("ByteFallback"), step("Fuse"), strip(2, 0)], false),
+        ("sentencepiece", vec![step("ByteFallback"), metaspace("▁")], true),
+        ("byte-level", vec![byte_level, strip(1, 0)], false),
+    ];
+    for (name, steps, in_pieces) in cases {
+        let json = std::fs::read(golden().join(format!("tokenizers/{name}.tokenizer.json"))).unwrap();
+        let mut json: Value = serde_json::from_slice(&json).unwrap();
+        json["decoder"] = match steps.as_slice() {
+            [step] => step.clone(),
+            _ => json!({"type": "Sequence", "decoders": steps}),
+        };
+        let bytes = json.to_string().into_bytes();
+        let library = tokenizers::Tokenizer::from_bytes(&bytes).unwrap();
+        let tokenizer = ModelFiles::from_memory("tiny", tiny_model(1024, bytes)).unwrap().tokenizer().unwrap();
+        for text in texts().into_iter().chain([" Hello  world ".into(), "灯台 🙂 é".into()]) {
+            let ids = tokenizer.encode(&text, false).unwrap();
+            let expected = library.decode(&ids, true).unwrap();
+            assert_eq!(tokenizer.decode(&ids), expected, "{:?}", json["decoder"]);
+            let mut stream = tokenizer.text_stream();
+            let mut streamed: String = ids.iter().map(|&id| stream.push(id)).collect();
+            streamed += &stream.finish();
+            match in_pieces {
+                true => assert_eq!(streamed, expected, "{:?}", json["decoder"]),
+                // Spaces that the decoder strips at the ends of a text.
+                false => assert_eq!(streamed.replace(' ', ""), expected.replace(' ', ""), "{:?}", json["decoder"]),
+            }
+        }
+    }
 }

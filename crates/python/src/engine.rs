@@ -122,7 +122,7 @@ impl Engine {
 
     /// Tokens of a chat, `(role, content)` each, through the model's template.
     fn encode_chat(&self, py: Python<'_>, messages: Vec<(String, String)>) -> PyResult<Vec<u32>> {
-        let Some(template) = self.model.chat_template() else {
+        let Some(template) = self.model.chat_template().map_err(value_error)? else {
             return Err(PyValueError::new_err("this model has no chat template; give a text instead of messages"));
         };
         let messages: Vec<Message> = messages.into_iter().map(|(role, content)| Message::new(role, content)).collect();
@@ -135,7 +135,7 @@ impl Engine {
     /// Whether the model has a chat template.
     #[getter]
     fn has_chat_template(&self) -> bool {
-        self.model.chat_template().is_some()
+        matches!(self.model.chat_template(), Ok(Some(_)))
     }
 
     /// Most tokens of prompt and answer together.

@@ -3,10 +3,11 @@
 use std::fmt;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
-use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior, Value};
-use serde::Serialize;
-use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter, Serializer};
+use minijinja::value::{ValueKind, from_args};
+use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
+use minijinja_contrib::pycompat;
+
+use super::json;
 
 /// Deeper than any real template nests.
 const RECURSION: usize = 100;
@@ -18,10 +19,11 @@ pub(super) fn new<'source>() -> Environment<'source> {
     environment.set_syntax(syntax.expect("the delimiters are the usual ones"));
     environment.set_recursion_limit(RECURSION);
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(method);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
-    environment.add_filter("tojson", to_json);
+    environment.add_filter("tojson", json::to_json);
+    environment.add_test("sequence", is_sequence);
     environment
 }
 
@@ -86,40 +88,73 @@ fn strftime_now(format: String) -> Result<String, Error> {
         .map_err(|error| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}")))
 }
 
-/// Python's `json.dumps(value, ensure_ascii=False)`: unlike Jinja's own filter it does not escape HTML.
-fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
-    let failed = |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
-    let indent: Option<usize> = options.get("indent")?;
-    options.assert_all_used()?;
-    let mut bytes = Vec::new();
-    match indent {
-        None => value.serialize(&mut Serializer::with_formatter(&mut bytes, PythonFormatter)).map_err(failed)?,
-        Some(width) => {
-            let indent = " ".repeat(width.min(16));
-            let formatter = PrettyFormatter::with_indent(indent.as_bytes());
-            value.serialize(&mut Serializer::with_formatter(&mut bytes, formatter)).map_err(failed)?;
+/// Methods of Python's values: those of `pycompat`, and a few of its strings that it lacks.
+fn method(state: &mut State<'_, '_>, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
+    let Some(text) = value.as_str() else {
+        return pycompat::unknown_method_callback(state, value, name, arguments);
+    };
+    match name {
+        "removeprefix" => {
+            let (prefix,): (&str,) = from_args(arguments)?;
+            Ok(text.strip_prefix(prefix).unwrap_or(text).into())
         }
+        "removesuffix" => {
+            let (suffix,): (&str,) = from_args(arguments)?;
+            Ok(text.strip_suffix(suffix).unwrap_or(text).into())
+        }
+        "partition" | "rpartition" => {
+            let (separator,): (&str,) = from_args(arguments)?;
+            if separator.is_empty() {
+                return Err(Error::new(ErrorKind::InvalidOperation, "empty separator"));
+            }
+            let parts = match name {
+                "partition" => text.split_once(separator).map(|(before, after)| [before, separator, after]),
+                _ => text.rsplit_once(separator).map(|(before, after)| [before, separator, after]),
+            };
+            let whole = if name == "partition" { [text, "", ""] } else { ["", "", text] };
+            Ok(parts.unwrap_or(whole).into_iter().map(Value::from).collect())
+        }
+        "rsplit" => {
+            let (separator, most): (Option<&str>, Option<i64>) = from_args(arguments)?;
+            let most =
+                most.and_then(|most| usize::try_from(most).ok()).map_or(usize::MAX, |most| most.saturating_add(1));
+            let mut parts: Vec<Value> = match separator {
+                Some("") => return Err(Error::new(ErrorKind::InvalidOperation, "empty separator")),
+                Some(separator) => text.rsplitn(most, separator).map(Value::from).collect(),
+                None => rsplit_whitespace(text, most).map(Value::from).collect(),
+            };
+            parts.reverse();
+            Ok(parts.into())
+        }
+        _ => pycompat::unknown_method_callback(state, value, name, arguments),
     }
-    let text = String::from_utf8(bytes).map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
-    Ok(Value::from_safe_string(text))
 }
 
-/// A space behind commas and colons.
-struct PythonFormatter;
+/// The words of a text from its end, at most `most`; the last of so many is all that is left.
+fn rsplit_whitespace(text: &str, most: usize) -> impl Iterator<Item = &str> {
+    let (mut rest, mut left) = (text, most);
+    std::iter::from_fn(move || {
+        rest = rest.trim_end();
+        if rest.is_empty() {
+            return None;
+        }
+        left -= 1;
+        let start = match left {
+            0 => 0,
+            _ => rest
+                .char_indices()
+                .rfind(|(_, character)| character.is_whitespace())
+                .map_or(0, |(at, character)| at + character.len_utf8()),
+        };
+        let word = &rest[start..];
+        rest = &rest[..start];
+        Some(word)
+    })
+}
 
-impl Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        CompactFormatter.begin_object_value(writer)?;
-        writer.write_all(b" ")
-    }
+/// Jinja's: what has a length and is indexed, strings and maps as well.
+fn is_sequence(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::String | ValueKind::Bytes)
 }
 
 #[cfg(test)]
@@ -138,15 +173,32 @@ mod tests {
     }
 
     #[test]
-    fn json_as_python_writes_it() {
+    fn strings_as_in_python() {
         let environment = new();
-        let render = |source: &str| environment.render_str(source, ()).unwrap();
-        assert_eq!(
-            render("{{ {'b': [1, 2.5, none, true], 'a': '<é>&\"'} | tojson }}"),
-            r#"{"b": [1, 2.5, null, true], "a": "<é>&\""}"#
-        );
-        assert_eq!(render("{{ {'b': [1]} | tojson(indent=2) }}"), "{\n  \"b\": [\n    1\n  ]\n}");
-        assert_eq!(render("{{ [] | tojson }}{{ {} | tojson }}"), "[]{}");
+        for (expression, expected) in [
+            ("'ab'.removeprefix('a')", "b"),
+            ("'ab'.removeprefix('b')", "ab"),
+            ("'ab'.removesuffix('b')", "a"),
+            ("'a=b=c'.partition('=') | tojson", r#"["a", "=", "b=c"]"#),
+            ("'a=b=c'.rpartition('=') | tojson", r#"["a=b", "=", "c"]"#),
+            ("'abc'.partition('=') | tojson", r#"["abc", "", ""]"#),
+            ("'abc'.rpartition('=') | tojson", r#"["", "", "abc"]"#),
+            ("'a,b,c'.rsplit(',') | tojson", r#"["a", "b", "c"]"#),
+            ("'a,b,c'.rsplit(',', 1) | tojson", r#"["a,b", "c"]"#),
+            ("'a,b,c'.rsplit(',', -1) | tojson", r#"["a", "b", "c"]"#),
+            ("'  a  b c '.rsplit() | tojson", r#"["a", "b", "c"]"#),
+            ("'  a  b c '.rsplit(none, 1) | tojson", r#"["  a  b", "c"]"#),
+            ("'  a  b c '.rsplit(none, 0) | tojson", r#"["  a  b c"]"#),
+            ("'a b'.split() | tojson", r#"["a", "b"]"#),
+            ("('a' is sequence, [] is sequence, {} is sequence, 1 is sequence) | tojson", "[true, true, true, false]"),
+        ] {
+            assert_eq!(
+                environment.render_str(&format!("{{{{ {expression} }}}}"), ()).unwrap(),
+                expected,
+                "{expression}"
+            );
+        }
+        assert!(environment.render_str("{{ 'a'.rsplit('') }}{{ 'a'.partition('') }}", ()).is_err());
     }
 
     #[test]

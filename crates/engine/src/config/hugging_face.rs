@@ -121,9 +121,13 @@ fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ConfigError> {
         Err(ConfigError::Unsupported { field: field.into(), found: found.into(), hint })
     };
     if let Some(activation) = fields.string("hidden_act")?
-        && activation != "silu"
+        && !matches!(activation, "silu" | "swish")
     {
         return unsupported("hidden_act", activation, "expected silu");
+    }
+    // transformers then lets every token see all others, as embedding models made of decoders do.
+    if fields.boolean("is_causal")? == Some(false) {
+        return unsupported("is_causal", "false", "expected a causal decoder, that predicts the next token");
     }
     if let Some(Value::Object(quantization)) = fields.get("quantization_config") {
         let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("of unknown method");
@@ -159,7 +163,8 @@ fn sliding_window(
         Family::Qwen2 | Family::Qwen3 => fields.integer_from("max_window_layers", 0, 1 << 30)?.unwrap_or(28),
     };
     let mut sliding: Vec<bool> = (0..layers).map(|layer| window.is_some() && layer >= first).collect();
-    if let (Some(types), Family::Qwen2 | Family::Qwen3) = (fields.get("layer_types"), family) {
+    // transformers ignores the list of a Llama, and takes a Mistral that has one for a Ministral.
+    if let (Some(types), Family::Mistral | Family::Qwen2 | Family::Qwen3) = (fields.get("layer_types"), family) {
         let Value::Array(types) = types else {
             return Err(fields.wrong_type("layer_types", "a list of layer types"));
         };
@@ -193,9 +198,13 @@ fn sliding_window(
 }
 
 /// Rotary positions: `rope_theta` and `rope_scaling` as transformers 4 writes them, or `rope_parameters` of
-/// transformers 5.
+/// transformers 5. Of both the first that says something counts, as there.
 fn rope(fields: &Fields<'_>, context_length: usize) -> Result<RopeConfig, ConfigError> {
-    let name = ["rope_parameters", "rope_scaling"].into_iter().find(|name| fields.get(name).is_some());
+    let says_something = |name: &&str| match fields.get(name) {
+        Some(Value::Object(object)) => !object.is_empty(),
+        other => other.is_some(),
+    };
+    let name = ["rope_scaling", "rope_parameters"].into_iter().find(says_something);
     let empty = Map::new();
     let (object, prefix) = match name {
         None => (&empty, ""),
@@ -300,13 +309,7 @@ impl<'a> Fields<'a> {
     }
 
     fn wrong_type(&self, field: &str, expected: &'static str) -> ConfigError {
-        let found = match self.object.get(field) {
-            Some(Value::Object(_)) => "an object".into(),
-            Some(Value::Array(_)) => "a list".into(),
-            Some(Value::String(text)) => quoted(text),
-            Some(other) => other.to_string(),
-            None => "missing".into(),
-        };
+        let found = self.object.get(field).map_or_else(|| "missing".into(), described);
         ConfigError::WrongType { field: self.path(field), found, expected }
     }
 
@@ -359,15 +362,28 @@ impl<'a> Fields<'a> {
 
     /// One token id or a list of them.
     fn token_ids(&self, field: &str) -> Result<Vec<u32>, ConfigError> {
-        const EXPECTED: &str = "a token id or a list of token ids";
-        let id = |value: &Value| {
+        let id = |value: &Value, field: String| {
             let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-            id.ok_or_else(|| self.wrong_type(field, EXPECTED))
+            let expected = "a token id or a list of token ids";
+            id.ok_or_else(|| ConfigError::WrongType { field, found: described(value), expected })
         };
+        let path = self.path(field);
         match self.get(field) {
             None => Ok(Vec::new()),
-            Some(Value::Array(list)) => list.iter().map(id).collect(),
-            Some(value) => Ok(vec![id(value)?]),
+            Some(Value::Array(list)) => {
+                list.iter().enumerate().map(|(index, value)| id(value, format!("{path}[{index}]"))).collect()
+            }
+            Some(value) => Ok(vec![id(value, path)?]),
         }
+    }
+}
+
+/// A value as messages show it.
+fn described(value: &Value) -> String {
+    match value {
+        Value::Object(_) => "an object".into(),
+        Value::Array(_) => "a list".into(),
+        Value::String(text) => quoted(text),
+        other => other.to_string(),
     }
 }

@@ -89,13 +89,19 @@ fn token_text(tokenizer: &tokenizers::Tokenizer) -> TokenText {
         _ => vec![decoder],
     };
     let kinds: Vec<&str> = steps.iter().filter_map(|step| step.get("type")?.as_str()).collect();
+    // With other parameters than these the library's decoder is asked.
+    let replaces = |step: &Value| step["pattern"]["String"] == "▁" && step["content"] == " ";
+    let strips = |step: &Value| step["content"] == " " && step["start"] == 1 && step["stop"] == 0;
     match kinds.as_slice() {
         ["ByteLevel"] => TokenText::ByteLevel,
-        ["Metaspace"] => TokenText::SentencePiece {
-            strips_first_space: steps[0].get("prepend_scheme").and_then(Value::as_str) != Some("never"),
-        },
-        ["Replace", "ByteFallback", "Fuse", rest @ ..] if rest.iter().all(|&kind| kind == "Strip") => {
-            TokenText::SentencePiece { strips_first_space: !rest.is_empty() }
+        ["Metaspace"] if steps[0]["replacement"] == "▁" => {
+            TokenText::SentencePiece { strips_first_space: steps[0]["prepend_scheme"] != "never" }
+        }
+        ["Replace", "ByteFallback", "Fuse"] if replaces(&steps[0]) => {
+            TokenText::SentencePiece { strips_first_space: false }
+        }
+        ["Replace", "ByteFallback", "Fuse", "Strip"] if replaces(&steps[0]) && strips(&steps[3]) => {
+            TokenText::SentencePiece { strips_first_space: true }
         }
         _ => TokenText::Plain,
     }

@@ -1,6 +1,6 @@
 //! Token-by-token decoding that never shows half a character.
 
-use super::{Encoder, TokenText, Tokenizer};
+use super::{TokenText, Tokenizer};
 
 /// Decodes token by token. Bytes of a character that is not complete yet are held back.
 #[derive(Debug)]
@@ -9,21 +9,37 @@ pub struct TextStream<'a> {
     pending: Utf8Pieces,
     /// Whether the next text is the first and loses a leading space.
     strip_space: bool,
-    /// Tokens decoded together, for tokenizers whose decoder joins words.
-    window: Vec<u32>,
+    joined: JoinedTokens,
+}
+
+/// Tokens before a new one that the decoder may look at.
+const CONTEXT: usize = 4;
+/// Tokens that are kept where they cannot be told from those before, or wait for a character to be complete.
+const MOST_TOKENS: usize = 64;
+
+/// The last tokens, of a tokenizer whose decoder joins words.
+#[derive(Debug, Default)]
+struct JoinedTokens {
+    tokens: Vec<u32>,
+    /// What was shown of their text.
+    shown: String,
 }
 
 impl<'a> TextStream<'a> {
     pub(super) fn new(tokenizer: &'a Tokenizer, continuing: bool) -> Self {
         let strip_space =
             !continuing && matches!(tokenizer.token_text, TokenText::SentencePiece { strips_first_space: true });
-        Self { tokenizer, pending: Utf8Pieces::default(), strip_space, window: Vec::new() }
+        Self { tokenizer, pending: Utf8Pieces::default(), strip_space, joined: JoinedTokens::default() }
     }
 
     /// Takes the next token and gives the text that is complete with it, often empty.
     pub fn push(&mut self, token: u32) -> String {
         if self.tokenizer.token_text == TokenText::Plain {
-            return self.push_joined(token);
+            let tokenizer = self.tokenizer;
+            return match tokenizer.is_special(token) {
+                true => String::new(),
+                false => self.joined.push(token, |tokens| tokenizer.decode_joined(tokens)),
+            };
         }
         let mut bytes = self.tokenizer.token_bytes(token);
         if self.strip_space && !bytes.is_empty() {
@@ -35,26 +51,43 @@ impl<'a> TextStream<'a> {
         self.pending.push(&bytes)
     }
 
-    /// What two tokens give together, less what the first gives alone: a decoder that joins words looks no further
-    /// back.
-    fn push_joined(&mut self, token: u32) -> String {
-        if self.tokenizer.is_special(token) {
-            return String::new();
-        }
-        let Encoder::HuggingFace(tokenizer) = &self.tokenizer.encoder else { return String::new() };
-        let decode = |tokens: &[u32]| tokenizer.decode(tokens, true).unwrap_or_default();
-        let before = decode(&self.window);
-        self.window.push(token);
-        let after = decode(&self.window);
-        if self.window.len() > 4 {
-            self.window.remove(0);
-        }
-        after.strip_prefix(before.as_str()).map_or_else(String::new, Into::into)
-    }
-
     /// Ends the stream: a character that was never completed becomes U+FFFD.
     pub fn finish(&mut self) -> String {
-        self.pending.finish()
+        let tokenizer = self.tokenizer;
+        let joined = std::mem::take(&mut self.joined).rest(|tokens| tokenizer.decode_joined(tokens));
+        self.pending.finish() + &joined
+    }
+}
+
+impl JoinedTokens {
+    /// What the tokens give together, less what was shown of it; nothing while it ends in half a character.
+    fn push(&mut self, token: u32, decode: impl Fn(&[u32]) -> String) -> String {
+        self.tokens.push(token);
+        let text = decode(&self.tokens);
+        let is_full = self.tokens.len() >= MOST_TOKENS;
+        if text.ends_with(char::REPLACEMENT_CHARACTER) && !is_full {
+            return String::new();
+        }
+        let new = self.unshown(&text);
+        // Not within a character's bytes: they would give other text.
+        let kept = &self.tokens[self.tokens.len().saturating_sub(CONTEXT)..];
+        let shown = decode(kept);
+        if is_full || text.ends_with(&shown) {
+            (self.tokens, self.shown) = (kept.to_vec(), shown);
+        } else {
+            self.shown = text;
+        }
+        new
+    }
+
+    /// What was not shown at the end.
+    fn rest(self, decode: impl Fn(&[u32]) -> String) -> String {
+        self.unshown(&decode(&self.tokens))
+    }
+
+    fn unshown(&self, text: &str) -> String {
+        let same = self.shown.chars().zip(text.chars()).take_while(|(shown, new)| shown == new).count();
+        text.chars().skip(same).collect()
     }
 }
 

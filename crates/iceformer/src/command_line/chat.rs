@@ -12,7 +12,8 @@ use super::{Outcome, interrupt};
 
 /// Runs the chat until the input ends or the user leaves.
 pub fn run(plan: &Plan, model: &Model) -> anyhow::Result<Outcome> {
-    let template = model.chat_template().context("a chat needs a chat template")?;
+    let template =
+        model.chat_template().map_err(|error| anyhow::anyhow!("{error}"))?.context("a chat needs a chat template")?;
     let mut session = model.session(&plan.session)?;
     let mut sampler = Sampler::new(plan.sampler.clone())?;
     let settings = GenerationSettings { chat: true, ..plan.generation.clone() };

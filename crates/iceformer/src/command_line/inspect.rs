@@ -26,6 +26,9 @@ struct Inspection {
     types: Vec<TypeCount>,
     tokenizer: Value,
     chat_template: Option<String>,
+    /// What is wrong with it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chat_template_error: Option<String>,
     metadata: Vec<(String, String)>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tensors: Option<Vec<Value>>,
@@ -53,6 +56,10 @@ pub fn run(arguments: &InspectArguments) -> anyhow::Result<Outcome> {
         }),
         Err(error) => json!({ "error": error.to_string() }),
     };
+    let (chat_template, chat_template_error) = match files.chat_template() {
+        Ok(template) => (template.map(|template| template.source().to_owned()), None),
+        Err(error) => (None, Some(error.to_string())),
+    };
     let inspection = Inspection {
         path: arguments.model.display().to_string(),
         name: summary.name,
@@ -65,7 +72,8 @@ pub fn run(arguments: &InspectArguments) -> anyhow::Result<Outcome> {
         config: describe(config),
         types: summary.types.into_iter().map(|(name, tensors, bytes)| TypeCount { name, tensors, bytes }).collect(),
         tokenizer,
-        chat_template: files.chat_template()?.map(|template| template.source().to_owned()),
+        chat_template,
+        chat_template_error,
         metadata: summary.metadata,
         tensors: arguments.tensors.then(|| files.tensors().map(|tensor| tensor_json(&tensor)).collect()),
     };
@@ -144,7 +152,9 @@ impl Inspection {
             let told: Vec<_> = tokenizer.iter().map(|(name, value)| format!("{name} {}", text(value))).collect();
             row("tokenizer", told.join(", "));
         }
-        row("chat template", self.chat_template.as_ref().map_or("none".into(), |t| format!("{} characters", t.len())));
+        let chat_template = self.chat_template.as_ref().map(|template| format!("{} characters", template.len()));
+        let unusable = self.chat_template_error.as_ref().map(|error| format!("unusable: {error}"));
+        row("chat template", chat_template.or(unusable).unwrap_or_else(|| "none".into()));
         for (name, value) in &self.metadata {
             row("metadata", format!("{name} = {value}"));
         }

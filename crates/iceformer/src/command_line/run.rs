@@ -74,18 +74,25 @@ impl Plan {
         })
     }
 
-    /// The chat template to use, of a model that has `template`.
-    fn template(&self, template: Option<ChatTemplate>) -> anyhow::Result<Option<ChatTemplate>> {
+    /// The chat template of `files` to use.
+    fn template(&self, files: &ModelFiles) -> anyhow::Result<Option<ChatTemplate>> {
+        anyhow::ensure!(
+            self.text.is_some() || self.wants_template != Some(false),
+            "--no-chat needs a text; give one with --prompt, --file or standard input"
+        );
+        if self.wants_template == Some(false) {
+            return Ok(None);
+        }
+        let template = files.chat_template().map_err(|error| match self.text.is_some() {
+            true => anyhow::anyhow!("{error}; --no-chat gives the text to the model as it is"),
+            false => error.into(),
+        })?;
         let needed = self.wants_template == Some(true) || self.system.is_some() || self.text.is_none();
         anyhow::ensure!(
             template.is_some() || !needed,
             "this model has no chat template; give a text with --prompt or --file, and neither --chat nor --system"
         );
-        anyhow::ensure!(
-            self.text.is_some() || self.wants_template != Some(false),
-            "--no-chat needs a text; give one with --prompt, --file or standard input"
-        );
-        Ok(template.filter(|_| self.wants_template != Some(false)))
+        Ok(template)
     }
 
     /// The messages that a chat starts with.
@@ -136,10 +143,10 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
         Some(path) => ModelFiles::open(path)?,
         None => embedded::model()?,
     };
-    let (tokenizer, template) = (files.tokenizer()?, files.chat_template()?);
+    let tokenizer = files.tokenizer()?;
     // What is wrong with the prompt is told before the weights are loaded.
     let context = plan.session.check(files.config())?;
-    let template = plan.template(template)?;
+    let template = plan.template(&files)?;
     let prompt = match &plan.text {
         Some(text) => Some(encode(&plan, &tokenizer, template.as_ref(), text)?),
         None => None,

@@ -81,7 +81,12 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
 
     let cancel = Cancel::default();
     let _guard = interrupt::guard(cancel.clone());
-    let encoder = Encoder { tokenizer: model.tokenizer(), template: model.chat_template().filter(|_| !common.no_chat) };
+    let asks = matches!(what, Eval::Longeval(_) | Eval::Needle(_));
+    let template = match asks && !common.no_chat {
+        true => model.chat_template().map_err(|error| anyhow::anyhow!("{error}; --no-chat goes without it"))?,
+        false => None,
+    };
+    let encoder = Encoder { tokenizer: model.tokenizer(), template };
     let driver = Driver { model: &model, settings, chat: encoder.is_chat(), methods: &methods, cancel: cancel.clone() };
     let mut told = Told {
         results: Results::default(),
