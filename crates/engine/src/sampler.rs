@@ -118,7 +118,9 @@ impl Sampler {
         recent.dedup();
         for token in recent {
             if let Some(logit) = logits.get_mut(token as usize) {
-                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                let penalised = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                // A penalty near zero must not make a number infinite, which is what damaged weights do.
+                *logit = if logit.is_finite() { penalised.clamp(f32::MIN, f32::MAX) } else { penalised };
             }
         }
     }
@@ -240,6 +242,9 @@ mod tests {
         assert_eq!(greedy.sample(&[3.0, 2.0, -1.0], &[0, 1, 2]), Ok(0));
         assert_eq!(greedy.sample(&[3.0, 2.0, -1.0], &[1, 2, 0]), Ok(1));
         assert_eq!(greedy.sample(&[-1.0, -1.5, -3.0], &[0, 0]), Ok(1));
+        let mut rewarding = sampler(|s| (s.temperature, s.repetition_penalty) = (0.0, 1e-40));
+        assert_eq!(rewarding.sample(&[3.0, 2.0, -1.0], &[1]), Ok(1));
+        assert_eq!(rewarding.sample(&[3.0, f32::INFINITY, -1.0], &[1]), Err(SamplerError::NotANumber));
     }
 
     #[test]

@@ -51,6 +51,8 @@ pub fn read_cases(path: &Path, most: usize, encoder: &Encoder<'_>) -> Result<Vec
         let problem = |problem: String| EvaluationError::Cases { file: name.clone(), problem };
         let text = std::fs::read_to_string(&file).map_err(|error| problem(error.to_string()))?;
         let group = file.file_stem().map_or_else(|| name.clone(), |stem| stem.to_string_lossy().into_owned());
+        // Editors of some systems put a mark of the byte order before the text.
+        let text = text.trim_start_matches('\u{FEFF}');
         let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).take(most);
         for (number, (line, text)) in lines.enumerate() {
             let prompt =

@@ -130,6 +130,16 @@ fn asked(answer_start: &str) -> &str {
 }
 
 #[test]
+fn published_cases_behind_a_mark_of_the_byte_order() {
+    let (tokenizer, folder) = (tokenizer(), tempfile::tempdir().unwrap());
+    let file = folder.path().join("cases.jsonl");
+    let case = r#"{"random_idx": ["a-b", 7], "expected_number": 24, "prompt": "start\nline a-b: <24>\n\nNow the record is over. Tell me"}"#;
+    std::fs::write(&file, format!("\u{FEFF}{case}\r\n\r\n{case}\r\n")).unwrap();
+    let encoder = Encoder { tokenizer: &tokenizer, template: None };
+    assert_eq!(longeval::read_cases(&file, 9, &encoder).unwrap().len(), 2);
+}
+
+#[test]
 fn chat_templates_are_split_in_front_of_the_question() {
     let folder = tempfile::tempdir().unwrap();
     for name in ["config.json", "model.safetensors", "tokenizer.json"] {

@@ -46,6 +46,8 @@ unsafe impl Send for Shared {}
 pub struct ThreadTeam {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+    /// The process that the workers are in. A fork copies the team and leaves them behind, and whatever was locked stays so.
+    process: u32,
     /// One job at a time: a second caller waits here.
     turn: Mutex<()>,
 }
@@ -73,7 +75,7 @@ impl ThreadTeam {
                 builder.spawn(move || work(&shared, worker)).ok()
             })
             .collect();
-        Self { shared, workers, turn: Mutex::new(()) }
+        Self { shared, workers, process: std::process::id(), turn: Mutex::new(()) }
     }
 
     /// How many threads a process may use by default: the cores its affinity mask and control group allow.
@@ -90,13 +92,13 @@ impl ThreadTeam {
     /// are done. `worker` is below [`ThreadTeam::threads`], and no two threads have the same one within one call.
     ///
     /// Several threads may call at once: they take turns. A call from within a task, of this or another team, runs
-    /// all its tasks on the calling thread.
+    /// all its tasks on the calling thread, and so does one in a process that was forked after the team was made.
     ///
     /// # Panics
     /// Carries the first panic of a task to the caller, after all threads have left the job; tasks not yet begun are
     /// dropped. The team stays usable.
     pub fn run(&self, tasks: usize, body: impl Fn(usize, usize) + Sync) {
-        if tasks <= 1 || self.workers.is_empty() || INSIDE.get() {
+        if tasks <= 1 || self.workers.is_empty() || INSIDE.get() || self.is_forked() {
             (0..tasks).for_each(|task| body(task, 0));
             return;
         }
@@ -117,6 +119,10 @@ impl ThreadTeam {
         if let Some(panic) = panic {
             resume_unwind(panic);
         }
+    }
+
+    fn is_forked(&self) -> bool {
+        self.process != std::process::id()
     }
 
     /// Splits `data` into chunks of `chunk` elements (the last may be shorter) and calls `body(index, chunk, worker)`
@@ -151,6 +157,11 @@ unsafe impl<T: Send> Sync for SendPointer<T> {}
 
 impl Drop for ThreadTeam {
     fn drop(&mut self) {
+        if self.is_forked() {
+            // Nobody is there to be waited for.
+            self.workers.drain(..).for_each(std::mem::forget);
+            return;
+        }
         self.shared.stop.store(true, Ordering::Release);
         // SAFETY: no call is running (`&mut self`), so the gate is closed and nobody is inside.
         unsafe { *self.shared.job.get() = None };

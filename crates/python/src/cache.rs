@@ -11,6 +11,10 @@ use crate::operand::{Operand, Output};
 use crate::report::Report;
 use crate::{settings, teams};
 
+/// More than any model has; a cache takes memory for each head and width from the start.
+const MOST_HEADS_OR_WIDTH: usize = 1 << 16;
+const MOST_NUMBERS: usize = 1 << 22;
+
 /// Packed keys and values of one sequence.
 #[pyclass(frozen, module = "iceformer._core")]
 pub struct Cache {
@@ -23,9 +27,15 @@ impl Cache {
     #[new]
     fn new(kv_heads: usize, key_dim: usize, value_dim: usize, kv_type: &str) -> PyResult<Self> {
         for (name, value) in [("kv_heads", kv_heads), ("key_dim", key_dim), ("value_dim", value_dim)] {
-            if value == 0 {
-                return Err(PyValueError::new_err(format!("{name} is 0; expected at least 1")));
+            if !(1..=MOST_HEADS_OR_WIDTH).contains(&value) {
+                return Err(PyValueError::new_err(format!("{name} is {value}; expected 1 to {MOST_HEADS_OR_WIDTH}")));
             }
+        }
+        let numbers = kv_heads * (key_dim + value_dim);
+        if numbers > MOST_NUMBERS {
+            return Err(PyValueError::new_err(format!(
+                "kv_heads · (key_dim + value_dim) is {numbers}; expected at most {MOST_NUMBERS} numbers for a token"
+            )));
         }
         let shape = CacheShape { kv_heads, key_dim, value_dim };
         let kind = settings::key_value_type(kv_type)?.unwrap_or(iceformer_attention::KeyValueType::F32);

@@ -175,12 +175,13 @@ impl Engine {
             ignore_end: request.ignore_end,
         };
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let session = match idle {
+        let mut session = match idle {
             Some(session) => session,
             None => self.model.session(&self.settings).map_err(value_error)?,
         };
-        let cancel = session.cancel();
-        cancel.reset();
+        // Of this generation alone: who holds an earlier one must not stop it.
+        let cancel = Cancel::default();
+        session.set_cancel(cancel.clone());
         // A receiver that lags holds the model up rather than memory.
         let (sender, events) = sync_channel(64);
         let (model, idle) = (Arc::clone(&self.model), Arc::clone(&self.idle));

@@ -1,6 +1,7 @@
 //! Thread teams, kept from call to call.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use iceformer_attention::{ArrayScratch, ThreadTeam};
@@ -9,36 +10,57 @@ use pyo3::prelude::*;
 /// What a process keeps.
 #[derive(Default)]
 struct Kept {
-    /// Process that all this belongs to.
-    process: u32,
     /// By number of threads.
     teams: HashMap<usize, Arc<ThreadTeam>>,
     /// Buffers that no call uses now.
     scratches: Vec<ArrayScratch>,
 }
 
-static KEPT: Mutex<Option<Kept>> = Mutex::new(None);
+/// A place for what one process keeps.
+struct Place {
+    /// 0: free.
+    process: AtomicU32,
+    kept: Mutex<Option<Kept>>,
+}
 
+/// Each process of a line of forks takes the next: the threads of its parent's teams stayed behind, and another thread of
+/// its parent may have held the lock when it forked, so that it stays locked for ever.
+static PLACES: [Place; MOST_FORKS] =
+    [const { Place { process: AtomicU32::new(0), kept: Mutex::new(None) } }; MOST_FORKS];
+
+/// Processes in a line, each forked by the one before, that keep anything.
+const MOST_FORKS: usize = 16;
 /// Most buffers kept: calls from more threads at once make and drop their own.
 const MOST_SCRATCHES: usize = 4;
+/// Teams from which those that nothing uses are given back before the next is made.
+const MANY_TEAMS: usize = 4;
 
 fn with_kept<T>(work: impl FnOnce(&mut Kept) -> T) -> T {
-    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
     let process = std::process::id();
-    let kept = match &mut *kept {
-        Some(kept) if kept.process == process => kept,
-        other => {
-            // Forked: the threads of these teams stayed behind, and dropping a team would wait for them for ever.
-            std::mem::forget(other.take());
-            other.insert(Kept { process, ..Kept::default() })
-        }
+    let is_ours = |place: &&Place| {
+        let taken = place.process.compare_exchange(0, process, Ordering::Relaxed, Ordering::Relaxed);
+        taken.map_or_else(|owner| owner == process, |_| true)
     };
-    work(kept)
+    match PLACES.iter().find(is_ours) {
+        Some(place) => {
+            let mut kept = place.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            work(kept.get_or_insert_default())
+        }
+        None => work(&mut Kept::default()),
+    }
 }
 
 /// The team of `threads` threads.
 pub fn team(threads: usize) -> Arc<ThreadTeam> {
-    with_kept(|kept| Arc::clone(kept.teams.entry(threads).or_insert_with(|| Arc::new(ThreadTeam::new(threads)))))
+    with_kept(|kept| {
+        if let Some(team) = kept.teams.get(&threads) {
+            return Arc::clone(team);
+        }
+        if kept.teams.len() >= MANY_TEAMS {
+            kept.teams.retain(|_, team| Arc::strong_count(team) > 1);
+        }
+        Arc::clone(kept.teams.entry(threads).or_insert_with(|| Arc::new(ThreadTeam::new(threads))))
+    })
 }
 
 /// Runs `work` with buffers of an earlier call.

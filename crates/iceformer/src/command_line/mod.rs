@@ -4,6 +4,7 @@ mod arguments;
 mod attention_figures;
 mod bench;
 mod chat;
+mod destination;
 mod embedded;
 mod eval;
 mod inspect;

@@ -159,3 +159,39 @@ fn teams_end_with_their_owner() {
         assert_eq!(Arc::strong_count(&alive), 1);
     }
 }
+
+/// A fork while a job runs: the copy has no workers, and a lock that nobody gives back.
+#[cfg(all(unix, not(miri)))]
+#[test]
+fn a_forked_process_works_alone() {
+    let team = ThreadTeam::new(2);
+    let turn = lock(&team.turn);
+    // SAFETY: the child only adds up numbers and ends; it takes no lock but those of the team, which is what is tested.
+    let child = unsafe { libc::fork() };
+    assert!(child >= 0, "no fork");
+    if child == 0 {
+        let sum = AtomicUsize::new(0);
+        team.run(100, |task, worker| {
+            sum.fetch_add(task + worker, Ordering::Relaxed);
+        });
+        let ended = i32::from(sum.into_inner() != 4950);
+        // Neither waits.
+        std::mem::forget(turn);
+        drop(team);
+        // SAFETY: ends the process at once, without what the test runner does at an exit.
+        unsafe { libc::_exit(ended) };
+    }
+    drop(turn);
+    let start = Instant::now();
+    let mut status = -1;
+    // SAFETY: `child` is a child of this process, and `status` lives.
+    while unsafe { libc::waitpid(child, &raw mut status, libc::WNOHANG) } == 0 {
+        if start.elapsed() > Duration::from_secs(20) {
+            // SAFETY: it was not waited for yet.
+            unsafe { libc::kill(child, libc::SIGKILL) };
+            panic!("the forked process hangs");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(status, 0);
+}

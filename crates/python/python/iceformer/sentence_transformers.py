@@ -7,9 +7,9 @@ import iceformer.transformers
 SentenceTransformer(NAME, model_kwargs={"attn_implementation": "iceformer"})
 ```
 
-which is all that `load` does, beside a check that the model does take one: families without transformers' attention
-interface (MPNet, DeBERTa, Longformer) would go on with their own attention and say nothing. The torch backend only;
-ONNX and OpenVINO models bring their attention along.
+which is all that `load` does, beside a check that the model did take it. Families without transformers' attention
+interface (MPNet, DeBERTa, Longformer) are refused. The torch backend only; ONNX and OpenVINO models bring their
+attention along.
 """
 
 from __future__ import annotations
@@ -50,10 +50,7 @@ def check(model: SentenceTransformer) -> SentenceTransformer:
     transformer = getattr(model[0], "auto_model", None) or getattr(model[0], "model", None)
     family = type(transformer).__name__
     chosen = getattr(getattr(transformer, "config", None), "_attn_implementation", None)
-    supported = getattr(transformer, "_supports_attention_backend", False) or getattr(
-        transformer, "_supports_sdpa", False
-    )
-    if chosen != _hook.NAME or not supported:
+    if chosen != _hook.NAME or not _hook.takes_implementation(transformer):
         raise ValueError(
             f"{family} does not take an attention implementation (it has {chosen!r}); expected a family with "
             "transformers' attention interface, as BERT, RoBERTa, XLM-R, ModernBERT or a decoder"

@@ -11,14 +11,16 @@ sliding windows, padded on either side, with grouped queries, soft-capped logits
 
 Handed over to torch's SDPA, with one warning for each reason: inputs that need gradients, dropout, additive position
 biases (T5), masks that are no causal, windowed or padding mask (4-D masks of the user's own, packed sequences, image
-tokens), tensors that are not on the CPU or not of float32, float16 or bfloat16. Models whose logits are soft-capped or
-have sinks, which SDPA does not know, are then computed by their definition. Attention weights asked for
-(`output_attentions=True`) are an error.
+tokens), tensors that are not on the CPU or not of float32, float16 or bfloat16, `torch.jit.trace`, `torch.vmap` and
+tensor subclasses. Models whose logits are soft-capped or have sinks, which SDPA does not know, are then computed by
+their definition. Attention weights asked for (`output_attentions=True`) are an error, and so is a family that computes
+its attention itself (Bloom, MPT, MPNet, DeBERTa, Longformer).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import types
@@ -30,7 +32,8 @@ from typing import Any
 
 try:
     import torch
-    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+    from torch.autograd import forward_ad
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 except ImportError as error:
     raise ImportError(
@@ -198,9 +201,19 @@ class ToldMask(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            ToldMask, lambda told: told.pattern.tensor(), (args, kwargs or {})
-        )
+        numbers = next(
+            (part for part in args if isinstance(part, torch.Tensor) and part.is_floating_point()), None
+        ) if func in _ADDITIONS else None
+
+        def written(told: ToldMask) -> torch.Tensor:
+            tensor = told.pattern.tensor()
+            if numbers is None:
+                return tensor
+            # A model that computes its attention itself adds masks to its logits.
+            nothing = torch.zeros((), dtype=numbers.dtype, device=tensor.device)
+            return torch.where(tensor, nothing, torch.finfo(numbers.dtype).min)
+
+        args, kwargs = torch.utils._pytree.tree_map_only(ToldMask, written, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -209,6 +222,12 @@ _METADATA = {
     torch.Tensor.dim,
     torch.Tensor.size,
     torch.Tensor.is_contiguous,
+}
+
+
+_ADDITIONS = {
+    torch.add,
+    *(getattr(torch.Tensor, name) for name in ("add", "add_", "__add__", "__radd__", "__iadd__")),
 }
 
 
@@ -250,6 +269,9 @@ def mask(
         return written
 
     compiling = torch.compiler.is_compiling()
+    if not compiling and (torch.jit.is_tracing() or type(torch.empty(0)) is not torch.Tensor):
+        # A trace, or tensors that are fake: a mask that is told would not come through.
+        return write_out()
     if compiling:
         config = more.get("config")
         pattern = _pattern_of_flags(local_size, allow_is_causal_skip, allow_is_bidirectional_skip, config)
@@ -363,7 +385,7 @@ def attention(
     elif isinstance(pattern, torch.Tensor) and not torch.compiler.is_compiling():
         pattern = _pattern_of_key_mask(pattern, key.shape[2])
 
-    reason = _reason_to_hand_over(query, key, value, pattern, dropout, position_bias, more)
+    reason = _reason_to_hand_over(query, key, value, pattern, dropout, s_aux, position_bias, more)
     if reason is not None:
         _warn_once(reason)
         _reports.last = None
@@ -440,11 +462,20 @@ def _reason_to_hand_over(
     value: torch.Tensor,
     pattern: MaskPattern | torch.Tensor,
     dropout: float,
+    s_aux: torch.Tensor | None,
     position_bias: torch.Tensor | None,
     more: dict[str, Any],
 ) -> str | None:
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    inputs = (query, key, value) if s_aux is None else (query, key, value, s_aux)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return "the inputs need gradients (use torch.inference_mode() or torch.no_grad() for inference)"
+    if not torch.compiler.is_compiling():
+        if torch.jit.is_tracing():
+            return "torch.jit.trace records the call (use torch.compile or torch.export)"
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
+            return "the inputs carry tangents (forward-mode gradients)"
+        if any(type(tensor) not in _PLAIN or _is_wrapped(tensor) for tensor in inputs):
+            return "the tensors are wrapped (a tensor subclass, FakeTensorMode or torch.func)"
     if dropout:
         return "dropout is on (call model.eval() for inference)"
     if position_bias is not None:
@@ -464,6 +495,10 @@ def _reason_to_hand_over(
     if key.shape[0] != query.shape[0]:
         return "queries and keys have different batch sizes"
     return None
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_is_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _warn_once(reason: str) -> None:
@@ -513,10 +548,37 @@ def _hand_over(
     return _operator.eager(query, key, value, written, scale, softcap, s_aux, dropout), None
 
 
+def takes_implementation(model: type[PreTrainedModel] | PreTrainedModel) -> bool:
+    """Whether models of this family let an attention implementation compute their attention. Others go on with code of
+    their own, to which our masks mean nothing."""
+    return bool(getattr(model, "_supports_attention_backend", False) or getattr(model, "_supports_sdpa", False))
+
+
+def _refuse_other_families() -> None:
+    """transformers refuses SDPA for families that compute their attention themselves, but takes any other name for
+    them: here it refuses ours too."""
+    before = PreTrainedModel.get_correct_attn_implementation
+    if getattr(before, "checks_iceformer", False):
+        return
+
+    @functools.wraps(before)
+    def checked(self: PreTrainedModel, requested_attention: str | None, *rest: Any, **more: Any) -> str:
+        if requested_attention == NAME and not takes_implementation(self):
+            raise ValueError(
+                f'{type(self).__name__} computes its attention itself and cannot take attn_implementation="{NAME}"; '
+                'load it with attn_implementation="eager"'
+            )
+        return before(self, requested_attention, *rest, **more)
+
+    checked.checks_iceformer = True  # type: ignore[attr-defined]
+    PreTrainedModel.get_correct_attn_implementation = checked  # type: ignore[method-assign]
+
+
 def register() -> None:
     """Registers the implementation with transformers; done when this module is imported."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
+    _refuse_other_families()
 
 
 register()
@@ -534,4 +596,5 @@ __all__ = [
     "mask",
     "register",
     "settings",
+    "takes_implementation",
 ]

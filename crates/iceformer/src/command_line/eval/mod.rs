@@ -19,6 +19,7 @@ use iceformer_evaluation::{
 };
 use serde::Serialize;
 
+use super::destination::destination;
 use super::progress::Progress;
 use super::text::read_text;
 use super::{Outcome, embedded, interrupt, print_json};
@@ -125,7 +126,7 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
 }
 
 fn page_file(path: &Path) -> anyhow::Result<PageFile> {
-    PageFile::create(path).with_context(|| format!("--report {}", path.display()))
+    PageFile::create(&destination(path)?).with_context(|| format!("--report {}", path.display()))
 }
 
 /// The text that prompts are made from, and how errors call it.

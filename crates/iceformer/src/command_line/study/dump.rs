@@ -12,6 +12,7 @@ use iceformer_study::{DumpError, DumpWriter, Shape};
 use serde_json::json;
 
 use super::arguments::DumpArguments;
+use crate::command_line::destination::destination;
 use crate::command_line::embedded::{self, Example};
 use crate::command_line::progress::Progress;
 use crate::command_line::text::{bytes, grouped, read_text};
@@ -79,7 +80,7 @@ pub fn run(arguments: &DumpArguments) -> anyhow::Result<Outcome> {
         value_dim: config.head_dim,
     };
     // Before the weights are loaded: a place that cannot be written to is told at once.
-    let writer = DumpWriter::create(&arguments.output, &description, shape, arguments.number_type)?;
+    let writer = DumpWriter::create(&destination(&arguments.output)?, &description, shape, arguments.number_type)?;
     let recorder = Arc::new(Mutex::new(Recorder { writer, error: None }));
 
     let team = Arc::new(ThreadTeam::new(arguments.threads.unwrap_or_else(ThreadTeam::available)));
