@@ -81,6 +81,13 @@ def test_negative_strides_and_foreign_byte_order():
     assert (iceformer.attention(*backwards) == wanted).all()
     foreign = [array.astype(array.dtype.newbyteorder()) for array in arrays]
     assert (iceformer.attention(*foreign) == wanted).all()
+    unaligned = []
+    for array in arrays:
+        memory = np.empty(array.nbytes + 1, dtype=np.uint8)
+        unaligned.append(memory[1:].view(array.dtype).reshape(array.shape))
+        unaligned[-1][...] = array
+    assert not any(array.flags.aligned for array in unaligned)
+    assert (iceformer.attention(*unaligned) == wanted).all()
     read_only = [array.copy() for array in arrays]
     for array in read_only:
         array.flags.writeable = False
@@ -266,6 +273,7 @@ def test_a_thousand_calls_leak_nothing():
         (lambda q, k, v: (q, k.half(), v), TypeError, "keys of float16.*expected one element type"),
         (lambda q, k, v: (q, k.numpy(), v), TypeError, "expected one library"),
         (lambda q, k, v: (q.tolist(), k, v), TypeError, "queries is a list; expected a NumPy array or a torch tensor"),
+        (lambda q, k, v: (np.ma.masked_array(q), k.numpy(), v.numpy()), TypeError, "queries is a masked array"),
         (lambda q, k, v: (q, k, v.to("meta")), ValueError, "values is on meta; expected a tensor on the CPU"),
         (lambda q, k, v: (q, k.to_sparse(), v), TypeError, "keys has layout torch.sparse_coo"),
     ],

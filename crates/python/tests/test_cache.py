@@ -1,5 +1,7 @@
 """`iceformer.KeyValueCache` against attention on whole arrays."""
 
+import copy
+
 import iceformer
 import numpy as np
 import pytest
@@ -50,6 +52,18 @@ def test_what_a_cache_tells():
     assert repr(cache) == "KeyValueCache(kv_heads=2, key_dim=32, value_dim=32, kv_type='int8', tokens=150)"
     output, report = cache.attend(sequence()[0][:, :1], return_report=True)
     assert output.shape == (4, 1, 32) and report.allowed_keys == 4 * 150
+
+
+def test_a_cache_has_no_copies():
+    for copied in (copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError):
+            copied(iceformer.KeyValueCache(1, 8))
+
+
+@pytest.mark.parametrize("sizes", [(2**40, 8), (1, 2**62), (2**62, 4), (2**16, 2**16), (0, 8)])
+def test_sizes_that_no_machine_has(sizes):
+    with pytest.raises(ValueError, match="expected"):
+        iceformer.KeyValueCache(*sizes)
 
 
 def test_what_does_not_fit_is_named():

@@ -1,5 +1,8 @@
 """`iceformer.Engine` on the reference model and the golden models."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import iceformer
@@ -55,6 +58,38 @@ def test_a_stream_stops_early(engine):
     next(dropped)
     del dropped
     assert engine.generate("Once upon a time", max_tokens=2).tokens
+
+
+def test_a_stream_stops_no_other(engine):
+    first = engine.generate("Once upon a time", stream=True, max_tokens=2)
+    # It goes on by itself; when it has ended the next takes over its session.
+    time.sleep(1)
+    second = engine.generate("The little dog", stream=True, max_tokens=40, ignore_end=True)
+    next(second)
+    first.close()
+    for _ in second:
+        pass
+    assert second.answer.finish == "length" and len(second.answer.tokens) == 40
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_an_engine_answers_in_a_process_forked_while_it_works(engine):
+    wanted = engine.generate("The little dog", max_tokens=5).tokens
+    with engine.generate("Once upon a time " * 60, stream=True, max_tokens=200, ignore_end=True) as busy:
+        next(busy)
+        child = os.fork()
+        if child == 0:
+            os._exit(int(engine.generate("The little dog", max_tokens=5).tokens != wanted))
+        for _ in range(400):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            time.sleep(0.05)
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the forked process hangs")
+    assert status == 0
 
 
 @pytest.mark.skipif(not (CHAT / "tokenizer_config.json").exists(), reason="no golden chat model")

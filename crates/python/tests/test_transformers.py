@@ -9,6 +9,8 @@ import iceformer.transformers as hook
 import pytest
 import torch
 import transformers as tf
+from iceformer import _operator
+from torch.autograd import forward_ad
 from models import SMALL, TOKENS, build, decoders, encoders, oracle
 
 DECODERS, ENCODERS = decoders(), encoders()
@@ -212,6 +214,98 @@ def test_told_masks_are_written_out_where_they_are_touched():
     assert told.shape == written.shape and told.ndim == 4 and told.dtype == torch.bool and told.pattern._tensor is None
     assert torch.equal(told[:, :, 3:, :20], written[:, :, 3:, :20])
     assert type(told | written) is torch.Tensor and torch.equal(told & written, written)
+
+
+def test_told_masks_are_added_as_numbers():
+    told = hook.mask(batch_size=1, q_length=5, kv_length=5)
+    logits = torch.randn(1, 2, 5, 5)
+    wanted = logits.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
+    for added in (logits + told, told + logits, torch.add(logits, told), logits.clone().add_(told)):
+        assert torch.equal(added.softmax(-1), wanted)
+    in_place = logits.clone()
+    in_place += told
+    assert torch.equal(in_place.softmax(-1), wanted)
+
+
+SELF_MADE = {
+    "bloom": (tf.BloomModel, tf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2)),
+    "mpt": (tf.MptModel, tf.MptConfig(vocab_size=97, d_model=32, n_layers=1, n_heads=2, max_seq_len=64)),
+    "mpnet": (tf.MPNetModel, tf.MPNetConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)),
+    "longformer": (
+        tf.LongformerModel,
+        tf.LongformerConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SELF_MADE)
+def test_families_that_compute_their_attention_are_refused(name):
+    kind, config = SELF_MADE[name]
+    with pytest.raises(ValueError, match=f"{kind.__name__} computes its attention itself.*eager"):
+        kind._from_config(config, attn_implementation="iceformer")
+    # Where it is set later transformers says so itself, and leaves the model as it is.
+    model = kind._from_config(config, attn_implementation="eager")
+    model.set_attn_implementation("iceformer")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_traces_and_wrapped_tensors_are_handed_over():
+    ours, theirs = both(ENCODERS, "bert")
+
+    class Traced(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = ours
+
+        def forward(self, ids):
+            return self.model(input_ids=ids)[0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(Traced(), (tokens(1, 8),), check_trace=False)
+    other = tokens(1, 8, seed=1)
+    assert_same([traced(other)], [theirs(input_ids=other)[0]])
+    embeddings = torch.randn(3, 1, 8, ours.config.hidden_size)
+    with pytest.warns(UserWarning, match="wrapped"):
+        mapped = torch.vmap(lambda inputs: ours(inputs_embeds=inputs)[0])(embeddings)
+    assert_same(list(mapped), [theirs(inputs_embeds=inputs)[0] for inputs in embeddings])
+    hook._warned.clear()
+    kind, config = ENCODERS["bert"]
+    with pytest.warns(UserWarning, match="wrapped"), torch._subclasses.FakeTensorMode():
+        fake = kind._from_config(config, attn_implementation="iceformer").eval()
+        assert fake(input_ids=torch.ones(1, 8, dtype=torch.long))[0].shape == (1, 8, config.hidden_size)
+
+
+def test_tangents_are_handed_over():
+    queries, tangent = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    module, key = torch.nn.Module(), torch.randn(1, 2, 5, 8)
+    with forward_ad.dual_level(), pytest.warns(UserWarning, match="tangents"):
+        dual = forward_ad.make_dual(queries, tangent)
+        # A soft cap: SDPA has no tangents, the definition does.
+        output = hook.attention(module, dual, key, key, None, softcap=5.0, is_causal=False)[0]
+        found = forward_ad.unpack_dual(output).tangent
+    def attend(queries):
+        return _operator.eager(queries, key, key, None, 8**-0.5, 5.0)
+
+    step = 1e-3
+    wanted = (attend(queries + step * tangent) - attend(queries - step * tangent)) / (2 * step)
+    assert (found - wanted).abs().max() < 1e-3
+
+
+def test_gradients_of_sinks_alone():
+    gradients = []
+    queries, key = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    sinks = torch.randn(2, requires_grad=True)
+    for attend in (
+        lambda: hook.attention(torch.nn.Module(), queries, key, key, None, s_aux=sinks, is_causal=False)[0],
+        lambda: _operator.eager(queries, key, key, None, 8**-0.5, None, sinks),
+    ):
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sinks.grad = None
+            attend().square().sum().backward()
+            gradients.append(sinks.grad)
+    assert gradients[0].abs().max() > 0 and torch.allclose(*gradients)
 
 
 def test_holes_in_the_padding():

@@ -54,7 +54,7 @@ def operand(name: str, array: Any, found: str, dimensions: int = 4) -> Operand:
         raise ValueError(f"{name} has {array.ndim} dimensions, {tuple(array.shape)}; expected {dimensions}: {wanted}")
     if is_tensor(array):
         return _tensor_operand(array, found, dimensions)
-    return _numpy_operand(array, found, dimensions)
+    return _numpy_operand(name, array, found, dimensions)
 
 
 def _tensor_operand(tensor: Any, found: str, dimensions: int) -> Operand:
@@ -75,9 +75,12 @@ def _tensor_memory(tensor: Any, found: str) -> np.ndarray:
     return tensor.numpy() if found == "float32" else tensor.view(sys.modules["torch"].int16).numpy().view(np.uint16)
 
 
-def _numpy_operand(array: np.ndarray, found: str, dimensions: int) -> Operand:
-    if any(stride < 0 or stride % array.itemsize for stride in array.strides) or not array.dtype.isnative:
-        array = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("="), copy=False)
+def _numpy_operand(name: str, array: np.ndarray, found: str, dimensions: int) -> Operand:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; expected a plain one (padding is told by key_lengths)")
+    odd = any(stride < 0 or stride % array.itemsize for stride in array.strides) or not array.flags.aligned
+    if odd or not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="), order="C", copy=True)
     strides = tuple(stride // array.itemsize for stride in array.strides)
     span = _span(array.shape, strides)
     flat = np.lib.stride_tricks.as_strided(array, (span,), (array.itemsize,), writeable=False)

@@ -123,7 +123,7 @@ def attention(
     Returns:
         `[batch, query_heads, tokens, value_dim]` in the library and type of `queries`: a view of memory in the order
         `[batch, tokens, query_heads, value_dim]`. A query that sees no key gets zeros. NaN and infinity go where SDPA
-        lets them go.
+        lets them go, and packed as int8 to whatever shares a scale with them.
 
     Raises:
         TypeError: For other types of arrays or numbers.
@@ -200,6 +200,9 @@ class KeyValueCache:
 
     def __init__(self, kv_heads: int, key_dim: int, value_dim: int | None = None, kv_type: str = "auto") -> None:
         self._cache = _core.Cache(kv_heads, key_dim, key_dim if value_dim is None else value_dim, kv_type)
+
+    def __copy__(self) -> KeyValueCache:
+        raise TypeError("a KeyValueCache cannot be copied: both would append to the same keys")
 
     def append(self, keys: Any, values: Any, *, threads: int | None = None) -> None:
         """Appends `keys` `[kv_heads, tokens, key_dim]` and `values` `[kv_heads, tokens, value_dim]`."""
