@@ -24,8 +24,10 @@ const TELLING: f32 = 0.3;
 const BEARING: f32 = 0.45;
 /// The largest limit, in budgets: errors are never much smaller than estimated.
 const MOST: f32 = 0.5;
-/// Limits that are tried, each smaller than the one before by half an octave.
+/// Limits that are tried, each smaller than the one before by half an octave: so many for a budget of [`USUAL_BUDGET`] or
+/// less, and more for a larger, down to the same. What rows of a small output may miss does not grow with the budget.
 const STEPS: usize = 12;
+const USUAL_BUDGET: f32 = 0.05;
 /// Largest error in relation to the output: where values average out, as under diffuse attention to unrelated values,
 /// an error that is small beside a value can still be all of the output.
 const MOST_OF_OUTPUT: f32 = 0.5;
@@ -106,6 +108,8 @@ const STEPS_UP: usize = 2;
 struct Trial {
     /// Steps down from the largest limit.
     step: usize,
+    /// The first step that is not tried any more.
+    steps: usize,
     samples: usize,
     rows: usize,
     /// Clusters that micro-tiles would have computed, of so many.
@@ -157,16 +161,17 @@ impl Trial {
             false => 0,
         };
         let step = step.saturating_sub(STEPS_UP);
-        Self { step, samples: 0, rows: 0, computed: 0, clusters: 0, finding: Finding::default() }
+        let more = (2.0 * (budget / USUAL_BUDGET).log2()).round().max(0.0) as usize;
+        Self { step, steps: STEPS + more, samples: 0, rows: 0, computed: 0, clusters: 0, finding: Finding::default() }
     }
 
     /// Whether no limit is small enough, or none that is would pay.
     fn is_given_up(&self) -> bool {
-        self.step >= STEPS
+        self.step >= self.steps
     }
 
     fn give_up(&mut self) {
-        self.step = STEPS;
+        self.step = self.steps;
     }
 
     /// Whether clusters cost more than they save, as far as measured.
@@ -186,7 +191,7 @@ impl Trial {
     fn step_down(&mut self, rest: f32) {
         // Each step halves the square.
         let same = (-rest.max(f32::MIN_POSITIVE).log2()).max(0.0) as usize;
-        self.step = (self.step + 1 + same).min(STEPS);
+        self.step = (self.step + 1 + same).min(self.steps);
         self.finding = Finding::default();
     }
 
@@ -403,14 +408,27 @@ mod tests {
         assert_eq!(trial.judge(0.1).limit, 0.01);
         (trial.finding.worst, trial.finding.bearable) = (0.1, f32::INFINITY);
         assert!((trial.judge(0.1).limit - 0.05 * MOST * std::f32::consts::SQRT_2).abs() < 1e-6);
-        trial.step = STEPS;
+        trial.give_up();
         assert_eq!(trial.judge(0.1).limit, 0.0);
+    }
+
+    #[test]
+    fn the_smallest_limit_is_the_same_for_larger_budgets() {
+        let smallest = |budget: f32| {
+            let mut trial = Trial::after(Calibration::default(), budget);
+            trial.step = trial.steps - 1;
+            trial.limit() * budget
+        };
+        for budget in [0.05, 0.1, 0.2, 0.4, 0.8] {
+            assert!((smallest(budget) / smallest(0.05) - 1.0).abs() < 1e-3, "{budget}");
+        }
+        assert!((smallest(0.025) / smallest(0.05) - 0.5).abs() < 1e-3);
     }
 
     #[test]
     fn limits_at_which_nothing_more_is_computed_are_passed_over() {
         for (rest, steps) in [(1.0, 1), (0.6, 1), (0.45, 2), (0.26, 2), (0.24, 3), (0.0, STEPS), (f32::NAN, STEPS)] {
-            let mut trial = Trial::after(Calibration::default(), 0.1);
+            let mut trial = Trial::after(Calibration::default(), USUAL_BUDGET);
             trial.step_down(rest);
             assert_eq!(trial.step, steps, "{rest}");
             // More than the whole limit is left at the new one, and was not at the one before.
