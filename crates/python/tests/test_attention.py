@@ -292,6 +292,8 @@ def test_what_does_not_fit_is_named(change, error, message):
         ({"key_lengths": [1]}, ValueError, "key_lengths has 1 entries for a batch of 2"),
         ({"key_lengths": [1, 71]}, ValueError, r"key_lengths\[1\] is 71; expected 0 <= start <= end <= 70"),
         ({"first_position": -1}, ValueError, "first_position is -1"),
+        ({"first_position": 2**64 - 1}, ValueError, "first_position is 18446744073709551615; expected at most"),
+        ({"window": 2**64}, ValueError, "window is 18446744073709551616; expected at most"),
         ({"kv_type": "q4"}, ValueError, 'kv_type is "q4"; expected'),
         ({"threads": 0}, ValueError, "threads is 0; expected 1 to 1024"),
         ({"threads": 1.5}, TypeError, "float"),

@@ -54,6 +54,15 @@ def test_what_a_cache_tells():
     assert output.shape == (4, 1, 32) and report.allowed_keys == 4 * 150
 
 
+def test_positions_out_of_range_are_named():
+    cache = iceformer.KeyValueCache(1, 8)
+    for length in (-1, 2**63):
+        with pytest.raises(ValueError, match="length is .*; expected"):
+            cache.truncate(length)
+    with pytest.raises(ValueError, match="first_position is -1; expected 0 or more"):
+        cache.attend(np.zeros((1, 1, 8), np.float32), first_position=-1)
+
+
 def test_a_cache_has_no_copies():
     for copied in (copy.copy, copy.deepcopy):
         with pytest.raises(TypeError):

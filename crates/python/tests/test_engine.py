@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import iceformer
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,6 +44,7 @@ def test_seeds_and_threads(engine):
 def test_prompts_of_every_kind(engine):
     tokens = engine.encode("Once upon a time")
     assert engine.generate(tokens, max_tokens=4).text == engine.generate("Once upon a time", max_tokens=4).text
+    assert engine.generate(np.array(tokens), max_tokens=4).text == engine.generate(tokens, max_tokens=4).text
     assert "Once upon a time" in engine.decode(tokens)
     seen = []
     engine.generate("A long text. " * 100, max_tokens=1, progress=lambda done, total: seen.append((done, total)))
@@ -115,6 +117,17 @@ def test_what_does_not_fit_is_named(engine, tmp_path):
         iceformer.Engine(REFERENCE, context=8).generate("one two three four five six seven eight nine ten")
     with pytest.raises(ValueError, match="temperature is -1"):
         engine.generate("a", temperature=-1.0)
+    for settings in ({"max_tokens": -1}, {"top_k": -1}, {"seed": -1}, {"seed": 2**64}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} is .*; expected"):
+            engine.generate("a", **settings)
+    with pytest.raises(TypeError, match="max_tokens is a float; expected a whole number"):
+        engine.generate("a", max_tokens=1.5)
+    with pytest.raises(ValueError, match="context is -1; expected 0 or more"):
+        iceformer.Engine(REFERENCE, context=-1)
+    with pytest.raises(ValueError, match="token 1 is -1; expected 0 or more"):
+        engine.generate([1, -1])
+    with pytest.raises(TypeError, match="the content of message 0 is a list; expected a text"):
+        engine.generate([{"role": "user", "content": [{"type": "text", "text": "a"}]}])
     with pytest.raises(TypeError, match="neither tokens nor messages"):
         engine.generate([1.5])
     with pytest.raises(ValueError, match=r"message 0 has the keys \['text'\]"):

@@ -26,23 +26,36 @@ def options(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Checked settings as the native half takes them."""
-    if window is not None:
-        window = operator.index(window)
-        if window < 1:
-            raise ValueError(f"window is {window}; expected at least 1, or None for no window")
+    if window is not None and operator.index(window) < 1:
+        raise ValueError(f"window is {window}; expected at least 1, or None for no window")
     return {
         "method": method,
         "budget": None if budget is None else float(budget),
         "causal": bool(causal),
-        "window": window,
+        "window": None if window is None else whole_number("window", window),
         "scale": float(scale),
-        "first_position": first_position,
+        "first_position": whole_number("first_position", first_position),
         "key_ranges": key_ranges,
         "soft_cap": None if soft_cap is None else float(soft_cap),
         "sinks": sinks,
         "kv_type": kv_type,
         "threads": thread_count(threads),
     }
+
+
+#: Above any number of tokens, with room for sums.
+MOST = 2**48
+
+
+def whole_number(name: str, value: Any, most: int = MOST) -> int:
+    """`value`, when it is a whole number from 0 to `most`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a whole number") from None
+    if not 0 <= number <= most:
+        raise ValueError(f"{name} is {number}; expected {'0 or more' if number < 0 else f'at most {most}'}")
+    return number
 
 
 def thread_count(threads: int | None) -> int:
@@ -141,10 +154,6 @@ def attention(
         scale = 1.0 / math.sqrt(width) if width else 1.0
     if first_position is None:
         first_position = max(key_count - tokens, 0)
-    else:
-        first_position = operator.index(first_position)
-        if first_position < 0:
-            raise ValueError(f"first_position is {first_position}; expected 0 or more")
     settings = options(
         method=method,
         budget=budget,
@@ -238,13 +247,14 @@ class KeyValueCache:
             threads=threads,
         )
         result, memory = _arrays.empty_like(queries, found, (tokens, heads, self.value_dim))
-        report = self._cache.attend(packed, memory, settings, first_position)
+        position = None if first_position is None else whole_number("first_position", first_position)
+        report = self._cache.attend(packed, memory, settings, position)
         result = _arrays.transpose(result, 0, 1)
         return (result, report) if return_report else result
 
     def truncate(self, length: int) -> None:
         """Drops all tokens from `length` on; nothing happens when fewer are held."""
-        self._cache.truncate(length)
+        self._cache.truncate(whole_number("length", length))
 
     def __len__(self) -> int:
         return len(self._cache)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from iceformer import _core
-from iceformer._attention import thread_count
+from iceformer._attention import thread_count, whole_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -126,6 +126,9 @@ class Engine:
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         count = thread_count(threads)
+        if context is not None:
+            context = whole_number("context", context)
+        chunk = whole_number("chunk", chunk)
         self._engine = _core.Engine(os.fspath(model), count, context, chunk, kv_type, method, budget, progress)
 
     @overload
@@ -171,15 +174,15 @@ class Engine:
         """
         tokens, chat = self._encode(prompt)
         request = {
-            "max_tokens": max_tokens,
+            "max_tokens": None if max_tokens is None else whole_number("max_tokens", max_tokens),
             "stop": [stop] if isinstance(stop, str) else list(stop),
             "ignore_end": ignore_end,
             "temperature": temperature,
-            "top_k": top_k,
+            "top_k": whole_number("top_k", top_k),
             "top_p": top_p,
             "min_p": min_p,
             "repetition_penalty": repetition_penalty,
-            "seed": seed,
+            "seed": whole_number("seed", seed, 2**64 - 1),
         }
         pieces = Stream(self._engine.generate(tokens, chat, request), progress)
         if stream:
@@ -192,14 +195,19 @@ class Engine:
     def _encode(self, prompt: Prompt) -> tuple[list[int], bool]:
         if isinstance(prompt, str):
             return self._engine.encode(prompt), False
-        parts: list[Any] = list(prompt)
+        # Arrays and tensors of tokens come as lists.
+        parts: list[Any] = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
         if parts and all(isinstance(part, Mapping) for part in parts):
             for index, part in enumerate(parts):
                 if not {"role", "content"} <= part.keys():
                     raise ValueError(f"message {index} has the keys {sorted(part)}; expected role and content")
+                for field in ("role", "content"):
+                    if not isinstance(part[field], str):
+                        kind = type(part[field]).__name__
+                        raise TypeError(f"the {field} of message {index} is a {kind}; expected a text")
             return self._engine.encode_chat([(part["role"], part["content"]) for part in parts]), True
         if all(isinstance(part, int) for part in parts):
-            return parts, False
+            return [whole_number(f"token {index}", token, 2**32 - 1) for index, token in enumerate(parts)], False
         raise TypeError("the prompt is a list of neither tokens nor messages; expected a text, tokens or messages")
 
     def encode(self, text: str) -> list[int]:
