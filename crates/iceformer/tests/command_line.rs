@@ -228,6 +228,20 @@ fn the_chat_template_is_used_where_the_model_has_one() {
     assert_eq!(count(&[]), plain + 2, "<|user|> and <|end|> around the text");
     assert_eq!(count(&["--chat"]), plain + 2);
     assert!(count(&["--system", "Be brief."]) > plain + 4);
+
+    // One that cannot be used is in the way of chats only.
+    std::fs::write(folder.path().join("tokenizer_config.json"), r#"{"chat_template": "{% for"}"#).unwrap();
+    assert_eq!(count(&["--no-chat"]), plain);
+    let run = iceformer(&["run", "--model", path, "-p", "Hello", "-n", "1", "-q"]);
+    assert_error(&run, 1, &["tokenizer_config.json: chat template", "--no-chat"]);
+    let told = json(&iceformer(&["inspect", path, "--json"]));
+    assert!(told["chat_template"].is_null());
+    assert!(told["chat_template_error"].as_str().unwrap().contains("tokenizer_config.json: chat template"));
+    assert!(stdout(&iceformer(&["inspect", path])).contains("unusable: "));
+    let perplexity = ["eval", "perplexity", "-m", path, "--lengths", "64", "--scored", "8", "--cases", "1", "-q"];
+    assert!(iceformer(&perplexity).status.success());
+    let longeval = ["eval", "longeval", "-m", path, "--lengths", "1k", "--cases", "1", "-q"];
+    assert_error(&iceformer(&longeval), 1, &["tokenizer_config.json: chat template", "--no-chat"]);
 }
 
 #[test]
@@ -289,6 +303,10 @@ fn bench_lines_carry_their_fields() {
     if cfg!(target_os = "linux") {
         numbers(&prompt, &["peak_resident_bytes"]);
     }
+    // Before minutes of work.
+    let long = ["bench", "prompt", "--model", path.to_str().unwrap(), "--tokens", "1000000", "--generate", "4"];
+    assert_error(&iceformer(&long), 1, &["--tokens 1000000", "1000004 together", "the model takes 65536"]);
+    assert_error(&iceformer(&["bench", "attention", "--layer", "1"]), 2, &["--from"]);
 }
 
 fn json_lines(output: &Output) -> Vec<Value> {

@@ -40,6 +40,12 @@ pub fn run(arguments: &PromptArguments) -> anyhow::Result<Outcome> {
     let (name, weight_type, decoder) = match (&arguments.model, arguments.shape) {
         (Some(path), _) => {
             let files = ModelFiles::open(path)?;
+            let context = files.config().context_length;
+            anyhow::ensure!(
+                tokens + generate <= context,
+                "--tokens {tokens} and --generate {generate} are {} together, but the model takes {context}",
+                tokens + generate
+            );
             // The type of the feed-forward layers, which are most of the weights.
             let up = files.tensor(TensorName::Layer(0, LayerTensor::Up))?.weight_type();
             (path.display().to_string(), up, Decoder::load(&files, &team, |_, _| {})?)
