@@ -472,7 +472,10 @@ def _reason_to_hand_over(
     if not torch.compiler.is_compiling():
         if torch.jit.is_tracing():
             return "torch.jit.trace records the call (use torch.compile or torch.export)"
-        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
+        # Unpacking takes a microsecond for each: only where there is a level of forward-mode gradients at all.
+        if getattr(forward_ad, "_current_level", 0) >= 0 and any(
+            forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs
+        ):
             return "the inputs carry tangents (forward-mode gradients)"
         if any(type(tensor) not in _PLAIN or _is_wrapped(tensor) for tensor in inputs):
             return "the tensors are wrapped (a tensor subclass, FakeTensorMode or torch.func)"
