@@ -101,7 +101,7 @@ fn configurations() {
 
     let cases: &[(&str, Value, &[&str])] = &[
         ("model_type", json!(null), &["model_type is missing"]),
-        ("model_type", json!("gpt_neox"), &["gpt_neox", "llama, mistral, qwen2, qwen3"]),
+        ("model_type", json!("gpt_neox"), &["gpt_neox", "llama, mistral, ministral, qwen2, qwen3"]),
         ("model_type", json!("x\ny"), &["x\\ny"]),
         ("model_type", json!(["llama"]), &["model_type is a list", "a string"]),
         ("hidden_size", json!(null), &["hidden_size is missing"]),
@@ -173,7 +173,7 @@ fn layers_and_windows() {
         assert_names(&folder.error(), &["config.json", expected]);
     }
     // A Mistral with such a list is what transformers calls a Ministral.
-    for (family, window) in [("mistral", Some(16)), ("llama", None)] {
+    for (family, window) in [("mistral", Some(16)), ("ministral", Some(16)), ("llama", None)] {
         let mut config = config.clone();
         config["model_type"] = json!(family);
         config["sliding_window"] = json!(16);

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use super::{ConfigError, Family, ModelConfig, RopeConfig, RopeScaling};
 use crate::text::quoted;
 
-const KNOWN_FAMILIES: &str = "llama, mistral, qwen2, qwen3";
+const KNOWN_FAMILIES: &str = "llama, mistral, ministral, qwen2, qwen3";
 
 /// Reads a `config.json`.
 pub(crate) fn parse_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
@@ -16,7 +16,8 @@ pub(crate) fn parse_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
 
     let family = match fields.string("model_type")? {
         Some("llama") => Family::Llama,
-        Some("mistral") => Family::Mistral,
+        // Ministral is a Mistral whose windows differ from layer to layer.
+        Some("mistral" | "ministral") => Family::Mistral,
         Some("qwen2") => Family::Qwen2,
         Some("qwen3") => Family::Qwen3,
         Some(other) => {
