@@ -380,7 +380,9 @@ fn block_keys(cache: &KeyValueCache) -> usize {
 /// row's log-sum-exp.
 fn merge(parts: &[Part], row: usize, output: &mut [f32]) -> f32 {
     let range = row * output.len()..(row + 1) * output.len();
-    let largest = parts.iter().map(|part| part.log_sum_exp[row]).fold(f32::NEG_INFINITY, f32::max);
+    // What is no number in one part is none in the whole.
+    let larger = |a: f32, b: f32| if b > a || b.is_nan() { b } else { a };
+    let largest = parts.iter().map(|part| part.log_sum_exp[row]).fold(f32::NEG_INFINITY, larger);
     output.fill(0.0);
     if largest == f32::NEG_INFINITY {
         return largest;

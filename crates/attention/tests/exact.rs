@@ -270,6 +270,88 @@ fn nan_and_infinity_show() {
 }
 
 #[test]
+fn nan_and_infinity_show_over_many_ranges_of_keys() {
+    let team = ThreadTeam::new(2);
+    for (tokens, keys) in [(1, 3_000), (2, 5_000)] {
+        let case = case(tokens, keys, 1, (1, 16, 16), Mask::causal());
+        for kind in KeyValueType::ALL {
+            for bad in [f32::NAN, f32::INFINITY] {
+                let mut data = case.data(1);
+                data.queries[3] = bad;
+                let (output, log_sum_exp) = case.run(&data, &case.cache(&data, kind, keys, &team), &team);
+                assert!(output[..16].iter().all(|value| value.is_nan()), "{}: {bad} in a query", kind.name());
+                assert!(log_sum_exp[0].is_nan(), "{}: {bad} in a query, {}", kind.name(), log_sum_exp[0]);
+                let mut data = case.data(1);
+                data.keys[10 * 16 + 3] = bad;
+                let (output, _) = case.run(&data, &case.cache(&data, kind, keys, &team), &team);
+                // −∞ is a logit like any other.
+                if bad.is_nan() || kind == KeyValueType::Int8 {
+                    assert!(output.iter().all(|value| value.is_nan()), "{}: {bad} in a key", kind.name());
+                }
+            }
+        }
+    }
+}
+
+/// As tokens of padding and heads that are set to zero have them: the mean of the values that are seen.
+#[test]
+fn queries_of_zeros_see_all_keys_alike() {
+    let team = ThreadTeam::new(1);
+    for (tokens, keys, mask) in [
+        (40, 40, Mask::causal()),
+        (1, 40, Mask::default()),
+        (7, 300, Mask { keys: Some(5..290), ..Mask::default() }),
+        (7, 300, Mask { keys: Some(9..9), ..Mask::default() }),
+    ] {
+        let case = case(tokens, keys, 2, (1, 16, 16), mask);
+        let mut data = case.data(3);
+        let queries = data.queries.clone();
+        data.queries.fill(0.0);
+        let expected = case.reference(&data);
+        for kind in KeyValueType::ALL {
+            let cache = case.cache(&data, kind, keys, &team);
+            let about = || format!("zeros in {}", kind.name());
+            let (output, log_sum_exp) = case.run(&data, &cache, &team);
+            assert_close(&output, &expected.output, 2e-2, about());
+            assert_close(&log_sum_exp, &expected.log_sum_exp, 1e-3, about());
+            // A scale of zero does the same.
+            let mut scaled = vec![f32::NAN; output.len()];
+            let queries = Queries { data: &queries, query_heads: 2, first_position: case.first_position };
+            let attention = Attention { scale: 0.0, ..case.attention() };
+            attention.run(queries, &cache, &mut scaled, None, &team, &mut AttentionScratch::default());
+            assert_eq!(scaled, output, "{}", about());
+        }
+    }
+}
+
+/// Values that a row does not see, or hardly attends to, leave those that it sees as they are, however large they are.
+#[test]
+fn large_values_that_are_not_seen_change_nothing() {
+    let team = ThreadTeam::new(1);
+    for (tokens, keys, hidden, mask) in [
+        (7, 200, 150..200, Mask { keys: Some(0..150), ..Mask::default() }),
+        (3, 200, 150..200, Mask { keys: Some(0..150), ..Mask::default() }),
+        (40, 200, 199..200, Mask::causal()),
+    ] {
+        let case = case(tokens, keys, 2, (1, 16, 16), mask);
+        let small = case.data(5);
+        for factor in [1e2, 1e4, 1e8, 1e30] {
+            let mut data = case.data(5);
+            data.values[hidden.start * 16..hidden.end * 16].iter_mut().for_each(|value| *value *= factor);
+            // All rows but the last, which sees its own key.
+            let seeing_less = (tokens - 1) * 2 * 16;
+            for kind in KeyValueType::ALL {
+                let (output, _) = case.run(&data, &case.cache(&data, kind, keys, &team), &team);
+                let (expected, _) = case.run(&small, &case.cache(&small, kind, keys, &team), &team);
+                let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
+                let about = format!("{} with values of {factor}", kind.name());
+                assert_close(&output[..seeing_less], &expected[..seeing_less], 2e-3, about);
+            }
+        }
+    }
+}
+
+#[test]
 fn ragged_batch_is_each_sequence_alone() {
     let team = ThreadTeam::new(2);
     let cases = [

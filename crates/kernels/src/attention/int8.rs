@@ -2,12 +2,14 @@
 //!
 //! Weights relative to the largest of their row *and block* are rounded to 15 bits, finer than bf16 would, and the
 //! scales of the values are folded into them first; so values stay the integers they are stored as, and a block's sum
-//! is exact in 32 bits: 256 keys · 32767 · 127 < 2³¹.
+//! is exact in 32 bits: 256 keys · 32767 · 127 < 2³¹. Where values are of very different sizes the largest product of
+//! weight and scale of each row takes the place of the block's, lest a large value that a row does not see leave it
+//! without digits.
 
 use std::arch::x86_64::*;
 
 use super::softmax::{exp2, largest_score};
-use super::tile::{MicroTile, NOTHING_SEEN};
+use super::tile::{MicroTile, NOTHING_SEEN, WEIGHT_STEPS};
 use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead, pages_at_once};
 
 /// Runs `rows` (1 to 6) rows.
@@ -152,13 +154,49 @@ unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Factors {
                 let scaled = _mm512_mul_ps(weight, _mm512_loadu_ps(tile.value_factors.add(page * PAGE_KEYS)));
                 let integers = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(scaled));
                 _mm256_storeu_si256(weights.add(page * PAGE_KEYS).cast(), integers);
+                if !tile.values_are_even {
+                    // To be rounded below.
+                    _mm512_storeu_ps(scores.add(page * PAGE_KEYS), scaled);
+                }
             }
+            let step = match tile.values_are_even {
+                true => tile.value_step,
+                false => tile.value_step * round_to_own_largest(scores, weights, tile.pages),
+            };
             let total = tile.sums.add(row * PAGE_KEYS);
             let earlier = _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(factors.earlier[row]));
             _mm512_storeu_ps(total, _mm512_fmadd_ps(sum, _mm512_set1_ps(factors.block[row]), earlier));
-            factors.block[row] *= tile.value_step;
+            factors.block[row] *= step;
         }
         factors
+    }
+}
+
+/// Rounds weights again, in relation to the largest of the row itself. Returns what the row's steps are worth in those of
+/// the block.
+///
+/// # Safety
+/// `scores` has `pages` vectors of 16 weights, and `weights` room for as many.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn round_to_own_largest(scores: *const f32, weights: *mut u16, pages: usize) -> f32 {
+    // SAFETY: forwarded from the caller.
+    unsafe {
+        let mut largest = _mm512_setzero_ps();
+        for page in 0..pages {
+            largest = _mm512_max_ps(_mm512_loadu_ps(scores.add(page * PAGE_KEYS)), largest);
+        }
+        let largest = _mm512_reduce_max_ps(largest);
+        // Less than a row of weights can be told from nothing; what is no number stays so by the block's step.
+        if !(largest > f32::MIN_POSITIVE && largest < f32::INFINITY) {
+            return 1.0;
+        }
+        let factor = _mm512_set1_ps(WEIGHT_STEPS / largest);
+        for page in 0..pages {
+            let scaled = _mm512_mul_ps(_mm512_loadu_ps(scores.add(page * PAGE_KEYS)), factor);
+            let integers = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(scaled));
+            _mm256_storeu_si256(weights.add(page * PAGE_KEYS).cast(), integers);
+        }
+        largest / WEIGHT_STEPS
     }
 }
 

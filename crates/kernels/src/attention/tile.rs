@@ -101,7 +101,9 @@ const AMX_STRIP: usize = 0;
 const PRODUCT_ROWS: usize = MICRO_ROWS;
 
 /// Largest int16 weight.
-const WEIGHT_STEPS: f32 = 32_767.0;
+pub(super) const WEIGHT_STEPS: f32 = 32_767.0;
+/// How many times as large as another the largest value of a block may be: a 512th of it is then the step of a weight.
+const MOST_UNEVEN: f32 = 64.0;
 
 /// Smallest running maximum: finite, so that a row that has seen nothing yet never computes −∞ − −∞.
 pub(super) const NOTHING_SEEN: f32 = -1e30;
@@ -128,6 +130,9 @@ pub(super) struct MicroTile<'a> {
     pub value_factors: *const f32,
     /// Int8: value of one step of weight · value.
     pub value_step: f32,
+    /// Int8: whether no value is so much larger than another that weights, rounded in relation to the largest of the
+    /// block, would lose what counts for a row that does not attend to it.
+    pub values_are_even: bool,
     /// What scores are soft-capped to, in their unit (f32 only); 0: nothing.
     pub soft_cap: f32,
     /// Where the next block's keys and values lie, to be fetched meanwhile: byte offsets from this block's. One micro-tile of a block does it.
@@ -264,6 +269,11 @@ impl AttentionTile {
                 }
                 self.query_scales[row] = step * factor.abs();
                 self.query_offsets[row] = -128 * sum * sign;
+                if self.query_scales[row] == 0.0 {
+                    // All scores are zero; a scale of zero would make NaN of the −∞ of keys that the row may not see.
+                    target.fill(0);
+                    (self.query_scales[row], self.query_offsets[row]) = (1.0, 0);
+                }
             }
         }
     }
@@ -319,7 +329,7 @@ impl AttentionTile {
                 Arithmetic::Bf16 => true,
                 Arithmetic::Int8 => rows.len() > FEW_ROWS && wanted_rows() > FEW_ROWS,
             };
-        let mut value_step = 0.0;
+        let (mut value_step, mut values_are_even) = (0.0, true);
         let mut value_factors = std::ptr::null();
         let (mut stored_as, mut is_in_place) = (arithmetic, true);
         // Base pointers of the block as the arithmetic wants it.
@@ -350,7 +360,7 @@ impl AttentionTile {
                 (keys.as_ptr(), key_scales.as_ptr(), self.brain_values.as_ptr().cast())
             }
             (Arithmetic::Int8, KeyBlock::Int8 { keys, key_scales, values, value_scales }) => {
-                value_step = self.scale_values(value_scales);
+                (value_step, values_are_even) = self.scale_values(value_scales);
                 value_factors = self.value_factors.as_ptr();
                 (keys.as_ptr(), key_scales.as_ptr(), values.as_ptr().cast())
             }
@@ -430,6 +440,7 @@ impl AttentionTile {
                         value_factors.add(first_page * PAGE_KEYS)
                     },
                     value_step,
+                    values_are_even,
                     soft_cap: self.soft_cap,
                     ahead: ahead.take(),
                     mask: partial.then_some((start_key, visible)),
@@ -450,14 +461,17 @@ impl AttentionTile {
         }
     }
 
-    /// Fills `value_factors` and returns what one step of a weighted int8 value is worth.
-    fn scale_values(&mut self, scales: &[f32]) -> f32 {
+    /// Fills `value_factors` and returns what one step of a weighted int8 value is worth, and whether the values are of
+    /// much the same size.
+    fn scale_values(&mut self, scales: &[f32]) -> (f32, bool) {
         // A NaN or ∞ among the scales must show in every row's output.
         let largest = queries::largest_size(scales);
         let inverse = if largest > 0.0 { WEIGHT_STEPS / largest } else { 0.0 };
         self.value_factors.resize(scales.len(), 0.0);
         self.value_factors.iter_mut().zip(scales).for_each(|(factor, scale)| *factor = scale * inverse);
-        largest / WEIGHT_STEPS
+        // A scale of zero is that of a value of zeros, or of none at all.
+        let is_even = !scales.iter().any(|scale| *scale > 0.0 && *scale * MOST_UNEVEN < largest);
+        (largest / WEIGHT_STEPS, is_even)
     }
 
     /// Its micro-tiles, by number.
