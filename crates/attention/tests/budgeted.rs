@@ -218,6 +218,36 @@ fn decoding_keeps_the_budget() {
     assert!(audited <= 4);
 }
 
+/// A text is read with queries about its topics, among which a few keys do not stand out; then queries look for these.
+/// What was measured on the first says nothing of the second.
+#[test]
+fn queries_sharper_than_those_measured_are_exact() {
+    let team = ThreadTeam::new(2);
+    let (tokens, keys, width) = (200, 8_200, 64);
+    let mut case = topical(shape(tokens, keys, width, width), Mask::causal());
+    let direction = Random::new(4).normals(width, 1.0);
+    let length = direction.iter().map(|value| value * value).sum::<f32>().sqrt();
+    let along = |size: f32| direction.iter().map(move |value| value / length * size);
+    let key_size = case.shape.kv_heads * width;
+    for key in case.inputs.keys.chunks_exact_mut(key_size).skip(100).step_by(600) {
+        key.chunks_exact_mut(width).for_each(|key| key.iter_mut().zip(along(2.0)).for_each(|(key, more)| *key += more));
+    }
+    // As sharp as 20 nats.
+    let first_sharp = 150;
+    for query in case.inputs.queries.chunks_exact_mut(width).skip(first_sharp * case.shape.query_heads) {
+        query.iter_mut().zip(along(80.0)).for_each(|(value, sharp)| *value = sharp);
+    }
+    let cache = case.cache(KeyValueType::F32, 0..keys, &team);
+    let (_, _, report) = case.run(BUDGETED, &cache, 0..first_sharp, &team);
+    assert!(report.fallback_rows < report.rows / 2, "{} of {} fell back", report.fallback_rows, report.rows);
+    for token in (first_sharp..tokens).step_by(7) {
+        let (exact, _, _) = case.run(Method::Exact, &cache, token..token + 1, &team);
+        let (output, _, report) = case.run(BUDGETED, &cache, token..token + 1, &team);
+        let missed = case.missed(&exact, &output).into_iter().fold(0.0, f64::max);
+        assert!(missed <= 1e-5 && report.fallback_rows == 4, "{missed}, {} fell back", report.fallback_rows);
+    }
+}
+
 #[test]
 fn any_number_of_threads_gives_the_same_bits() {
     let case = topical(shape(200, 6_500, 64, 64), Mask::causal());

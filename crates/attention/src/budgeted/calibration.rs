@@ -28,6 +28,8 @@ const MOST: f32 = 0.5;
 /// less, and more for a larger, down to the same. What rows of a small output may miss does not grow with the budget.
 const STEPS: usize = 12;
 const USUAL_BUDGET: f32 = 0.05;
+/// Spread of a row that is computed exactly, beside the largest of a measured one.
+const MOST_SPREAD: f32 = 2.0;
 /// Largest error in relation to the output: where values average out, as under diffuse attention to unrelated values,
 /// an error that is small beside a value can still be all of the output.
 const MOST_OF_OUTPUT: f32 = 0.5;
@@ -44,6 +46,8 @@ pub(super) struct Calibration {
     pub limit: f32,
     /// Missed mass of a row in that unit, as seen at the limit: of most rows, not of the worst.
     pub error_factor: f32,
+    /// The largest [spread](super::index::HeadClusters::logit_spread) of a measured row.
+    pub spread: f32,
 }
 
 impl Calibration {
@@ -52,6 +56,12 @@ impl Calibration {
     pub fn safe_limit(self) -> f32 {
         let measured = (self.rows as f32 / ENOUGH_ROWS as f32).min(1.0);
         self.limit * measured / SAFETY
+    }
+
+    /// Whether a row of this spread is unlike those that were measured: sharp queries see single keys where others see
+    /// clusters, and what was learnt from these does not hold for them.
+    pub fn is_unlike(self, spread: f32) -> bool {
+        spread > MOST_SPREAD * self.spread
     }
 
     /// Whether it was found that clusters do not pay.
@@ -69,6 +79,7 @@ impl Calibration {
                 rows: self.rows + other.rows,
                 limit: self.limit.min(other.limit),
                 error_factor: self.error_factor.max(other.error_factor),
+                spread: self.spread.max(other.spread),
             },
         }
     }
@@ -88,6 +99,8 @@ pub(super) struct CalibrationScratch {
     output: Vec<f32>,
     /// `[value_dim]`
     exact_output: Vec<f32>,
+    /// `[key_dim]`
+    query: Vec<f32>,
 }
 
 /// Time that estimating clusters takes, as a share of computing their keys exactly.
@@ -115,6 +128,8 @@ struct Trial {
     /// Clusters that micro-tiles would have computed, of so many.
     computed: usize,
     clusters: usize,
+    /// The largest spread of a row.
+    spread: f32,
     /// What all rows measured at the current step show.
     finding: Finding,
 }
@@ -162,7 +177,16 @@ impl Trial {
         };
         let step = step.saturating_sub(STEPS_UP);
         let more = (2.0 * (budget / USUAL_BUDGET).log2()).round().max(0.0) as usize;
-        Self { step, steps: STEPS + more, samples: 0, rows: 0, computed: 0, clusters: 0, finding: Finding::default() }
+        Self {
+            step,
+            steps: STEPS + more,
+            samples: 0,
+            rows: 0,
+            spread: 0.0,
+            computed: 0,
+            clusters: 0,
+            finding: Finding::default(),
+        }
     }
 
     /// Whether no limit is small enough, or none that is would pay.
@@ -197,7 +221,8 @@ impl Trial {
 
     fn judge(&self, budget: f32) -> Calibration {
         if self.samples == 0 || self.is_given_up() {
-            return Calibration { samples: self.samples, rows: self.rows, ..Calibration::default() };
+            let Self { samples, rows, spread, .. } = *self;
+            return Calibration { samples, rows, spread, ..Calibration::default() };
         }
         // What is left to the next larger step, which was too large.
         let room = (1.0 / self.finding.worst).min(std::f32::consts::SQRT_2);
@@ -208,7 +233,7 @@ impl Trial {
         let error_factor = if self.finding.ratios.is_empty() { 1.0 } else { 0.5 * (mean + worst) };
         // A row at the limit misses no more than the budget.
         let error_factor = error_factor.min(budget / (SAFETY * limit));
-        Calibration { samples: self.samples, rows: self.rows, limit, error_factor }
+        Calibration { samples: self.samples, rows: self.rows, limit, error_factor, spread: self.spread }
     }
 }
 
@@ -323,6 +348,11 @@ impl CalibrationScratch {
             trial.samples += 1;
             trial.rows += rows_of_head;
             trial.clusters += clusters;
+        }
+        for row in micro_tiles.clone().flat_map(|micro_tile| work.rows_of(micro_tile)) {
+            let spread = work.spread_of(row, &mut self.query);
+            let trial = &mut trials[work.task.head_and_token(row).0 - first];
+            trial.spread = trial.spread.max(spread);
         }
         let budget = work.budgeted.settings.budget;
         let mut limits = vec![0.0; work.budgeted.call.group()];
@@ -440,10 +470,12 @@ mod tests {
     #[test]
     fn measurements_add_up() {
         let (a, b) = (
-            Calibration { samples: 2, rows: 6, limit: 0.1, error_factor: 3.0 },
-            Calibration { samples: 1, rows: 3, limit: 0.05, error_factor: 2.0 },
+            Calibration { samples: 2, rows: 6, limit: 0.1, error_factor: 3.0, spread: 1.0 },
+            Calibration { samples: 1, rows: 3, limit: 0.05, error_factor: 2.0, spread: 2.0 },
         );
-        assert_eq!(a.merge(b), Calibration { samples: 3, rows: 9, limit: 0.05, error_factor: 3.0 });
+        let both = Calibration { samples: 3, rows: 9, limit: 0.05, error_factor: 3.0, spread: 2.0 };
+        assert_eq!(a.merge(b), both);
+        assert!(!both.is_unlike(4.0) && both.is_unlike(4.1));
         assert_eq!(Calibration::default().merge(a), a);
         assert_eq!(a.merge(Calibration::default()), a);
     }

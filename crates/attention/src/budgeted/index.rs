@@ -88,6 +88,8 @@ pub(super) struct Region {
     value_sum: Vec<f64>,
     /// Sum of the squares of the values' norms.
     value_squares: f64,
+    /// Variance of keys within clusters, channel by channel, the mean over the clusters.
+    mean_variance: Vec<f32>,
 }
 
 /// Keys and values of a head, cluster after cluster, on their way into the cache.
@@ -307,6 +309,14 @@ impl HeadClusters {
         self.calibrations = before.zip(measured).map(|(before, measured)| before.merge(measured)).collect();
     }
 
+    /// By how much the logits of a query (`scale` is its factor) with the keys of a cluster vary: half their variance in a
+    /// cluster of the mean channel variances. Infinite without clusters.
+    pub fn logit_spread(&self, query: &[f32], scale: f32) -> f32 {
+        let Some(region) = self.regions.first() else { return f32::INFINITY };
+        let terms = query.iter().zip(&region.mean_variance).map(|(value, variance)| value * value * variance);
+        0.5 * scale * scale * terms.sum::<f32>()
+    }
+
     /// Root mean square distance of the values in `regions` from their mean.
     pub fn value_spread(&self, regions: &[usize]) -> f32 {
         let regions = || regions.iter().map(|region| &self.regions[*region]);
@@ -339,10 +349,15 @@ impl Region {
             summaries: Summaries::new(len / CLUSTER_KEYS, shape),
             value_sum: vec![0.0; shape.value_dim],
             value_squares: 0.0,
+            mean_variance: vec![0.0; width],
         };
+        let share = CLUSTER_KEYS as f32 / len as f32;
         let mut moments = Moments::default();
         for (cluster, members) in scratch.order.chunks_exact(CLUSTER_KEYS).enumerate() {
             moments.of_keys(members, &scratch.keys, width);
+            for (mean, variance) in region.mean_variance.iter_mut().zip(&moments.variance) {
+                *mean += share * variance;
+            }
             region.value_squares += moments.of_values(members, first, head, cache);
             for (sum, value) in region.value_sum.iter_mut().zip(&moments.value) {
                 *sum += CLUSTER_KEYS as f64 * f64::from(*value);
@@ -377,7 +392,8 @@ impl Region {
     }
 
     fn bytes(&self) -> usize {
-        self.sorted.as_ref().map_or(0, SortedKeys::bytes) + self.summaries.bytes() + 8 * self.value_sum.len()
+        let sums = 8 * self.value_sum.len() + 4 * self.mean_variance.len();
+        self.sorted.as_ref().map_or(0, SortedKeys::bytes) + self.summaries.bytes() + sums
     }
 }
 

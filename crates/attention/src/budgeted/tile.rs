@@ -197,13 +197,15 @@ impl Work<'_> {
                 (failures, failing) = (0, *heads.start());
             }
             let pays = heads.clone().all(|head| self.head().pays(head));
-            let estimated = match pays && failures < MOST_FAILURES {
+            let is_unlike = pays && self.is_unlike_measured(micro_tile, &mut scratch.query);
+            let estimated = match pays && !is_unlike && failures < MOST_FAILURES {
                 true => self.estimate_and_select(micro_tile, &limits, self.most_computed(), tile, scratch),
                 false => None,
             };
             let Some(estimated) = estimated else {
                 scratch.exact[micro_tile] = true;
-                failures += 1;
+                // What is unlike tells nothing of the next.
+                failures += usize::from(!is_unlike);
                 continue;
             };
             failures = 0;
@@ -283,6 +285,22 @@ impl Work<'_> {
     /// What was measured of query head `head` of the group.
     fn calibration(&self, head: usize) -> Calibration {
         self.head().calibration(head)
+    }
+
+    /// The spread of row `row`; see [`HeadClusters::logit_spread`].
+    pub fn spread_of(&self, row: usize, buffer: &mut Vec<f32>) -> f32 {
+        let call = &self.budgeted.call;
+        let (head, token) = self.task.head_and_token(row);
+        let query = call.query(self.task.kv_head * call.group() + head, token, buffer);
+        self.head().logit_spread(query, call.attention.scale)
+    }
+
+    /// Whether some row of a micro-tile is unlike those that were measured of its head.
+    fn is_unlike_measured(&self, micro_tile: usize, buffer: &mut Vec<f32>) -> bool {
+        self.rows_of(micro_tile).any(|row| {
+            let (head, _) = self.task.head_and_token(row);
+            self.calibration(head).is_unlike(self.spread_of(row, buffer))
+        })
     }
 
     /// Fills `masses` (relative to each row's largest logit, which `tile` learns), `uncertainties` and `errors` (the
