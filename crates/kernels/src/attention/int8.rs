@@ -154,14 +154,10 @@ unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Factors {
                 let scaled = _mm512_mul_ps(weight, _mm512_loadu_ps(tile.value_factors.add(page * PAGE_KEYS)));
                 let integers = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(scaled));
                 _mm256_storeu_si256(weights.add(page * PAGE_KEYS).cast(), integers);
-                if !tile.values_are_even {
-                    // To be rounded below.
-                    _mm512_storeu_ps(scores.add(page * PAGE_KEYS), scaled);
-                }
             }
             let step = match tile.values_are_even {
                 true => tile.value_step,
-                false => tile.value_step * round_to_own_largest(scores, weights, tile.pages),
+                false => tile.value_step * round_to_own_largest(tile, row, maximum),
             };
             let total = tile.sums.add(row * PAGE_KEYS);
             let earlier = _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(factors.earlier[row]));
@@ -172,18 +168,26 @@ unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Factors {
     }
 }
 
-/// Rounds weights again, in relation to the largest of the row itself. Returns what the row's steps are worth in those of
-/// the block.
+/// Makes the weights of row `row` once more, rounded in relation to the largest product of weight and scale of the row
+/// itself; its scores are lost. Returns what the row's steps are worth in those of the block. `maximum` is the row's
+/// largest logit in the block, in each lane.
 ///
 /// # Safety
-/// `scores` has `pages` vectors of 16 weights, and `weights` room for as many.
+/// As [`softmax`], which calls it.
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn round_to_own_largest(scores: *const f32, weights: *mut u16, pages: usize) -> f32 {
-    // SAFETY: forwarded from the caller.
+unsafe fn round_to_own_largest(tile: &MicroTile<'_>, row: usize, maximum: __m512) -> f32 {
+    // SAFETY: as in `softmax`.
     unsafe {
+        let scores = tile.scores.add(row * MAX_BLOCK_KEYS);
+        let weights = tile.weights.add(row * MAX_BLOCK_KEYS);
+        let scale = _mm512_set1_ps(*tile.query_scales.add(row));
         let mut largest = _mm512_setzero_ps();
-        for page in 0..pages {
-            largest = _mm512_max_ps(_mm512_loadu_ps(scores.add(page * PAGE_KEYS)), largest);
+        for page in 0..tile.pages {
+            let weight = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores.add(page * PAGE_KEYS)), scale, maximum));
+            let scaled = _mm512_mul_ps(weight, _mm512_loadu_ps(tile.value_factors.add(page * PAGE_KEYS)));
+            largest = _mm512_max_ps(scaled, largest);
+            _mm512_storeu_ps(scores.add(page * PAGE_KEYS), scaled);
         }
         let largest = _mm512_reduce_max_ps(largest);
         // Less than a row of weights can be told from nothing; what is no number stays so by the block's step.
@@ -191,7 +195,7 @@ unsafe fn round_to_own_largest(scores: *const f32, weights: *mut u16, pages: usi
             return 1.0;
         }
         let factor = _mm512_set1_ps(WEIGHT_STEPS / largest);
-        for page in 0..pages {
+        for page in 0..tile.pages {
             let scaled = _mm512_mul_ps(_mm512_loadu_ps(scores.add(page * PAGE_KEYS)), factor);
             let integers = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(scaled));
             _mm256_storeu_si256(weights.add(page * PAGE_KEYS).cast(), integers);
