@@ -7,7 +7,7 @@ mod common;
 
 use common::gguf::{Entry, Gguf, Value, array, string};
 use common::scratch_folder;
-use iceformer_engine::ModelFiles;
+use iceformer_engine::{ModelFiles, RopeScaling};
 
 const KIB: u64 = 1024;
 
@@ -197,6 +197,52 @@ fn configuration() {
     check("partly rotary", set("llama.rope.dimension_count", Value::U32(2)), &["llama.rope.dimension_count"]);
     check("odd head width", set("llama.attention.key_length", Value::U32(5)), &["odd"]);
     check("split from memory", set("split.count", Value::U32(3)), &["split.count"]);
+}
+
+/// Parts that only some layers have, or that the model has no place for, must not be left out in silence.
+#[test]
+fn biases_and_scales_without_a_place() {
+    for (name, length) in [
+        ("blk.0.attn_k.bias", 4),
+        ("blk.0.ffn_up.bias", 16),
+        ("blk.0.attn_q.scale", 1),
+        ("output_norm.bias", 8),
+        ("blk.7.attn_q.bias", 8),
+    ] {
+        let add = |file: &mut Gguf| {
+            let offset = file.data_bytes.next_multiple_of(32);
+            let entry = Entry { name: name.into(), dimensions: vec![length], kind: 0, offset: offset as u64 };
+            file.tensors.push(entry);
+            file.data_bytes = offset + 4 * length as usize;
+        };
+        check(name, add, &[name, "has no place in this model"]);
+    }
+}
+
+/// llama.cpp's converter writes transformers' `attention_factor`, the whole of it, under another name than llama.cpp's own
+/// factor on top.
+#[test]
+fn both_factors_of_yarn() {
+    let factor = |values: &[(&str, f32)]| {
+        let mut file = Gguf::tiny();
+        file.set("llama.rope.scaling.type", Value::String("yarn"));
+        file.set("llama.rope.scaling.factor", Value::F32(4.0));
+        values.iter().for_each(|(key, value)| file.set(&format!("llama.rope.scaling.{key}"), Value::F32(*value)));
+        let files = ModelFiles::from_gguf_memory("model.gguf", file.write()).unwrap();
+        match files.config().rope.scaling {
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor,
+            ref other => panic!("{other:?}"),
+        }
+    };
+    let usual = 0.1 * 4f32.ln() + 1.0;
+    for (values, expected) in [
+        (&[][..], usual),
+        (&[("attn_factor", 1.5)], 1.5 * usual),
+        (&[("yarn_attn_factor", 1.5)], 1.5),
+        (&[("yarn_attn_factor", 1.5), ("attn_factor", 3.0)], 1.5),
+    ] {
+        assert!((factor(values) - expected).abs() < 1e-6, "{values:?}: {}", factor(values));
+    }
 }
 
 #[test]

@@ -1,10 +1,13 @@
 //! The shape of a model from the metadata and tensors of a GGUF file.
 
+use std::collections::BTreeSet;
+
 use iceformer_kernels::linear::WeightType;
 
 use super::{ConfigError, Family, ModelConfig, RopeConfig, RopeScaling};
 use crate::gguf::{GgufError, Metadata};
-use crate::weights::{TensorTable, floats};
+use crate::text::quoted;
+use crate::weights::{TensorName, TensorTable, floats};
 
 const KNOWN_ARCHITECTURES: &str = "llama (Llama and Mistral), qwen2, qwen3";
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -80,7 +83,21 @@ pub(crate) fn config_of_gguf(metadata: &Metadata, table: &TensorTable) -> Result
         eos_tokens: eos_tokens(metadata)?,
     };
     config.check()?;
+    refuse_unused_parts(table, &config)?;
     Ok(config)
+}
+
+/// A bias that only some layers have, or a scale of a matrix, would be left out in silence, and the result be wrong.
+fn refuse_unused_parts(table: &TensorTable, config: &ModelConfig) -> Result<(), ConfigError> {
+    let used: BTreeSet<String> = TensorName::all(config).map(TensorName::gguf).collect();
+    let is_part = |name: &&String| name.ends_with(".bias") || name.ends_with(".scale");
+    match table.tensors.keys().filter(is_part).find(|name| !used.contains(*name)) {
+        None => Ok(()),
+        Some(name) => Err(ConfigError::Inconsistent(format!(
+            "tensor {} has no place in this model; expected biases of a kind in all layers or in none, and no scales",
+            quoted(name)
+        ))),
+    }
 }
 
 fn eos_tokens(metadata: &Metadata) -> Result<Vec<u32>, ConfigError> {
@@ -208,7 +225,8 @@ fn rope_factors(table: &TensorTable, head_dim: usize) -> Result<Vec<f32>, Config
     Ok(floats(WeightType::F32, &bytes))
 }
 
-/// llama.cpp's YaRN: cosines and sines are multiplied by `1 + 0.1 ln(factor)` and by what the file states.
+/// llama.cpp's YaRN: cosines and sines are multiplied by `1 + 0.1 ln(factor)` and by the `attn_factor` that the file states.
+/// Its converter writes transformers' `attention_factor`, which is the whole factor, as `yarn_attn_factor`.
 fn yarn(fields: &Fields<'_>, factor: f64, context_length: usize) -> Result<RopeScaling, ConfigError> {
     let number = |field: &str| fields.metadata.float(&fields.key(field));
     if let Some(multiplier) = number("rope.scaling.yarn_log_multiplier")?.filter(|&multiplier| multiplier != 0.0) {
@@ -218,15 +236,17 @@ fn yarn(fields: &Fields<'_>, factor: f64, context_length: usize) -> Result<RopeS
             hint: "only plain YaRN is computed",
         });
     }
-    let stated = match number("rope.scaling.yarn_attn_factor")? {
-        Some(stated) => stated,
-        None => number("rope.scaling.attn_factor")?.unwrap_or(1.0),
+    let attention_factor = match number("rope.scaling.yarn_attn_factor")? {
+        Some(whole) => whole,
+        None => {
+            let magnitude = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
+            magnitude * number("rope.scaling.attn_factor")?.unwrap_or(1.0)
+        }
     };
-    let magnitude = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
     let original = fields.optional("rope.scaling.original_context_length", 1 << 30)?;
     Ok(RopeScaling::Yarn {
         factor: factor as f32,
-        attention_factor: (magnitude * stated) as f32,
+        attention_factor: attention_factor as f32,
         beta_fast: number("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0) as f32,
         beta_slow: number("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0) as f32,
         original_context: original.unwrap_or(context_length),

@@ -35,11 +35,10 @@ pub fn run(plan: &Plan, model: &Model) -> anyhow::Result<Outcome> {
         let tokens = model.tokenizer().encode(&template.render(&messages, true)?, false)?;
 
         let _guard = interrupt::guard(session.cancel());
-        let held = session.tokens().len();
         let start = Instant::now();
-        match read(&mut session, &tokens, plan.quiet) {
-            Ok(true) => {}
-            Ok(false) => {
+        let kept = match read(&mut session, &tokens, plan.quiet) {
+            Ok(Some(kept)) => kept,
+            Ok(None) => {
                 messages.pop();
                 continue;
             }
@@ -49,7 +48,7 @@ pub fn run(plan: &Plan, model: &Model) -> anyhow::Result<Outcome> {
                 say(&format!("error: {error:#}\n"));
                 continue;
             }
-        }
+        };
         let read_seconds = start.elapsed().as_secs_f64();
         let start = Instant::now();
         let generation = stream(&mut session, model, &mut sampler, &settings, true)?;
@@ -58,9 +57,9 @@ pub fn run(plan: &Plan, model: &Model) -> anyhow::Result<Outcome> {
         if !plan.quiet {
             let per_second = generation.tokens.len() as f64 / decode_seconds.max(1e-9);
             say(&format!(
-                "[{} tokens held, {} read in {}; {} generated, {} tokens/s{}]\n",
-                held,
-                tokens.len().saturating_sub(held.min(tokens.len())),
+                "[{} tokens kept, {} read in {}; {} generated, {} tokens/s{}]\n",
+                kept,
+                tokens.len() - kept,
                 seconds(read_seconds),
                 generation.tokens.len(),
                 rate(per_second),

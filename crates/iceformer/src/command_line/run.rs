@@ -77,6 +77,10 @@ impl Plan {
     /// The chat template of `files` to use.
     fn template(&self, files: &ModelFiles) -> anyhow::Result<Option<ChatTemplate>> {
         anyhow::ensure!(
+            self.text.is_some() || !self.json,
+            "--json needs a text; give one with --prompt, --file or standard input"
+        );
+        anyhow::ensure!(
             self.text.is_some() || self.wants_template != Some(false),
             "--no-chat needs a text; give one with --prompt, --file or standard input"
         );
@@ -182,7 +186,7 @@ fn answer(plan: &Plan, model: &Model, tokens: &[u32], chat: bool, load_seconds: 
 
     let _guard = interrupt::guard(session.cancel());
     let start = Instant::now();
-    if !read(&mut session, tokens, plan.quiet)? {
+    if read(&mut session, tokens, plan.quiet)?.is_none() {
         return Ok(Outcome::Interrupted);
     }
     let prompt_seconds = start.elapsed().as_secs_f64();
@@ -230,14 +234,15 @@ fn answer(plan: &Plan, model: &Model, tokens: &[u32], chat: bool, load_seconds: 
     Ok(if generation.finish == Finish::Cancelled { Outcome::Interrupted } else { Outcome::Done })
 }
 
-/// Reads `tokens` as the whole content of the session, with progress; `false` when Ctrl-C stopped it.
-pub fn read(session: &mut Session, tokens: &[u32], quiet: bool) -> anyhow::Result<bool> {
+/// Reads `tokens` as the whole content of the session, with progress. Gives how many of them it had; `None` when Ctrl-C
+/// stopped it.
+pub fn read(session: &mut Session, tokens: &[u32], quiet: bool) -> anyhow::Result<Option<usize>> {
     let mut progress = Progress::new("reading", "tokens", quiet);
     let outcome = session.read_from_start(tokens, |done, total| progress.update(done, total));
     progress.finish();
     match outcome {
-        Ok(_) => Ok(true),
-        Err(SessionError::Cancelled(_)) => Ok(false),
+        Ok(kept) => Ok(Some(kept)),
+        Err(SessionError::Cancelled(_)) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }
