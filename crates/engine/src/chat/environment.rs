@@ -107,12 +107,12 @@ fn method(state: &mut State<'_, '_>, value: &Value, name: &str, arguments: &[Val
             if separator.is_empty() {
                 return Err(Error::new(ErrorKind::InvalidOperation, "empty separator"));
             }
-            let parts = match name {
-                "partition" => text.split_once(separator).map(|(before, after)| [before, separator, after]),
-                _ => text.rsplit_once(separator).map(|(before, after)| [before, separator, after]),
+            let (parts, whole) = match name {
+                "partition" => (text.split_once(separator), [text, "", ""]),
+                _ => (text.rsplit_once(separator), ["", "", text]),
             };
-            let whole = if name == "partition" { [text, "", ""] } else { ["", "", text] };
-            Ok(parts.unwrap_or(whole).into_iter().map(Value::from).collect())
+            let parts = parts.map_or(whole, |(before, after)| [before, separator, after]);
+            Ok(parts.into_iter().map(Value::from).collect())
         }
         "rsplit" => {
             let (separator, most): (Option<&str>, Option<i64>) = from_args(arguments)?;

@@ -1,0 +1,242 @@
+"""Masks of transformers that are told rather than written out: causal, windowed, padded, or a tensor where they are not."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import masking_utils
+
+from iceformer import _operator
+
+
+class MaskPattern:
+    """A mask that is told rather than written out.
+
+    The first query stands at key `first_position` (plus `offset`, a tensor, inside compiled graphs). `padding` is
+    `[batch, keys]`, True where a key is none.
+    """
+
+    def __init__(
+        self,
+        causal: bool,
+        window: int | None,
+        first_position: int,
+        offset: torch.Tensor | None,
+        padding: torch.Tensor | None,
+        ranges: list[tuple[int, int]] | None,
+        build: Callable[[], torch.Tensor] | None,
+    ) -> None:
+        self.causal = causal
+        self.window = window
+        self.first_position = first_position
+        self.offset = offset
+        self.padding = padding
+        self.ranges = ranges
+        self._build = build
+        self._tensor: torch.Tensor | None = None
+
+    def tensor(self) -> torch.Tensor:
+        """The mask written out, `[batch, 1, tokens, keys]`, for who needs it so."""
+        if self._tensor is None:
+            assert self._build is not None
+            self._tensor = self._build()
+        return self._tensor
+
+
+class ToldMask(torch.Tensor):
+    """A `MaskPattern` in the shape of the 4-D boolean mask that it stands for.
+
+    `generate()` and some models look at a mask, slice it or make it contiguous. Metadata costs nothing; whatever
+    touches the numbers gets the mask written out, a plain tensor.
+    """
+
+    pattern: MaskPattern
+
+    @staticmethod
+    def of(pattern: MaskPattern, shape: tuple[int, ...], device: torch.device | str) -> ToldMask:
+        """The mask of `pattern`, of `shape` `[batch, 1, tokens, keys]`; no memory is taken for it."""
+        told = torch.ones((), dtype=torch.bool, device=device).expand(shape).as_subclass(ToldMask)
+        told.pattern = pattern
+        return told
+
+    def contiguous(self, *_: Any, **__: Any) -> ToldMask:  # type: ignore[override]
+        """Itself: what it stands for has no layout."""
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        numbers = None
+        if func in _ADDITIONS:
+            numbers = next((part for part in args if isinstance(part, torch.Tensor) and part.is_floating_point()), None)
+
+        def written(told: ToldMask) -> torch.Tensor:
+            tensor = told.pattern.tensor()
+            if numbers is None:
+                return tensor
+            # A model that computes its attention itself adds masks to its logits.
+            nothing = torch.zeros((), dtype=numbers.dtype, device=tensor.device)
+            return torch.where(tensor, nothing, torch.finfo(numbers.dtype).min)
+
+        args, kwargs = torch.utils._pytree.tree_map_only(ToldMask, written, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+_METADATA = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad")),
+    torch.Tensor.dim,
+    torch.Tensor.size,
+    torch.Tensor.is_contiguous,
+}
+
+_ADDITIONS = {
+    torch.add,
+    *(getattr(torch.Tensor, name) for name in ("add", "add_", "__add__", "__radd__", "__iadd__")),
+}
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **more: Any,
+) -> MaskPattern | torch.Tensor:
+    """The mask function registered with transformers: a `ToldMask` (inside compiled graphs a `MaskPattern`), or SDPA's
+    own mask where there is no pattern."""
+
+    def write_out() -> torch.Tensor:
+        written = masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,  # type: ignore[arg-type]
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+            **more,
+        )
+        assert written is not None
+        return written
+
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (torch.jit.is_tracing() or type(torch.empty(0)) is not torch.Tensor):
+        # A trace, or tensors that are fake: a mask that is told would not come through.
+        return write_out()
+    if compiling:
+        config = more.get("config")
+        pattern = _pattern_of_flags(local_size, allow_is_causal_skip, allow_is_bidirectional_skip, config)
+    else:
+        pattern = _pattern_of_function(mask_function)
+    if pattern is None:
+        return write_out()
+    causal, window = pattern
+
+    padding = None
+    if attention_mask is not None:
+        padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        assert padding is not None
+        padding = padding[:, kv_offset : kv_offset + kv_length]
+    if compiling:
+        offset, first = (q_offset, -kv_offset) if isinstance(q_offset, torch.Tensor) else (None, q_offset - kv_offset)
+        return MaskPattern(causal, window, first, offset, padding, None, write_out)
+    first = int(q_offset) - int(kv_offset)
+    if first < 0:
+        return write_out()
+    try:
+        ranges = None if padding is None else _operator.padding_ranges(padding.cpu())
+    except ValueError:
+        return write_out()
+    told = MaskPattern(causal, window, first, None, padding, ranges, write_out)
+    return ToldMask.of(told, (batch_size, 1, q_length, kv_length), device)
+
+
+def _pattern_of_function(function: Callable[..., Any]) -> tuple[bool, int | None] | None:
+    """Whether a mask function of transformers is causal, and its window; None for what is neither."""
+    bounds = _bounds(function)
+    if bounds is None:
+        return None
+    behind, ahead = bounds
+    if ahead == 1:
+        return True, behind
+    # One window for both sides, or none.
+    return (False, behind) if behind == ahead else None
+
+
+def _bounds(function: Callable[..., Any]) -> tuple[int | None, int | None] | None:
+    """A query at `p` sees keys above `p − behind` and below `p + ahead`; None for what is no such band."""
+    if function is masking_utils.causal_mask_function:
+        return None, 1
+    if function is masking_utils.bidirectional_mask_function:
+        return None, None
+    if not isinstance(function, types.FunctionType) or function.__module__ != masking_utils.__name__:
+        return None
+    cells = {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ())}
+    maker = function.__qualname__.partition(".")[0]
+    if maker == "sliding_window_overlay":
+        return cells["sliding_window"], None
+    if maker == "sliding_window_bidirectional_overlay":
+        return cells["sliding_window"] + 1, cells["sliding_window"] + 1
+    if maker == "and_masks":
+        parts = [bounds for bounds in map(_bounds, cells["mask_functions"]) if bounds is not None]
+        if len(parts) < len(cells["mask_functions"]):
+            return None
+        behind = [part[0] for part in parts if part[0] is not None]
+        ahead = [part[1] for part in parts if part[1] is not None]
+        return min(behind, default=None), min(ahead, default=None)
+    return None
+
+
+def _pattern_of_flags(
+    local_size: int | None, causal_skip: bool, bidirectional_skip: bool, config: Any
+) -> tuple[bool, int | None] | None:
+    """The same inside a compiled graph, where functions cannot be looked into: transformers allows a skip only where
+    the mask is causal (or full) and nothing else."""
+    if local_size is not None and (
+        local_size != getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    ):
+        return None
+    if causal_skip:
+        return True, local_size
+    if bidirectional_skip:
+        return False, None if local_size is None else local_size + 1
+    return None
+
+
+def pattern_of_key_mask(mask: torch.Tensor, keys: int) -> MaskPattern | torch.Tensor:
+    """The pattern of a 4-D mask that is the same for all heads and queries, where only padding is masked."""
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != 1 or mask.shape[3] != keys or mask.requires_grad:
+        return mask
+    if mask.dtype == torch.bool:
+        padding = mask[:, 0, 0]
+    else:
+        masked = mask[:, 0, 0] <= torch.finfo(mask.dtype).min
+        if not (masked | (mask[:, 0, 0] == 0)).all():
+            return mask
+        padding = ~masked
+    try:
+        ranges = _operator.padding_ranges(padding.cpu())
+    except ValueError:
+        return mask
+    return MaskPattern(False, None, 0, None, padding, ranges, None)
+
+
+__all__ = ["MaskPattern", "ToldMask", "mask", "pattern_of_key_mask"]
