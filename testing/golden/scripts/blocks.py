@@ -14,7 +14,16 @@ from gguf.quants import dequantize
 OUTPUT = Path(__file__).resolve().parent.parent / "blocks"
 WEIGHTS = 2048
 # Where each type keeps its f16 factors, as offsets in a block.
-FACTORS = {"Q8_0": [0], "Q4_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+FACTORS = {
+    "Q8_0": [0],
+    "Q4_0": [0],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+    "Q4_1": [0, 2],
+    "Q5_0": [0],
+    "Q5_1": [0, 2],
+}
 
 
 def main() -> None:

@@ -55,6 +55,15 @@ MODELS = {
         "MOSTLY_Q6_K",
         True,
     ),
+    "llama-q4_1": (LlamaForCausalLM, LlamaConfig(**EVEN), "MOSTLY_Q4_1", True),
+    # Rows that are no whole number of superblocks: llama.cpp takes Q5_0 for Q4_K, Q5_1 for Q5_K and Q8_0 for Q6_K.
+    "qwen2-tied-q4_k_m-as-q5_0": (
+        Qwen2ForCausalLM,
+        Qwen2Config(**EVEN, tie_word_embeddings=True),
+        "MOSTLY_Q4_K_M",
+        False,
+    ),
+    "qwen3-q5_k_m-as-q5_1": (Qwen3ForCausalLM, Qwen3Config(**EVEN, head_dim=32), "MOSTLY_Q5_K_M", False),
 }
 
 

@@ -26,9 +26,9 @@ impl TensorType {
             0 => computed(WeightType::F32),
             1 => computed(WeightType::F16),
             2 => computed(WeightType::Q4_0),
-            3 => listed("q4_1", 32, 20),
-            6 => listed("q5_0", 32, 22),
-            7 => listed("q5_1", 32, 24),
+            3 => computed(WeightType::Q4_1),
+            6 => computed(WeightType::Q5_0),
+            7 => computed(WeightType::Q5_1),
             8 => computed(WeightType::Q8_0),
             9 => listed("q8_1", 32, 40),
             10 => listed("q2_k", 256, 84),
@@ -55,6 +55,8 @@ impl TensorType {
             34 => listed("tq1_0", 256, 54),
             35 => listed("tq2_0", 256, 66),
             39 => listed("mxfp4", 32, 17),
+            40 => listed("nvfp4", 64, 36),
+            41 => listed("q1_0", 128, 18),
             _ => return None,
         })
     }

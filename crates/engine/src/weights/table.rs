@@ -98,7 +98,7 @@ impl TensorTable {
         let weight_type = tensor.weight_type.ok_or_else(|| {
             unsupported(match self.layout {
                 Layout::HuggingFace => "F32, F16 and BF16",
-                Layout::Gguf => "F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_K and Q6_K",
+                Layout::Gguf => "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K",
             })
         })?;
         if name.is_vector() && !matches!(weight_type, WeightType::F32 | WeightType::F16 | WeightType::Bf16) {

@@ -1,7 +1,7 @@
 //! The file formats of weights: bytes to numbers and back.
 //!
-//! The layouts are those of GGML's `block_q8_0`, `block_q4_0`, `block_q4_K`, `block_q5_K` and `block_q6_K`
-//! (<https://github.com/ggml-org/ggml>, `src/ggml-common.h`).
+//! The layouts are those of GGML's `block_q8_0`, `block_q4_0`, `block_q4_1`, `block_q5_0`, `block_q5_1`, `block_q4_K`,
+//! `block_q5_K` and `block_q6_K` (<https://github.com/ggml-org/ggml>, `src/ggml-common.h`).
 
 use half::{bf16, f16};
 
@@ -11,14 +11,15 @@ use super::WeightType;
 pub(super) const SUPERBLOCK: usize = 256;
 
 /// One file block with its bit fields apart: weight `i` is
-/// `scale · scales[i / (weights per scale)] · (codes[i] − offset) − minimum · minima[i / 32]`.
+/// `scale · scales[i / (weights per scale)] · (codes[i] − offset) − minimum · minima[i / 32]`; `scales` and `minima`
+/// count only for the superblocks of 256.
 #[derive(Clone)]
 pub(super) struct UnpackedBlock {
     /// Unsigned integers, `offset` above the stored value.
     pub codes: [u8; SUPERBLOCK],
     /// f16 bits of the block's scale.
     pub scale: u16,
-    /// f16 bits of the factor of the minima.
+    /// f16 bits of the factor of the minima (Q4_1, Q5_1: of the minimum, the least value's opposite).
     pub minimum: u16,
     /// Integer scales: one for each 32 weights (Q4_K, Q5_K), one i8 for each 16 (Q6_K), unused otherwise.
     pub scales: [u8; 16],
@@ -39,12 +40,22 @@ impl UnpackedBlock {
                     *code = byte ^ 0x80;
                 }
             }
-            WeightType::Q4_0 => {
+            WeightType::Q4_0 | WeightType::Q4_1 | WeightType::Q5_0 | WeightType::Q5_1 => {
                 self.scale = u16_at(0);
+                if has_minima(weight_type) {
+                    self.minimum = u16_at(2) ^ SIGN;
+                }
                 let (low, high) = self.codes[..32].split_at_mut(16);
-                for ((low, high), &byte) in low.iter_mut().zip(high).zip(&block[2..18]) {
+                for ((low, high), &byte) in low.iter_mut().zip(high).zip(&block[block.len() - 16..]) {
                     *low = byte & 15;
                     *high = byte >> 4;
+                }
+                if has_fifth_bits(weight_type) {
+                    let at = block.len() - 20;
+                    let fifths = u32::from_le_bytes(block[at..at + 4].try_into().expect("4 bytes"));
+                    for (index, code) in self.codes[..32].iter_mut().enumerate() {
+                        *code |= ((fifths >> index & 1) as u8) << 4;
+                    }
                 }
             }
             WeightType::Q4_K | WeightType::Q5_K => {
@@ -100,9 +111,18 @@ impl UnpackedBlock {
                     *byte = code ^ 0x80;
                 }
             }
-            WeightType::Q4_0 => {
+            WeightType::Q4_0 | WeightType::Q4_1 | WeightType::Q5_0 | WeightType::Q5_1 => {
                 block[..2].copy_from_slice(&self.scale.to_le_bytes());
-                nibbles(&self.codes[..32], &mut block[2..]);
+                if has_minima(weight_type) {
+                    block[2..4].copy_from_slice(&(self.minimum ^ SIGN).to_le_bytes());
+                }
+                let codes = block.len() - 16;
+                if has_fifth_bits(weight_type) {
+                    let bits =
+                        self.codes[..32].iter().rev().fold(0_u32, |bits, &code| bits << 1 | u32::from(code >> 4));
+                    block[codes - 4..codes].copy_from_slice(&bits.to_le_bytes());
+                }
+                nibbles(&self.codes[..32], &mut block[codes..]);
             }
             WeightType::Q4_K | WeightType::Q5_K => {
                 block[..2].copy_from_slice(&self.scale.to_le_bytes());
@@ -144,6 +164,7 @@ impl UnpackedBlock {
                     scale * f32::from(self.scales[part]) * number - minimum * f32::from(self.minima[part])
                 }
                 WeightType::Q6_K => scale * f32::from(self.scales[index / 16] as i8) * number,
+                WeightType::Q4_1 | WeightType::Q5_1 => scale * number - minimum,
                 _ => scale * number,
             };
         }
@@ -155,10 +176,24 @@ pub(super) fn offset(weight_type: WeightType) -> i16 {
     match weight_type {
         WeightType::Q8_0 => 128,
         WeightType::Q4_0 => 8,
+        WeightType::Q5_0 => 16,
         WeightType::Q6_K => 32,
         _ => 0,
     }
 }
+
+/// Whether a minimum is subtracted from the weights of a type; their codes have no offset then.
+pub(super) const fn has_minima(weight_type: WeightType) -> bool {
+    matches!(weight_type, WeightType::Q4_1 | WeightType::Q5_1 | WeightType::Q4_K | WeightType::Q5_K)
+}
+
+/// Whether the fifth bits of the codes of a type lie apart from the other four.
+pub(super) const fn has_fifth_bits(weight_type: WeightType) -> bool {
+    matches!(weight_type, WeightType::Q5_0 | WeightType::Q5_1 | WeightType::Q5_K)
+}
+
+/// The sign of f16 bits: files hold the least value where the unpacked block holds a minimum to subtract.
+const SIGN: u16 = 0x8000;
 
 fn read_six_bit_scales(packed: &[u8; 12]) -> ([u8; 16], [u8; 8]) {
     let (mut scales, mut minima) = ([0; 16], [0; 8]);
@@ -238,13 +273,25 @@ fn quantise_block(weight_type: WeightType, values: &[f32]) -> UnpackedBlock {
     let mut block = UnpackedBlock::ZERO;
     let largest = |values: &[f32]| values.iter().fold(0.0_f32, |max, value| max.max(value.abs()));
     match weight_type {
-        WeightType::Q8_0 | WeightType::Q4_0 => {
-            let (limit, offset) = if weight_type == WeightType::Q8_0 { (127.0, 128.0) } else { (7.0, 8.0) };
+        WeightType::Q8_0 | WeightType::Q4_0 | WeightType::Q5_0 => {
+            let offset = f32::from(offset(weight_type));
+            let limit = offset - 1.0;
             let scale = f16::from_f32(largest(values) / limit);
             block.scale = scale.to_bits();
             for (code, value) in block.codes.iter_mut().zip(values) {
                 *code =
                     (nearest(*value, scale.to_f32()) + offset).clamp(offset - limit - 1.0, 2.0 * offset - 1.0) as u8;
+            }
+        }
+        WeightType::Q4_1 | WeightType::Q5_1 => {
+            let limit = if weight_type == WeightType::Q4_1 { 15.0 } else { 31.0 };
+            let (least, most) =
+                values.iter().fold((f32::MAX, f32::MIN), |(least, most), &v| (least.min(v), most.max(v)));
+            let scale = f16::from_f32((most - least) / limit);
+            let minimum = f16::from_f32(-least);
+            (block.scale, block.minimum) = (scale.to_bits(), minimum.to_bits());
+            for (code, value) in block.codes.iter_mut().zip(values) {
+                *code = nearest(*value + minimum.to_f32(), scale.to_f32()).clamp(0.0, limit) as u8;
             }
         }
         WeightType::Q4_K | WeightType::Q5_K => {

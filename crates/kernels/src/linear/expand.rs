@@ -33,6 +33,9 @@ fn by_type(weight_type: WeightType, panel: &[u8], first: usize, output: &mut [f3
     match weight_type {
         Q8_0 => expand_panel(Q8_0, panel, first, output),
         Q4_0 => expand_panel(Q4_0, panel, first, output),
+        Q4_1 => expand_panel(Q4_1, panel, first, output),
+        Q5_0 => expand_panel(Q5_0, panel, first, output),
+        Q5_1 => expand_panel(Q5_1, panel, first, output),
         Q4_K => expand_panel(Q4_K, panel, first, output),
         Q5_K => expand_panel(Q5_K, panel, first, output),
         Q6_K => expand_panel(Q6_K, panel, first, output),

@@ -15,9 +15,9 @@ use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
 use super::WeightType;
-use super::blocks::offset;
+use super::blocks::{has_minima, offset};
 use super::float::{load_avx512, store_avx512};
-use super::packed::{BLOCK, codes_offset, group_blocks, group_bytes};
+use super::packed::{BLOCK, codes_offset, fifths_offset, group_blocks, group_bytes};
 use super::tile::{TILE_ROWS, Tile, TileKernel, TileKernels, TileTable};
 
 /// 32-bit words that a row of activations takes for each block.
@@ -75,14 +75,28 @@ fn nibbles(bytes: __m512i, quad: usize) -> __m512i {
     _mm512_and_si512(bytes, _mm512_set1_epi8(15))
 }
 
+/// Codes of four bits of a type, and a fifth that lies apart.
+macro_rules! load_nibbles {
+    ($type:expr, $group:ident, $slot:ident, $quad:ident) => {
+        nibbles(load!($group, codes_offset($type) + ($slot * 4 + $quad % 4) * 64), $quad)
+    };
+}
+macro_rules! load_five_bits {
+    ($type:expr, $group:ident, $slot:ident, $quad:ident) => {{
+        let fifth = $group.add(fifths_offset($type) + $slot * 64 + $quad * 8).cast::<u64>().read_unaligned();
+        let codes = load_nibbles!($type, $group, $slot, $quad);
+        _mm512_mask_add_epi8(codes, fifth, codes, _mm512_set1_epi8(16))
+    }};
+}
+
 macro_rules! packed_blocks {
-    ($name:ident, $type:expr, $scales:literal, $minima:literal, $fetch_ahead:literal, |$group:ident, $slot:ident, $quad:ident| $codes:expr,
+    ($name:ident, $type:expr, $scales:literal, $fetch_ahead:literal, |$group:ident, $slot:ident, $quad:ident| $codes:expr,
      |$half:ident| $scale:expr, $minimum:expr) => {
         struct $name;
         // SAFETY: offsets are those of `packed`, inside `group_bytes`.
         unsafe impl PackedBlocks for $name {
             const SCALES: usize = $scales;
-            const MINIMA: bool = $minima;
+            const MINIMA: bool = has_minima($type);
             const GROUP_BLOCKS: usize = group_blocks($type);
             const GROUP_BYTES: usize = group_bytes($type);
             const FETCH_AHEAD: usize = $fetch_ahead;
@@ -118,7 +132,6 @@ packed_blocks!(
     Q80,
     WeightType::Q8_0,
     1,
-    false,
     0,
     |group, slot, quad| load!(group, codes_offset(WeightType::Q8_0) + (slot * 8 + quad) * 64),
     |half| load_f16!(group, slot * 32),
@@ -128,19 +141,44 @@ packed_blocks!(
     Q40,
     WeightType::Q4_0,
     1,
-    false,
     0,
-    |group, slot, quad| nibbles(load!(group, codes_offset(WeightType::Q4_0) + (slot * 4 + quad % 4) * 64), quad),
+    |group, slot, quad| load_nibbles!(WeightType::Q4_0, group, slot, quad),
     |half| load_f16!(group, slot * 32),
     _mm512_setzero_ps()
+);
+packed_blocks!(
+    Q41,
+    WeightType::Q4_1,
+    1,
+    0,
+    |group, slot, quad| load_nibbles!(WeightType::Q4_1, group, slot, quad),
+    |half| load_f16!(group, slot * 32),
+    load_f16!(group, 64 + slot * 32)
+);
+packed_blocks!(
+    Q50,
+    WeightType::Q5_0,
+    1,
+    0,
+    |group, slot, quad| load_five_bits!(WeightType::Q5_0, group, slot, quad),
+    |half| load_f16!(group, slot * 32),
+    _mm512_setzero_ps()
+);
+packed_blocks!(
+    Q51,
+    WeightType::Q5_1,
+    1,
+    0,
+    |group, slot, quad| load_five_bits!(WeightType::Q5_1, group, slot, quad),
+    |half| load_f16!(group, slot * 32),
+    load_f16!(group, 64 + slot * 32)
 );
 packed_blocks!(
     Q4K,
     WeightType::Q4_K,
     1,
-    true,
     0,
-    |group, slot, quad| nibbles(load!(group, codes_offset(WeightType::Q4_K) + (slot * 4 + quad % 4) * 64), quad),
+    |group, slot, quad| load_nibbles!(WeightType::Q4_K, group, slot, quad),
     |half| _mm512_mul_ps(load_f16!(group, 0), load_u8!(group, 64 + slot * 16)),
     _mm512_mul_ps(load_f16!(group, 32), load_u8!(group, 192 + slot * 16))
 );
@@ -148,13 +186,8 @@ packed_blocks!(
     Q5K,
     WeightType::Q5_K,
     1,
-    true,
     768,
-    |group, slot, quad| {
-        let fifth = group.add(codes_offset(WeightType::Q5_K) + slot * 64 + quad * 8).cast::<u64>().read_unaligned();
-        let codes = nibbles(load!(group, codes_offset(WeightType::Q5_K) + 512 + (slot * 4 + quad % 4) * 64), quad);
-        _mm512_mask_add_epi8(codes, fifth, codes, _mm512_set1_epi8(16))
-    },
+    |group, slot, quad| load_five_bits!(WeightType::Q5_K, group, slot, quad),
     |half| _mm512_mul_ps(load_f16!(group, 0), load_u8!(group, 64 + slot * 16)),
     _mm512_mul_ps(load_f16!(group, 32), load_u8!(group, 192 + slot * 16))
 );
@@ -162,7 +195,6 @@ packed_blocks!(
     Q6K,
     WeightType::Q6_K,
     2,
-    false,
     0,
     |group, slot, quad| {
         let codes = nibbles(load!(group, codes_offset(WeightType::Q6_K) + (slot * 6 + quad % 4) * 64), quad);
@@ -380,6 +412,9 @@ pub(super) fn kernels(weight_type: WeightType) -> Int8Kernels {
     match weight_type {
         WeightType::Q8_0 => Int8Kernels { direct: tile_kernels!(Q80, "avx512-vnni-q8_0-6x32"), expanded: None },
         WeightType::Q4_0 => kernels!(Q40, WeightType::Q4_0, "avx512-vnni-q4_0-6x32"),
+        WeightType::Q4_1 => kernels!(Q41, WeightType::Q4_1, "avx512-vnni-q4_1-6x32"),
+        WeightType::Q5_0 => kernels!(Q50, WeightType::Q5_0, "avx512-vnni-q5_0-6x32"),
+        WeightType::Q5_1 => kernels!(Q51, WeightType::Q5_1, "avx512-vnni-q5_1-6x32"),
         WeightType::Q4_K => kernels!(Q4K, WeightType::Q4_K, "avx512-vnni-q4_k-6x32"),
         WeightType::Q5_K => kernels!(Q5K, WeightType::Q5_K, "avx512-vnni-q5_k-6x32"),
         WeightType::Q6_K => kernels!(Q6K, WeightType::Q6_K, "avx512-vnni-q6_k-6x32"),
@@ -410,8 +445,7 @@ const SMALLEST: f32 = 1e-35;
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,f16c")]
 pub(super) fn quantise(weight_type: WeightType, input: &[f32], in_features: usize, output: &mut [u32]) {
     let rows = input.len() / in_features;
-    let (minima, halves) =
-        (matches!(weight_type, WeightType::Q4_K | WeightType::Q5_K), weight_type == WeightType::Q6_K);
+    let (minima, halves) = (has_minima(weight_type), weight_type == WeightType::Q6_K);
     let offset = i32::from(offset(weight_type));
     output[in_features / BLOCK * BLOCK_WORDS * rows..].fill(0);
     for (row, values) in input.chunks_exact(in_features).enumerate() {

@@ -15,6 +15,9 @@
 //! |---|---|---|---|---|
 //! | Q8_0 | 64 | 64 `[2][16]` | | 1024 `[2][8][16][4]` |
 //! | Q4_0 | 64 | 64 `[2][16]` | | 512 `[2][4][16][4]` |
+//! | Q4_1 | 64 | 128 `[2][2][16]` (scales, minima) | | 512 `[2][4][16][4]` |
+//! | Q5_0 | 64 | 64 `[2][16]` | | 128 `[2][8]` u64 of fifth bits, 512 |
+//! | Q5_1 | 64 | 128 `[2][2][16]` (scales, minima) | | 128 `[2][8]` u64 of fifth bits, 512 |
 //! | Q4_K | 256 | 64 (scale, minimum) | 256 (`[8][16]` scales, minima) | 2048 `[8][4][16][4]` |
 //! | Q5_K | 256 | 64 (scale, minimum) | 256 (`[8][16]` scales, minima) | 512 `[8][8]` u64 of fifth bits, 2048 |
 //! | Q6_K | 256 | 64 (scale, padding) | 256 `[8][2][16]` | 3072 `[8][6][16][4]`: 4-bit quads, then 2-bit quads |
@@ -22,7 +25,7 @@
 use half::{bf16, f16};
 
 use super::WeightType;
-use super::blocks::{UnpackedBlock, offset};
+use super::blocks::{UnpackedBlock, has_fifth_bits, offset};
 
 /// Output columns of a panel: the f32 lanes of a 512-bit vector.
 pub(super) const PANEL: usize = 16;
@@ -32,7 +35,7 @@ pub(super) const BLOCK: usize = 32;
 /// Blocks of 32 inputs in a group of the packed layout.
 pub(super) const fn group_blocks(weight_type: WeightType) -> usize {
     match weight_type {
-        WeightType::Q8_0 | WeightType::Q4_0 => 2,
+        WeightType::Q8_0 | WeightType::Q4_0 | WeightType::Q4_1 | WeightType::Q5_0 | WeightType::Q5_1 => 2,
         _ => 8,
     }
 }
@@ -42,6 +45,9 @@ pub(super) const fn group_bytes(weight_type: WeightType) -> usize {
     match weight_type {
         WeightType::Q8_0 => 64 + 1024,
         WeightType::Q4_0 => 64 + 512,
+        WeightType::Q4_1 => 128 + 512,
+        WeightType::Q5_0 => 64 + 128 + 512,
+        WeightType::Q5_1 => 128 + 128 + 512,
         WeightType::Q4_K => 64 + 256 + 2048,
         WeightType::Q5_K => 64 + 256 + 512 + 2048,
         WeightType::Q6_K => 64 + 256 + 3072,
@@ -49,10 +55,17 @@ pub(super) const fn group_bytes(weight_type: WeightType) -> usize {
     }
 }
 
-/// Where the codes of a group begin, in bytes (the fifth bits of Q5_K included).
+/// Where the codes of a group begin, in bytes.
 pub(super) const fn codes_offset(weight_type: WeightType) -> usize {
+    let fifths = if has_fifth_bits(weight_type) { 64 * group_blocks(weight_type) } else { 0 };
+    fifths_offset(weight_type) + fifths
+}
+
+/// Where the fifth bits of a group begin, in bytes; types without any have their codes there.
+pub(super) const fn fifths_offset(weight_type: WeightType) -> usize {
     match weight_type {
-        WeightType::Q8_0 | WeightType::Q4_0 => 64,
+        WeightType::Q8_0 | WeightType::Q4_0 | WeightType::Q5_0 => 64,
+        WeightType::Q4_1 | WeightType::Q5_1 => 128,
         _ => 64 + 256,
     }
 }
@@ -120,7 +133,11 @@ fn pack_part(weight_type: WeightType, block: &UnpackedBlock, part: usize, group:
     };
     let mut put_f16 = |index: usize, bits: u16| group[index * 2..][..2].copy_from_slice(&bits.to_le_bytes());
     match weight_type {
-        WeightType::Q8_0 | WeightType::Q4_0 => put_f16(slot * PANEL + lane, block.scale),
+        WeightType::Q8_0 | WeightType::Q4_0 | WeightType::Q5_0 => put_f16(slot * PANEL + lane, block.scale),
+        WeightType::Q4_1 | WeightType::Q5_1 => {
+            put_f16(slot * PANEL + lane, block.scale);
+            put_f16((2 + slot) * PANEL + lane, block.minimum);
+        }
         _ => {
             put_f16(lane, block.scale);
             put_f16(PANEL + lane, block.minimum);
@@ -137,21 +154,25 @@ fn pack_part(weight_type: WeightType, block: &UnpackedBlock, part: usize, group:
         }
         _ => {}
     }
-    if weight_type == WeightType::Q5_K {
+    if has_fifth_bits(weight_type) {
         for q in 0..8 {
             let bits = quad(q) >> 4 & 0x0101_0101;
             let nibble = (bits | bits >> 7 | bits >> 14 | bits >> 21) as u8 & 15;
-            group[codes_offset(weight_type) + slot * 64 + q * 8 + lane / 2] |= nibble << (lane % 2 * 4);
+            group[fifths_offset(weight_type) + slot * 64 + q * 8 + lane / 2] |= nibble << (lane % 2 * 4);
         }
     }
     let words: &mut [u32] = bytemuck::cast_slice_mut(&mut group[codes_offset(weight_type)..]);
     let nibbles = |q: usize| quad(q) & 0x0f0f_0f0f | (quad(q + 4) & 0x0f0f_0f0f) << 4;
     match weight_type {
         WeightType::Q8_0 => (0..8).for_each(|q| words[(slot * 8 + q) * PANEL + lane] = quad(q)),
-        WeightType::Q4_0 | WeightType::Q4_K => {
+        WeightType::Q4_0
+        | WeightType::Q4_1
+        | WeightType::Q5_0
+        | WeightType::Q5_1
+        | WeightType::Q4_K
+        | WeightType::Q5_K => {
             (0..4).for_each(|q| words[(slot * 4 + q) * PANEL + lane] = nibbles(q));
         }
-        WeightType::Q5_K => (0..4).for_each(|q| words[128 + (slot * 4 + q) * PANEL + lane] = nibbles(q)),
         _ => {
             (0..4).for_each(|q| words[(slot * 6 + q) * PANEL + lane] = nibbles(q));
             for half in 0..2 {
@@ -165,15 +186,16 @@ fn pack_part(weight_type: WeightType, block: &UnpackedBlock, part: usize, group:
 /// The four codes of quad `q` of block `slot` of 16 columns, one a byte. Loops over lanes of fixed-size arrays, so
 /// that the compiler makes vectors of them.
 #[inline(always)]
-fn quads(weight_type: WeightType, codes: &[u32], slot: usize, q: usize) -> [u32; PANEL] {
+fn quads(weight_type: WeightType, group: &[u8], slot: usize, q: usize) -> [u32; PANEL] {
+    let codes: &[u32] = bytemuck::cast_slice(&group[codes_offset(weight_type)..]);
     let vector = |at: usize| -> [u32; PANEL] { codes[at * PANEL..][..PANEL].try_into().expect("16 lanes") };
     let nibbles = |at: usize| vector(at).map(|word| word >> (q / 4 * 4) & 0x0f0f_0f0f);
     match weight_type {
         WeightType::Q8_0 => vector(slot * 8 + q),
-        WeightType::Q4_0 | WeightType::Q4_K => nibbles(slot * 4 + q % 4),
-        WeightType::Q5_K => {
-            let mut quads = nibbles(8 + slot * 4 + q % 4);
-            let fifths = [codes[slot * 16 + q * 2], codes[slot * 16 + q * 2 + 1]];
+        WeightType::Q4_0 | WeightType::Q4_1 | WeightType::Q4_K => nibbles(slot * 4 + q % 4),
+        WeightType::Q5_0 | WeightType::Q5_1 | WeightType::Q5_K => {
+            let mut quads = nibbles(slot * 4 + q % 4);
+            let fifths: &[u32] = bytemuck::cast_slice(&group[fifths_offset(weight_type) + slot * 64 + q * 8..][..8]);
             for (lane, quad) in quads.iter_mut().enumerate() {
                 let fifth = fifths[lane / 8] >> (lane % 8 * 4);
                 *quad |= (fifth & 1 | (fifth & 2) << 7 | (fifth & 4) << 14 | (fifth & 8) << 21) << 4;
@@ -204,7 +226,8 @@ fn scales_and_minima(weight_type: WeightType, group: &[u8], slot: usize, q: usiz
         factors
     };
     match weight_type {
-        WeightType::Q8_0 | WeightType::Q4_0 => (halves(slot), [0.0; PANEL]),
+        WeightType::Q8_0 | WeightType::Q4_0 | WeightType::Q5_0 => (halves(slot), [0.0; PANEL]),
+        WeightType::Q4_1 | WeightType::Q5_1 => (halves(slot), halves(2 + slot)),
         WeightType::Q4_K | WeightType::Q5_K => {
             (times(halves(0), bytes(64 + slot * PANEL)), times(halves(1), bytes(192 + slot * PANEL)))
         }
@@ -235,12 +258,11 @@ pub(super) fn expand_panel(weight_type: WeightType, panel: &[u8], first: usize, 
     for (index, output) in output.chunks_exact_mut(BLOCK * PANEL).enumerate() {
         let at = first / BLOCK + index;
         let group = &panel[at / blocks * group_bytes(weight_type)..][..group_bytes(weight_type)];
-        let codes: &[u32] = bytemuck::cast_slice(&group[codes_offset(weight_type)..]);
         let slot = at % blocks;
         for (half, output) in output.chunks_exact_mut(4 * 4 * PANEL).enumerate() {
             let (scales, minima) = scales_and_minima(weight_type, group, slot, half * 4);
             for (q, output) in output.chunks_exact_mut(4 * PANEL).enumerate() {
-                let words = quads(weight_type, codes, slot, half * 4 + q);
+                let words = quads(weight_type, group, slot, half * 4 + q);
                 for (byte, output) in output.chunks_exact_mut(PANEL).enumerate() {
                     for lane in 0..PANEL {
                         let code = (words[lane] >> (8 * byte) & 255) as i32 - i32::from(offset(weight_type));
@@ -269,11 +291,10 @@ pub(super) fn expand_column(weight_type: WeightType, panel: &[u8], column: usize
             let blocks = group_blocks(weight_type);
             for (at, output) in output.chunks_exact_mut(BLOCK).enumerate() {
                 let group = &panel[at / blocks * group_bytes(weight_type)..][..group_bytes(weight_type)];
-                let codes: &[u32] = bytemuck::cast_slice(&group[codes_offset(weight_type)..]);
                 for (half, output) in output.chunks_exact_mut(BLOCK / 2).enumerate() {
                     let (scales, minima) = scales_and_minima(weight_type, group, at % blocks, half * 4);
                     for (q, output) in output.chunks_exact_mut(4).enumerate() {
-                        let word = quads(weight_type, codes, at % blocks, half * 4 + q)[column];
+                        let word = quads(weight_type, group, at % blocks, half * 4 + q)[column];
                         for (value, code) in output.iter_mut().zip(word.to_le_bytes()) {
                             let number = f32::from(i16::from(code) - offset(weight_type));
                             *value = scales[column] * number - minima[column];

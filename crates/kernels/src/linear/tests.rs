@@ -162,7 +162,7 @@ fn packed_weights_take_little_more_than_the_file() {
 #[test]
 fn quantised_weights_are_near_the_numbers_they_stand_for() {
     let values = noise(3, 2048);
-    let bound = [1e-9, 1e-3, 4e-3, 5e-3, 0.08, 0.07, 0.035, 0.02];
+    let bound = [1e-9, 1e-3, 4e-3, 5e-3, 0.08, 0.07, 0.035, 0.034, 0.07, 0.035, 0.02];
     for (weight_type, bound) in WeightType::ALL.into_iter().zip(bound) {
         let bytes = blocks::quantise(weight_type, &values);
         let mut back = vec![0.0; values.len()];
@@ -213,6 +213,9 @@ fn blocks_read_as_the_gguf_package_reads_them() {
     for (weight_type, (bytes, numbers)) in [
         (WeightType::Q8_0, golden!("q8_0")),
         (WeightType::Q4_0, golden!("q4_0")),
+        (WeightType::Q4_1, golden!("q4_1")),
+        (WeightType::Q5_0, golden!("q5_0")),
+        (WeightType::Q5_1, golden!("q5_1")),
         (WeightType::Q4_K, golden!("q4_k")),
         (WeightType::Q5_K, golden!("q5_k")),
         (WeightType::Q6_K, golden!("q6_k")),
