@@ -1,10 +1,10 @@
 //! Exponentials and softmax of rows.
 
 use crate::InstructionSet;
-use crate::simd::exponential::exp;
+use crate::simd::exponential::{exp, weight};
 use crate::simd::{self, Operation, Simd};
 
-/// Replaces each value by its exponential, within 2 units in the last place.
+/// Replaces each value by its exponential, within 2 units in the last place, and 0 instead of a subnormal number.
 pub fn exp_in_place(values: &mut [f32]) {
     exp_at(InstructionSet::current(), values);
 }
@@ -15,7 +15,7 @@ pub fn log_sum_exp(values: &[f32]) -> f32 {
 }
 
 /// Replaces logits by their softmax and returns their log-sum-exp in nats. Where all logits are −∞ the result is zero
-/// everywhere, and the log-sum-exp −∞; with a NaN or +∞ it is NaN everywhere.
+/// everywhere, and the log-sum-exp −∞; with a NaN or +∞ it is NaN everywhere. A weight below 2⁻¹⁰⁰ of the largest is 0.
 pub fn softmax_in_place(logits: &mut [f32]) -> f32 {
     softmax_at(InstructionSet::current(), logits)
 }
@@ -141,7 +141,7 @@ impl Operation for Softmax<'_> {
             simd,
             self.logits,
             #[inline(always)]
-            |x| exp(simd, simd.sub(x, vector)),
+            |x| weight(simd, simd.sub(x, vector)),
         );
         let sum = simd::sum_of(
             simd,

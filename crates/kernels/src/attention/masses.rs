@@ -1,7 +1,7 @@
 //! The masses of the clusters of one row, and the errors that estimates of them make.
 
 use crate::InstructionSet;
-use crate::simd::exponential::exp;
+use crate::simd::exponential::weight;
 use crate::simd::{self, Operation, Simd};
 
 /// Replaces the logarithms of masses of one row by masses relative to `e^reference`, times `factor`; returns their sum.
@@ -25,7 +25,7 @@ impl Operation for Masses<'_> {
             simd,
             self.log_masses,
             #[inline(always)]
-            |value| simd.mul(factor, exp(simd, simd.sub(value, reference))),
+            |value| simd.mul(factor, weight(simd, simd.sub(value, reference))),
         );
         simd::sum_of(
             simd,

@@ -4,11 +4,12 @@ use std::arch::x86_64::*;
 
 use super::tile::MicroTile;
 use super::{MAX_BLOCK_KEYS, PAGE_KEYS};
+use crate::simd::exponential::LOWEST_WEIGHT;
 
 /// Cubic for 2^f on [0, 1), highest power first; relative error 7.5e-5, a fortieth of the rounding of a bf16 weight.
 const EXP2: [f32; 4] = [0.078_024_51, 0.226_067_18, 0.695_833_54, 0.999_925_2];
 
-/// 2^x: the whole part goes to the exponent, a cubic gives the rest. −∞ gives 0, NaN gives NaN.
+/// 2^x: the whole part goes to the exponent, a cubic gives the rest. Below 2^[`LOWEST_WEIGHT`] it is 0; NaN gives NaN.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
 pub(super) fn exp2(x: __m512) -> __m512 {
@@ -17,8 +18,9 @@ pub(super) fn exp2(x: __m512) -> __m512 {
     let mut mantissa = _mm512_fmadd_ps(_mm512_set1_ps(EXP2[0]), fraction, _mm512_set1_ps(EXP2[1]));
     mantissa = _mm512_fmadd_ps(mantissa, fraction, _mm512_set1_ps(EXP2[2]));
     mantissa = _mm512_fmadd_ps(mantissa, fraction, _mm512_set1_ps(EXP2[3]));
+    let wanted = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(LOWEST_WEIGHT));
     // scalef takes the floor of its exponent itself.
-    _mm512_scalef_ps(mantissa, x)
+    _mm512_maskz_scalef_ps(wanted, mantissa, x)
 }
 
 /// Largest score of row `row` of a micro-tile.

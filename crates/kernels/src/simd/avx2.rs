@@ -148,14 +148,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn scale_by_power_of_two(self, a: __m256, n: __m256) -> __m256 {
+    fn scale_by_power_of_two(self, a: __m256, n: __m256, lowest: __m256) -> __m256 {
         // In two steps, since 2^n itself may be no f32; the first step is exact.
         intrinsic! {
+            let wanted = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_NLT_UQ>(n, lowest));
             let n = _mm256_cvtps_epi32(n);
             let half = _mm256_srai_epi32::<1>(n);
             let bias = _mm256_set1_epi32(127);
             let first = _mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias));
             let second = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_sub_epi32(n, half), bias));
+            let second = _mm256_and_si256(second, wanted);
             _mm256_mul_ps(_mm256_mul_ps(a, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second))
         }
     }

@@ -163,8 +163,9 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn scale_by_power_of_two(self, a: __m512, n: __m512) -> __m512 {
-        intrinsic!(_mm512_scalef_ps(a, n))
+    fn scale_by_power_of_two(self, a: __m512, n: __m512, lowest: __m512) -> __m512 {
+        // A NaN is below nothing.
+        intrinsic!(_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(n, lowest), a, n))
     }
 
     #[inline(always)]

@@ -66,10 +66,10 @@ pub(crate) trait Simd: Copy {
         }
         used
     }
-    /// `a · 2^n` rounded once, for whole `n` from −252 to 252.
-    fn scale_by_power_of_two(self, a: Self::Vector, n: Self::Vector) -> Self::Vector;
+    /// `a · 2^n` for whole `n` up to 252, and 0 where `n` is below `lowest`, which is −125 or more; with a NaN for either NaN.
+    fn scale_by_power_of_two(self, a: Self::Vector, n: Self::Vector, lowest: Self::Vector) -> Self::Vector;
     /// A fraction from 0 to 1 and an exponent for [`scale_by_power_of_two`](Self::scale_by_power_of_two), which together
-    /// make 2^x: for x up to 127, and 0 or a subnormal for any lower. A NaN stays in the fraction.
+    /// make 2^x: for x up to 127 and down to the lowest that is no 0. A NaN stays in the fraction.
     fn split_exponent(self, x: Self::Vector) -> (Self::Vector, Self::Vector) {
         exponential::split_exponent(self, x)
     }

@@ -105,14 +105,15 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn scale_by_power_of_two(self, a: Vector, n: Vector) -> Vector {
+    fn scale_by_power_of_two(self, a: Vector, n: Vector, lowest: Vector) -> Vector {
         // In two steps, since 2^n itself may be no f32; the first step is exact.
         let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
         lanes(|i| {
+            let wanted = if n[i] < lowest[i] { 0 } else { u32::MAX };
             // The low bits of 1.5 · 2²³ + n hold n: cheaper than a saturating conversion.
             let n = (n[i] + 12_582_912.0).to_bits() as i32 - 0x4b40_0000;
             let half = n >> 1;
-            a[i] * power(half) * power(n - half)
+            a[i] * power(half) * f32::from_bits(power(n - half).to_bits() & wanted)
         })
     }
 
