@@ -156,7 +156,8 @@ impl Arrays<'_> {
             }
         }
         if let Some(limit) = self.soft_cap {
-            if !(limit > 0.0 && limit.is_finite()) {
+            // The kernels divide by it.
+            if !(limit >= f32::MIN_POSITIVE && limit.is_finite()) {
                 return Err(ArraysError::SoftCap { limit });
             }
             if self.key_value_type == Some(KeyValueType::Int8) {
@@ -230,9 +231,9 @@ impl ArrayScratch {
 
 impl Attention {
     /// Attention on arrays. Writes `output`, contiguous `[batch, tokens, query_heads, value_dim]`, and calls `proceed`
-    /// between chunks of queries, so that a long call can be stopped. The result does not depend on the number of
-    /// threads. Positions, masks and heads are as in [`run`](Self::run); the keys of `self.mask` are those of every
-    /// entry that [`Arrays::key_ranges`] says nothing of.
+    /// between chunks of queries, and between entries of a batch that have their own masks, so that a long call can be stopped. The result does not depend on the number of
+    /// threads. Positions, masks and heads are as in [`run`](Self::run); an entry sees the
+    /// keys that both `self.mask` and its range in [`Arrays::key_ranges`] have.
     ///
     /// With few queries (a decode step) every method answers exactly: reading all keys once is less work than packing
     /// or indexing them for a single use.
@@ -296,6 +297,9 @@ impl Attention {
         };
         let mut total = Report::default();
         for (entry, output) in (0..batch).zip(output.chunks_exact_mut(tokens * heads * value_dim)) {
+            if entry > 0 {
+                proceed()?;
+            }
             let attention = masked(&one_by_one[entry]);
             total += &attention.run_together(&arrays.entry(entry), output, team, scratch, proceed)?;
         }

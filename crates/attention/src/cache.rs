@@ -205,21 +205,24 @@ impl Head {
         self.places.set(first, &sorted.places);
     }
 
-    /// Moves the first `len` keys to their own positions; nothing later is kept.
-    fn restore_order(&mut self, len: usize, kind: KeyValueType, shape: CacheShape) {
+    /// Moves the keys of `keys` to their own positions; nothing later is kept. No key before `keys` lies among them.
+    fn restore_order(&mut self, keys: Range<usize>, kind: KeyValueType, shape: CacheShape) {
         let moved = self.places.moved();
-        let numbers = moved.start / SEGMENT_KEYS..moved.end.min(len.max(moved.start)).div_ceil(SEGMENT_KEYS);
+        let first = keys.start.max(moved.start);
+        let numbers = first / SEGMENT_KEYS..moved.end.min(keys.end.max(first)).max(first).div_ceil(SEGMENT_KEYS);
         let in_order = |number: usize| {
             let mut segment = Segment::new(kind, shape.padded_key_dim(), shape.padded_value_dim());
             for slot in 0..SEGMENT_KEYS {
-                let from = self.places.slot(number * SEGMENT_KEYS + slot);
+                let index = number * SEGMENT_KEYS + slot;
+                // What lies before the first stays as it is, sorted or not.
+                let from = if index < first { index } else { self.places.slot(index) };
                 segment.copy_slot(slot, &self.segments[from / SEGMENT_KEYS], from % SEGMENT_KEYS, shape);
             }
             segment
         };
         let restored: Vec<_> = numbers.clone().map(in_order).collect();
         self.segments.splice(numbers, restored);
-        self.places.clear();
+        self.places.truncate(first);
     }
 
     /// Takes the mean of the first keys anew and writes them again.
@@ -383,9 +386,10 @@ impl KeyValueCache {
         let (kind, shape) = (self.kind, self.shape);
         let clusters = self.clusters.get_mut().unwrap_or_else(PoisonError::into_inner);
         for (index, head) in self.heads.iter_mut().enumerate() {
-            if clusters.truncate(index, len) || head.places.moved().end > len {
-                head.restore_order(len, kind, shape);
+            if let Some(first) = clusters.truncate(index, len) {
+                head.restore_order(first..len, kind, shape);
             }
+            debug_assert!(head.places.moved().end <= len, "only keys of clusters were moved");
             head.segments.truncate(len.div_ceil(SEGMENT_KEYS));
             // A dropped value left in a page in use would still meet a weight of zero, and NaN · 0 is NaN.
             let zeros = vec![0.0; shape.padded_value_dim()];

@@ -91,10 +91,12 @@ impl Part {
             return;
         }
         let largest = if more > before { more } else { before };
-        let total = largest + ((before - largest).exp() + (more - largest).exp()).ln();
-        let (old, new) = ((before - total).exp(), (more - total).exp());
+        let (old, new) = ((before - largest).exp(), (more - largest).exp());
+        // Shares of the sum itself: those of its logarithm would not add up to one where that is a large number.
+        let sum_of_both = old + new;
+        let (old, new) = (old / sum_of_both, new / sum_of_both);
         output.iter_mut().zip(sum).for_each(|(output, value)| *output = *output * old + value * new);
-        self.log_sum_exp[row] = total;
+        self.log_sum_exp[row] = largest + sum_of_both.ln();
     }
 }
 
@@ -111,8 +113,9 @@ pub(crate) fn run<T: FromF32>(
     let [_, kv_heads, keys, value_dim] = arrays.values.shape();
     let (row_heads, group) = (batch * heads, heads / kv_heads);
     let visible = |token: usize| attention.mask.visible(arrays.first_position + token, keys);
-    let low = (0..tokens).map(|token| visible(token).start).min().unwrap_or(0);
-    let high = (0..tokens).map(|token| visible(token).end).max().unwrap_or(0).max(low);
+    // A window may begin behind the last key.
+    let low = (0..tokens).map(|token| visible(token).start).min().unwrap_or(0).min(keys);
+    let high = (0..tokens).map(|token| visible(token).end).max().unwrap_or(0).clamp(low, keys);
 
     let wanted = WANTED_TASKS.div_ceil(batch * kv_heads);
     let range_keys = (high - low).div_ceil(wanted).max(RANGE_KEYS);

@@ -9,7 +9,9 @@ pub struct Mask {
     pub causal: bool,
     /// Query at position `p` sees keys at positions above `p − window` only (and below `p + window` when not causal).
     pub window: Option<usize>,
-    /// Keys that are no padding; `None`: all. Left padding is `padding..len`, right padding `0..used`.
+    /// Keys that are no padding; `None`: all. Left padding is `padding..len`, right padding `0..used`. What stands there does
+    /// not count, but it has to be numbers: a NaN or an infinity may show in rows that do not see it, as a weight of zero
+    /// times either is no number.
     pub keys: Option<Range<usize>>,
 }
 

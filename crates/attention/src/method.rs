@@ -116,7 +116,8 @@ pub struct Sequence<'a> {
 impl Attention {
     /// Writes `output` `[tokens, query_heads, value_dim]` and, where asked for, `log_sum_exp` `[tokens, query_heads]`
     /// (nats, over the keys kept; −∞ for a query that sees no key, whose output is zero). The result does not depend on
-    /// the number of threads, nor on earlier calls.
+    /// the number of threads. That of method `budgeted` does on earlier calls with the same cache, as more queries were
+    /// measured then, and so on the order of calls that share it: within the budget either way.
     ///
     /// # Panics
     /// When a slice has another length than its shape takes, `query_heads` is no multiple of `kv_heads`, or the method's

@@ -37,6 +37,11 @@ impl Places {
         self.slots[offset..][..slots.len()].copy_from_slice(slots);
     }
 
+    /// The keys from `first` on at their own positions.
+    pub fn truncate(&mut self, first: usize) {
+        self.slots.truncate(first.saturating_sub(self.first));
+    }
+
     /// Every key at its own position.
     pub fn clear(&mut self) {
         *self = Self::default();
@@ -62,6 +67,8 @@ mod tests {
         places.set(2, &[5, 4, 3, 2]);
         assert_eq!((0..7).map(|index| places.slot(index)).collect::<Vec<_>>(), [0, 1, 5, 4, 3, 2, 6]);
         assert_eq!(places.moved(), 2..6);
+        places.truncate(4);
+        assert_eq!((places.moved(), places.slot(2), places.slot(5)), (2..4, 5, 5));
         places.clear();
         assert_eq!(places.slot(3), 3);
     }

@@ -24,7 +24,8 @@ pub struct HeadReport {
     pub evaluated_keys: u64,
     /// (query, key) pairs whose own value entered the output.
     pub kept_keys: u64,
-    /// Missed mass of each row as the method estimates it.
+    /// Missed mass as the method estimates it, of the rows that left something to an estimate. The others miss nothing, or
+    /// what the rounding of the cache takes.
     pub estimated_missed_mass: MassHistogram,
     /// Missed mass of the rows that were also computed exactly, to audit the others.
     pub audited_missed_mass: MassHistogram,

@@ -387,12 +387,14 @@ fn merge(parts: &[Part], row: usize, output: &mut [f32]) -> f32 {
     if largest == f32::NEG_INFINITY {
         return largest;
     }
-    let total = largest + parts.iter().map(|part| (part.log_sum_exp[row] - largest).exp()).sum::<f32>().ln();
+    // Shares of the sum itself: those of its logarithm would not add up to one where that is a large number.
+    let weight = |part: &Part| (part.log_sum_exp[row] - largest).exp();
+    let sum: f32 = parts.iter().map(weight).sum();
     for part in parts {
-        let share = (part.log_sum_exp[row] - total).exp();
+        let share = weight(part) / sum;
         if share != 0.0 {
             output.iter_mut().zip(&part.output[range.clone()]).for_each(|(target, value)| *target += share * value);
         }
     }
-    total
+    largest + sum.ln()
 }

@@ -453,6 +453,65 @@ fn a_long_call_stops_between_chunks() {
 }
 
 #[test]
+fn a_batch_stops_between_entries_of_their_own_masks() {
+    let case = Case { ranges: Some(vec![0..64, 1..64, 2..64]), batch: 3, ..Case::new(64, 64) };
+    let arrays = case.arrays();
+    let mut output = vec![0.0; case.input(&arrays).output_len()];
+    let mut asked = 0;
+    let mut proceed = || {
+        asked += 1;
+        if asked == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let numbers = ElementsMut::F32(&mut output);
+    let (team, scratch) = (ThreadTeam::new(1), &mut ArrayScratch::default());
+    let flow = case.attention(Method::Exact).run_arrays(&case.input(&arrays), numbers, &team, scratch, &mut proceed);
+    assert!(flow.is_break() && asked == 2);
+    let entry = output.len() / 3;
+    assert!(output[entry..2 * entry].iter().any(|&value| value != 0.0), "the second entry ran");
+    assert!(output[2 * entry..].iter().all(|&value| value == 0.0), "the third did not");
+}
+
+#[test]
+fn queries_whose_window_begins_behind_the_last_key() {
+    for tokens in [1, 2, 4, 5, 40] {
+        for first_position in [18, 20, 22, 23, 24, 25, 100, 10_000] {
+            for causal in [true, false] {
+                let mask = Mask { causal, window: Some(5), keys: None };
+                let case = Case { mask, ..Case::new(tokens, 20) };
+                let arrays = case.arrays();
+                let output = case.run(&Arrays { first_position, ..case.input(&arrays) }, 2);
+                let row = case.heads.0 * case.widths.1;
+                for (token, output) in output.chunks_exact(row).enumerate().map(|(row, output)| (row % tokens, output))
+                {
+                    let sees_none = case.mask.visible(first_position + token, 20).is_empty();
+                    let what = format!("{tokens} tokens from {first_position}, token {token}");
+                    assert_eq!(output.iter().all(|&value| value == 0.0), sees_none, "{what}");
+                    assert!(output.iter().all(|value| value.is_finite()), "{what}");
+                }
+            }
+        }
+    }
+}
+
+/// The shares of ranges of keys add up to one however large the logits are.
+#[test]
+fn large_logits_over_several_ranges_of_keys() {
+    for (tokens, kept) in [(1, None), (2, None), (40, None), (40, Some(KeyValueType::F32))] {
+        let case = Case { batch: 1, heads: (2, 1), mask: Mask::default(), kept, ..Case::new(tokens, 5_000) };
+        let mut arrays = case.arrays();
+        let size = |logit: f32| (logit / 0.2 / case.widths.0 as f32).sqrt();
+        for logit in [1.0, 1e3, 1e5] {
+            arrays[0].wide.fill(size(logit));
+            arrays[1].wide.fill(size(logit));
+            arrays[2].wide.fill(1.0);
+            for value in case.run(&case.input(&arrays), 2) {
+                assert!((value - 1.0).abs() < 1e-5, "{tokens} tokens, logits of {logit}: {value}");
+            }
+        }
+    }
+}
+
+#[test]
 fn what_does_not_fit_is_named() {
     let case = Case::new(3, 5);
     let arrays = case.arrays();

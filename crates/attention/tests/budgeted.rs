@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use iceformer_attention::{
-    Attention, AttentionScratch, BudgetSettings, CacheShape, HeadReport, KeyValueCache, KeyValueType, Mask, Method,
-    Queries, ThreadTeam,
+    Attention, AttentionScratch, BudgetSettings, CacheShape, DciSettings, HeadReport, KeyValueCache, KeyValueType,
+    Mask, Method, Queries, ThreadTeam,
 };
 use iceformer_testing::random::Random;
 use iceformer_testing::synthetic::{Inputs, Kind, Shape};
@@ -202,18 +202,18 @@ fn diffuse_inputs_are_decoded_by_exact_attention() {
 #[test]
 fn decoding_keeps_the_budget() {
     let team = ThreadTeam::new(1);
-    let case = topical(shape(60, 8_300, 64, 64), Mask::causal());
+    let case = topical(shape(160, 8_300, 64, 64), Mask::causal());
     let cache = case.cache(KeyValueType::Int8, 0..8_300, &team);
     let (mut missed, mut kept, mut audited) = (Vec::new(), 0.0, 0);
-    for token in 0..60 {
+    for token in 0..160 {
         let (exact, _, _) = case.run(Method::Exact, &cache, token..token + 1, &team);
         let (output, _, report) = case.run(BUDGETED, &cache, token..token + 1, &team);
         missed.extend(case.missed(&exact, &output));
-        kept += report.kept_share() / 60.0;
+        kept += report.kept_share() / 160.0;
         audited += report.audited_missed_mass.count();
     }
     assert!(quantile(&missed, 0.99) <= f64::from(BUDGET), "{}", quantile(&missed, 0.99));
-    assert!(kept < 0.6, "{kept}");
+    assert!(kept < 0.5, "{kept}");
     // Position 8,240 + 16 is the one token in 256 that is audited.
     assert!(audited <= 4);
 }
@@ -248,6 +248,35 @@ fn queries_sharper_than_those_measured_are_exact() {
     }
 }
 
+/// One query in twenty looks for a few hundred keys, and for nothing else: they were measured, but not all of the keys
+/// that they look for.
+#[test]
+fn keys_that_stand_apart_are_not_missed_by_rare_queries() {
+    let team = ThreadTeam::new(2);
+    let (tokens, keys, width) = (2_000, 9_000, 64);
+    let mut case = topical(shape(tokens, keys, width, width), Mask::causal());
+    let direction = Random::new(4).normals(width, 1.0);
+    let length = direction.iter().map(|value| value * value).sum::<f32>().sqrt();
+    let along = |size: f32| direction.iter().map(move |value| value / length * size);
+    for key in case.inputs.keys.chunks_exact_mut(2 * width).skip(30).step_by(60) {
+        key.chunks_exact_mut(width).for_each(|key| key.iter_mut().zip(along(2.0)).for_each(|(key, more)| *key += more));
+    }
+    // As sharp as 12 nats.
+    let rare = 20;
+    for query in case.inputs.queries.chunks_exact_mut(4 * width).step_by(rare) {
+        query.chunks_exact_mut(width).for_each(|query| query.iter_mut().zip(along(48.0)).for_each(|(q, s)| *q = s));
+    }
+    let cache = case.cache(KeyValueType::F32, 0..keys, &team);
+    let (exact, _, _) = case.run(Method::Exact, &cache, 0..tokens, &team);
+    let (output, _, report) = case.run(BUDGETED, &cache, 0..tokens, &team);
+    let missed = case.missed(&exact, &output);
+    let of_rare: Vec<f64> = missed.chunks_exact(4).step_by(rare).flatten().copied().collect();
+    // Every one of them missed up to .85 where a cluster was all that was known of such a key.
+    assert!(quantile(&of_rare, 1.0) <= 4.0 * f64::from(BUDGET), "{}", quantile(&of_rare, 1.0));
+    assert!(quantile(&missed, 0.98) <= f64::from(BUDGET), "{}", quantile(&missed, 0.98));
+    assert!(report.fallback_share() < 0.5, "{}", report.fallback_share());
+}
+
 #[test]
 fn any_number_of_threads_gives_the_same_bits() {
     let case = topical(shape(200, 6_500, 64, 64), Mask::causal());
@@ -273,7 +302,7 @@ fn short_texts_and_narrow_windows_take_exact_attention() {
     assert_eq!(exact, output);
     assert_eq!((report.kept_share(), report.fallback_rows, cache.index_bytes()), (1.0, 0, 0));
 
-    let case = topical(shape(100, 7_000, 64, 64), Mask { window: Some(1_000), ..Mask::causal() });
+    let case = topical(shape(100, 7_000, 64, 64), Mask { window: Some(5_000), ..Mask::causal() });
     let cache = case.cache(KeyValueType::Int8, 0..7_000, &team);
     let (exact, _, _) = case.run(Method::Exact, &cache, 0..100, &team);
     let (output, _, report) = case.run(BUDGETED, &cache, 0..100, &team);
@@ -286,21 +315,86 @@ fn clusters_follow_truncation_and_appending() {
     let team = ThreadTeam::new(2);
     let case = topical(shape(200, 7_000, 64, 64), Mask::causal());
     for kind in KeyValueType::ALL {
-        let expected = case.run(BUDGETED, &case.cache(kind, 0..7_000, &team), 0..200, &team);
+        let fresh = case.cache(kind, 0..7_000, &team);
+        let (exact, _, _) = case.run(Method::Exact, &fresh, 0..200, &team);
         let mut cache = case.cache(kind, 0..7_000, &team);
         case.run(BUDGETED, &cache, 0..200, &team);
         let bytes = cache.index_bytes();
         cache.truncate(5_000);
-        assert!(cache.index_bytes() < bytes);
+        let left = cache.index_bytes();
+        assert!(left > bytes / 3 && left < bytes, "{left} of {bytes}: the regions of the first 4,160 keys");
         // Other keys for a while, clustered, then dropped again.
         case.append(&mut cache, 0..1_500, &team);
         case.run(BUDGETED, &cache, 0..1, &team);
         cache.truncate(5_000);
         case.append(&mut cache, 5_000..6_990, &team);
         case.append(&mut cache, 6_990..7_000, &team);
-        let again = case.run(BUDGETED, &cache, 0..200, &team);
-        assert!(expected.0 == again.0 && expected.1 == again.1, "{}", kind.name());
+        assert!(read_all(&fresh) == read_all(&cache), "{}", kind.name());
+        let (output, _, report) = case.run(BUDGETED, &cache, 0..200, &team);
+        let missed = quantile(&case.missed(&exact, &output), 0.99);
+        assert!(missed <= 1.2 * f64::from(BUDGET), "{}: {missed}", kind.name());
+        assert!(report.kept_share() < 0.8, "{}: kept {}", kind.name(), report.kept_share());
     }
+}
+
+#[test]
+fn a_token_taken_back_costs_the_last_region_only() {
+    let team = ThreadTeam::new(1);
+    // The last region ends with the last key.
+    let keys = 64 + 9 * 1024;
+    let case = topical(shape(400, keys, 32, 32), Mask::causal());
+    let mut cache = case.cache(KeyValueType::Int8, 0..keys, &team);
+    case.run(BUDGETED, &cache, 0..400, &team);
+    case.run_at(keys - 1, &case.mask, BUDGETED, &cache, 0..1, &team);
+    cache.compact(&team);
+    cache.truncate(keys - 1);
+    assert!(cache.index_bytes() > 0);
+    case.append(&mut cache, keys - 1..keys, &team);
+    let (exact, _, _) = case.run_at(keys - 1, &case.mask, Method::Exact, &cache, 0..1, &team);
+    let (output, _, report) = case.run_at(keys - 1, &case.mask, BUDGETED, &cache, 0..1, &team);
+    assert!(report.kept_share() < 0.6, "{}", report.kept_share());
+    assert!(quantile(&case.missed(&exact, &output), 1.0) <= f64::from(BUDGET));
+}
+
+#[test]
+fn queries_amid_the_keys_use_clusters_without_a_causal_mask() {
+    let team = ThreadTeam::new(2);
+    let keys = 20_000;
+    let case = topical(shape(300, keys, 32, 32), Mask::default());
+    let cache = case.cache(KeyValueType::Int8, 0..keys, &team);
+    for first in [0, 9_000, keys - 300] {
+        let (exact, _, _) = case.run_at(first, &case.mask, Method::Exact, &cache, 0..300, &team);
+        let (output, _, report) = case.run_at(first, &case.mask, BUDGETED, &cache, 0..300, &team);
+        let missed = quantile(&case.missed(&exact, &output), 0.99);
+        assert!(missed <= f64::from(BUDGET), "from {first}: missed {missed}");
+        assert!(report.kept_share() < 0.4, "from {first}: kept {}", report.kept_share());
+    }
+}
+
+#[test]
+fn regions_stay_small_beside_a_window() {
+    let team = ThreadTeam::new(2);
+    let keys = 20_000;
+    let case = topical(shape(keys, keys, 32, 32), Mask { window: Some(8_192), ..Mask::causal() });
+    let mut cache = case.cache(KeyValueType::Int8, 0..0, &team);
+    let mut kept = 0.0;
+    for first in (0..keys).step_by(2_000) {
+        case.append(&mut cache, first..first + 2_000, &team);
+        let (_, _, report) = case.run_at(first, &case.mask, BUDGETED, &cache, first..first + 2_000, &team);
+        kept = report.kept_share();
+    }
+    assert!(kept < 0.55, "the last 2,000 queries kept {kept}");
+}
+
+/// A row that falls back had clusters to make use of, in any task and whatever else the cache holds.
+#[test]
+fn queries_before_all_clusters_do_not_fall_back() {
+    let team = ThreadTeam::new(1);
+    let case = topical(shape(1_000, 7_000, 32, 32), Mask::causal());
+    let cache = case.cache(KeyValueType::Int8, 0..7_000, &team);
+    case.run(BUDGETED, &cache, 0..1_000, &team);
+    let (_, _, report) = case.run_at(0, &case.mask, BUDGETED, &cache, 0..1_000, &team);
+    assert_eq!((report.rows, report.fallback_rows), (4_000, 0));
 }
 
 /// Largest difference between outputs or log-sum-exps.
@@ -368,10 +462,13 @@ fn keys_sorted_into_their_clusters_are_held_once_and_are_the_same() {
         case.run_at(12_701, &case.mask, BUDGETED, &cache, 0..300, &team);
         cache.compact(&team);
         cache.truncate(6_500);
-        assert!(cache.index_bytes() == 0 && read_all(&plain)[..read_all(&cache).len()] == read_all(&cache), "{what}");
+        assert!(read_all(&plain)[..read_all(&cache).len()] == read_all(&cache), "{what}");
         case.append(&mut cache, 6_500..9_001, &team);
-        let again = case.run(BUDGETED, &cache, 0..300, &team);
-        assert!(before.0 == again.0 && before.1 == again.1, "{what}");
+        assert!(read_all(&plain) == read_all(&cache), "{what}");
+        let (exact, _, _) = case.run(Method::Exact, &plain, 0..300, &team);
+        let (output, _, _) = case.run(BUDGETED, &cache, 0..300, &team);
+        let missed = quantile(&case.missed(&exact, &output), 0.99);
+        assert!(missed <= f64::from(BUDGET), "{what}: {missed}");
     }
 }
 
@@ -379,7 +476,7 @@ fn keys_sorted_into_their_clusters_are_held_once_and_are_the_same() {
 fn windows_and_padding_keep_keys_in_order() {
     let team = ThreadTeam::new(2);
     let masks = [
-        Mask { window: Some(5_000), ..Mask::causal() },
+        Mask { window: Some(6_000), ..Mask::causal() },
         Mask { keys: Some(700..9_000), ..Mask::causal() },
         Mask { keys: Some(700..9_000), ..Mask::default() },
     ];
@@ -470,4 +567,38 @@ fn keys_that_only_their_logit_tells_apart_are_not_missed() {
     let (output, _, _) = case.run(BUDGETED, &cache, 0..400, &team);
     let missed = case.missed(&exact, &output);
     assert!(quantile(&missed, 0.99) <= f64::from(BUDGET), "missed {}", quantile(&missed, 0.99));
+}
+
+/// Tasks of one caller's team call attention themselves, while another thread does with the same team and cache: neither
+/// waits for what the other holds.
+#[test]
+fn calls_from_within_tasks_and_beside_them_share_a_cache() {
+    let case = topical(shape(300, 6_000, 16, 16), Mask::causal());
+    for method in [BUDGETED, Method::Dci(DciSettings::default())] {
+        let team = ThreadTeam::new(3);
+        let cache = case.cache(KeyValueType::Int8, 0..6_000, &team);
+        let (done, wait) = std::sync::mpsc::channel();
+        let method = &method;
+        std::thread::scope(|scope| {
+            let (team, cache, case) = (&team, &cache, &case);
+            let within = done.clone();
+            scope.spawn(move || {
+                for _ in 0..10 {
+                    team.run(4, |task, _| drop(case.run(*method, cache, task * 20..task * 20 + 20, team)));
+                }
+                within.send(()).unwrap();
+            });
+            scope.spawn(move || {
+                (0..10).for_each(|_| drop(case.run(*method, cache, 0..100, team)));
+                done.send(()).unwrap();
+            });
+            for _ in 0..2 {
+                // A hang would end with the test's own limit of time, and say nothing.
+                if wait.recv_timeout(std::time::Duration::from_secs(60)).is_err() {
+                    eprintln!("two calls wait for each other");
+                    std::process::abort();
+                }
+            }
+        });
+    }
 }

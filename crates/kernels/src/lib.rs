@@ -27,4 +27,4 @@ pub use aligned::AlignedBuffer;
 pub use half;
 pub use instruction_set::InstructionSet;
 pub use rounding::{brain_bits, nearest_integer};
-pub use thread_team::ThreadTeam;
+pub use thread_team::{ThreadTeam, Turn};

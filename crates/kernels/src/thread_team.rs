@@ -10,7 +10,7 @@ mod gate;
 mod tests;
 
 use std::any::Any;
-use std::cell::{Cell, UnsafeCell};
+use std::cell::{Cell, RefCell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -55,6 +55,23 @@ pub struct ThreadTeam {
 thread_local! {
     /// Whether this thread runs a task of some team: a job started from within runs on this thread alone.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
+    /// The teams whose turns this thread has taken.
+    static TURNS: RefCell<Vec<*const ThreadTeam>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The turn of one thread with a team; see [`ThreadTeam::take_turn`].
+#[must_use = "the turn ends when this is dropped"]
+pub struct Turn<'a> {
+    /// Nothing where there was nothing to take.
+    taken: Option<(&'a ThreadTeam, MutexGuard<'a, ()>)>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if let Some((team, _)) = self.taken {
+            TURNS.with_borrow_mut(|turns| turns.retain(|taken| !std::ptr::eq(*taken, team)));
+        }
+    }
 }
 
 impl ThreadTeam {
@@ -98,11 +115,11 @@ impl ThreadTeam {
     /// Carries the first panic of a task to the caller, after all threads have left the job; tasks not yet begun are
     /// dropped. The team stays usable.
     pub fn run(&self, tasks: usize, body: impl Fn(usize, usize) + Sync) {
-        if tasks <= 1 || self.workers.is_empty() || INSIDE.get() || self.is_forked() {
+        if tasks <= 1 || self.runs_alone() {
             (0..tasks).for_each(|task| body(task, 0));
             return;
         }
-        let _turn = lock(&self.turn);
+        let _turn = self.take_turn();
         let shared = &*self.shared;
         let body: &Body<'_> = &body;
         // SAFETY: only the lifetime changes. Workers use `body` inside the gate only, and `close` below returns when
@@ -119,6 +136,23 @@ impl ThreadTeam {
         if let Some(panic) = panic {
             resume_unwind(panic);
         }
+    }
+
+    /// Takes the calling thread's turn for all calls until the result is dropped: other threads wait. Who locks something
+    /// that tasks of others may lock as well takes the turn first. Else two threads could wait for each other: one that
+    /// holds the lock for its turn, and one whose tasks want the lock.
+    pub fn take_turn(&self) -> Turn<'_> {
+        if self.runs_alone() || TURNS.with_borrow(|turns| turns.contains(&std::ptr::from_ref(self))) {
+            return Turn { taken: None };
+        }
+        let turn = lock(&self.turn);
+        TURNS.with_borrow_mut(|turns| turns.push(self));
+        Turn { taken: Some((self, turn)) }
+    }
+
+    /// Whether what this thread asks for runs on no other, so that it needs no turn.
+    fn runs_alone(&self) -> bool {
+        self.workers.is_empty() || INSIDE.get() || self.is_forked()
     }
 
     fn is_forked(&self) -> bool {

@@ -22,6 +22,8 @@ pub(super) const REGION_KEYS: usize = 1024;
 const REGION_UNITS: [usize; 7] = [256, 128, 64, 32, 16, 4, 1];
 /// The largest that a call of few queries makes: a decode step must not wait for more to be sorted.
 const MOST_UNITS_OF_FEW: usize = 4;
+/// The same in keys.
+pub(super) const LARGEST_OF_FEW: usize = MOST_UNITS_OF_FEW * REGION_KEYS;
 /// Keys at the start that are in no region: attention sinks are unlike all others and would spoil a cluster.
 pub(super) const FIRST_KEYS: usize = 64;
 /// Regions that a head is tried on.
@@ -108,15 +110,19 @@ struct Summaries {
     means: AlignedBuffer<u16>,
     /// `[panels][key_dim / 2][16][2]`
     variances: AlignedBuffer<u16>,
+    /// `[panels][key_dim / 2][16][2]`
+    farthest: AlignedBuffer<u16>,
     /// `[clusters / 2][value_dim][2]`
     values: AlignedBuffer<u16>,
 }
 
-/// Mean key, channel variances and mean value of one cluster.
+/// Mean key, channel variances, farthest key (less the mean) and mean value of one cluster.
 #[derive(Default)]
 struct Moments {
     mean: Vec<f32>,
     variance: Vec<f32>,
+    farthest: Vec<f32>,
+    deviation: Vec<f32>,
     value: Vec<f32>,
 }
 
@@ -196,18 +202,24 @@ impl ClusterIndex {
         }
     }
 
-    /// Forgets head `head`, with all that was measured, if it has regions that hold keys from `len` on: what is left of them
-    /// would not be what a cache of `len` keys has. Returns whether it did.
-    pub fn truncate(&mut self, head: usize, len: usize) -> bool {
-        let Some(head) = self.heads.get_mut(head) else { return false };
-        let reaches_beyond = head.regions.last().is_some_and(|region| region.keys().end > len);
-        if reaches_beyond {
+    /// Forgets the regions of head `head` that hold keys from `len` on. Returns the first key of the first of them.
+    pub fn truncate(&mut self, head: usize, len: usize) -> Option<usize> {
+        let head = self.heads.get_mut(head)?;
+        let kept = head.regions.iter().take_while(|region| region.keys().end <= len).count();
+        let first = head.regions.get(kept)?.keys().start;
+        head.regions.truncate(kept);
+        let units = head.keys() / REGION_KEYS;
+        head.settled = Settled { small: head.settled.small.min(units), large: head.settled.large.min(units) };
+        // What was measured on a little more holds for what is left.
+        head.calibrated.1 = head.calibrated.1.min(head.keys());
+        if head.regions.is_empty() {
             *head = HeadClusters::default();
         }
+        self.passed = self.passed.min(first);
         if self.is_empty() {
             (self.passed, self.has_edges) = (0, false);
         }
-        reaches_beyond
+        Some(first)
     }
 
     /// Bytes held.
@@ -287,9 +299,11 @@ impl HeadClusters {
         self.calibrations.is_empty() || self.calibrations.iter().any(|calibration| !calibration.is_hopeless())
     }
 
-    /// Whether queries should be measured, because too few were, or the keys have become many more or fewer.
-    pub fn wants_calibration(&self, budget: f32) -> bool {
-        let unmeasured = |calibration: &Calibration| calibration.samples < SAMPLES && !calibration.is_hopeless();
+    /// Whether queries should be measured, because too few were, or the keys have become many more or fewer. Where they
+    /// `resemble` those that were just measured, the least number is enough.
+    pub fn wants_calibration(&self, budget: f32, resemble: bool) -> bool {
+        let enough = if resemble { LEAST_SAMPLES } else { SAMPLES };
+        let unmeasured = |calibration: &Calibration| calibration.samples < enough && !calibration.is_hopeless();
         !self.regions.is_empty() && (self.is_stale(budget) || self.calibrations.iter().any(unmeasured))
     }
 
@@ -364,6 +378,10 @@ impl Region {
             }
             region.summaries.set(cluster, &moments, shape);
         }
+        if len > LARGEST_OF_FEW {
+            // Seldom as large again, and more than all else a thread keeps.
+            *scratch = IndexScratch::default();
+        }
         region
     }
 
@@ -377,8 +395,8 @@ impl Region {
     }
 
     pub fn summaries(&self) -> ClusterSummaries<'_> {
-        let Summaries { means, variances, values } = &self.summaries;
-        ClusterSummaries { means, variances, values }
+        let Summaries { means, variances, farthest, values } = &self.summaries;
+        ClusterSummaries { keys: CLUSTER_KEYS, means, variances, farthest, values }
     }
 
     /// The keys and values of `clusters`, of one segment, of the region of head `head` of `cache`.
@@ -425,7 +443,7 @@ impl SortedKeys {
 }
 
 impl Moments {
-    /// Takes the mean and the variances of the rows `members` of `keys` `[keys][width]`.
+    /// Takes the mean, the variances and the farthest of the rows `members` of `keys` `[keys][width]`.
     fn of_keys(&mut self, members: &[u32], keys: &[f32], width: usize) {
         let share = 1.0 / members.len() as f32;
         let key = |member: &u32| &keys[*member as usize * width..][..width];
@@ -434,9 +452,19 @@ impl Moments {
         self.variance.clear();
         self.variance.resize(width, 0.0);
         members.iter().for_each(|member| add_scaled(&mut self.mean, share, key(member)));
+        self.farthest.clear();
+        self.farthest.resize(width, 0.0);
+        let mut most = 0.0;
         for member in members {
-            for ((variance, mean), value) in self.variance.iter_mut().zip(&self.mean).zip(key(member)) {
-                *variance += share * (value - mean) * (value - mean);
+            self.deviation.clear();
+            self.deviation.extend(key(member).iter().zip(&self.mean).map(|(value, mean)| value - mean));
+            for (variance, deviation) in self.variance.iter_mut().zip(&self.deviation) {
+                *variance += share * deviation * deviation;
+            }
+            let distance = squared_norm(&self.deviation);
+            if distance > most {
+                most = distance;
+                std::mem::swap(&mut self.farthest, &mut self.deviation);
             }
         }
     }
@@ -462,6 +490,7 @@ impl Summaries {
         Self {
             means: AlignedBuffer::zeroed(clusters * shape.padded_key_dim()),
             variances: AlignedBuffer::zeroed(clusters * shape.padded_key_dim()),
+            farthest: AlignedBuffer::zeroed(clusters * shape.padded_key_dim()),
             values: AlignedBuffer::zeroed(clusters * shape.padded_value_dim()),
         }
     }
@@ -473,6 +502,7 @@ impl Summaries {
             let place = panel + 2 * (channel / 2 * PANEL_CLUSTERS + lane) + channel % 2;
             self.means[place] = bf16::from_f32(moments.mean[channel]).to_bits();
             self.variances[place] = bf16::from_f32(moments.variance[channel]).to_bits();
+            self.farthest[place] = bf16::from_f32(moments.farthest[channel]).to_bits();
         }
         let pair = &mut self.values[cluster / 2 * 2 * shape.padded_value_dim()..];
         let target = pair.iter_mut().skip(cluster % 2).step_by(2);
@@ -480,7 +510,7 @@ impl Summaries {
     }
 
     fn bytes(&self) -> usize {
-        self.means.bytes() + self.variances.bytes() + self.values.bytes()
+        self.means.bytes() + self.variances.bytes() + self.farthest.bytes() + self.values.bytes()
     }
 }
 

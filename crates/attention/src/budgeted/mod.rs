@@ -23,6 +23,8 @@ mod tile;
 
 use std::sync::{Mutex, PoisonError, RwLockWriteGuard};
 
+use iceformer_kernels::attention::MICRO_ROWS;
+
 pub(crate) use calibration::share_of_allowed;
 pub(crate) use index::{ClusterIndex, SortedKeys};
 pub use settings::{BudgetError, BudgetSettings};
@@ -34,7 +36,7 @@ use crate::strided::FromF32;
 use crate::tiles::{Call, Plan};
 use crate::{HeadReport, Mask, Report, ThreadTeam};
 use calibration::{Calibration, CalibrationScratch};
-use index::{IndexScratch, REGION_KEYS};
+use index::IndexScratch;
 use tile::{Budgeted, NEAR_KEYS, TileScratch};
 
 /// Keys from which clusters are made: below, they save a tenth at best, and cost a twentieth where they are tried in vain.
@@ -44,6 +46,10 @@ const LEAST_KEYS: usize = 5 * 1024;
 const MANY_TOKENS: usize = 256;
 /// Positions between two changes of the regions: a long call is cut there.
 const STEP_TOKENS: usize = 4096;
+/// Decoded tokens from one that is measured to the next, once the least number was.
+const DECODED_BETWEEN: usize = 8;
+/// A window has at least so many regions.
+const REGIONS_OF_WINDOW: usize = 8;
 
 /// Buffers reused from call to call.
 #[derive(Default)]
@@ -60,8 +66,7 @@ pub(crate) struct BudgetScratch {
 
 /// Whether there are keys enough for clusters, within the window where there is one; else every key is computed.
 pub(crate) fn makes_clusters(mask: &Mask, keys: usize) -> bool {
-    // A window that no whole region fits into has no use for clusters.
-    keys >= LEAST_KEYS && mask.window.is_none_or(|window| window >= REGION_KEYS + NEAR_KEYS)
+    keys.min(mask.window.unwrap_or(keys)) >= LEAST_KEYS
 }
 
 /// Runs `call` within a budget. Shapes and settings were checked by the caller.
@@ -101,6 +106,7 @@ fn run_step<T: FromF32>(
 ) -> Report {
     let cache = call.cache;
     scratch.budgeted.index.resize_with(team.threads(), Mutex::default);
+    let _turn = team.take_turn();
     let mut guard = cache.clusters().write().unwrap_or_else(PoisonError::into_inner);
     // The keys that some query sees, and those of them that all queries to come will see from afar.
     let first = call.first_position;
@@ -108,20 +114,25 @@ fn run_step<T: FromF32>(
         true => (cache.len().min(first + call.tokens()), first.saturating_sub(NEAR_KEYS)),
         false => (cache.len(), cache.len()),
     };
-    let many = call.tokens() >= MANY_TOKENS;
+    // A region that a window sees in part is computed: there they stay small beside it.
+    let window = call.attention.mask.window.unwrap_or(usize::MAX);
+    let settled = if window >= REGIONS_OF_WINDOW * index::LARGEST_OF_FEW { settled } else { 0 };
+    let many = call.tokens() >= MANY_TOKENS && call.attention.mask.window.is_none();
     let passed = if call.attention.mask.causal { len.saturating_sub(NEAR_KEYS) } else { len };
     let mask = &call.attention.mask;
     let is_padded = mask.keys.as_ref().is_some_and(|keys| keys.start > 0 || keys.end < len);
     guard.note_call(passed, mask.window.is_some() || is_padded);
+    // What is decoded goes on with one matter for a while: tokens some way apart tell more.
+    let resemble = call.tokens() < MICRO_ROWS && !first.is_multiple_of(DECODED_BETWEEN);
     // The second round adds what the first has shown to pay.
     for _ in 0..2 {
         guard.extend(cache, len, settled, many, team, &scratch.budgeted.index);
         // Nearly every decode step: nothing to measure, and so nothing to add either.
-        if !guard.heads_mut().iter().any(|head| head.wants_calibration(settings.budget)) {
+        if !guard.heads_mut().iter().any(|head| head.wants_calibration(settings.budget, resemble)) {
             break;
         }
         let budgeted = Budgeted { call: *call, settings: *settings, index: &guard };
-        let measured = calibrate(&budgeted, team, &mut scratch.budgeted);
+        let measured = calibrate(&budgeted, resemble, team, &mut scratch.budgeted);
         for (head, measured) in guard.heads_mut().iter_mut().zip(measured) {
             if let Some(measured) = measured {
                 head.take(settings.budget, measured);
@@ -136,8 +147,10 @@ fn run_step<T: FromF32>(
     let mut tasks = (0..plan.tasks()).map(|task| plan.task(task, cache.len()));
     if tasks.all(|task| budgeted.is_exact(&task)) {
         let mut report = exact::run(call, output, team, scratch);
-        if !index.is_empty() {
-            report.heads.iter_mut().for_each(|head| head.fallback_rows = head.rows);
+        for task in (0..plan.tasks()).map(|task| plan.task(task, cache.len())) {
+            let fell_back = budgeted.rows_fallen_back(&task);
+            let heads = &mut report.heads[task.kv_head * call.group()..][..call.group()];
+            heads.iter_mut().for_each(|head| head.fallback_rows += fell_back);
         }
         return report;
     }
@@ -163,11 +176,16 @@ fn run_step<T: FromF32>(
 }
 
 /// Measures the query heads of every key/value head that wants it.
-fn calibrate(budgeted: &Budgeted<'_>, team: &ThreadTeam, scratch: &mut BudgetScratch) -> Vec<Option<Vec<Calibration>>> {
+fn calibrate(
+    budgeted: &Budgeted<'_>,
+    resemble: bool,
+    team: &ThreadTeam,
+    scratch: &mut BudgetScratch,
+) -> Vec<Option<Vec<Calibration>>> {
     scratch.calibration.resize_with(team.threads(), Mutex::default);
     let mut measured = vec![None; budgeted.call.cache.shape().kv_heads];
     team.run_chunks(&mut measured, 1, |kv_head, measured, worker| {
-        if budgeted.index.head(kv_head).wants_calibration(budgeted.settings.budget) {
+        if budgeted.index.head(kv_head).wants_calibration(budgeted.settings.budget, resemble) {
             let mut scratch = scratch.calibration[worker].lock().unwrap_or_else(PoisonError::into_inner);
             measured[0] = Some(calibration::calibrate(budgeted, kv_head, &mut scratch));
         }

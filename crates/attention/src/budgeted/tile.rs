@@ -14,7 +14,8 @@ use super::settings::BudgetSettings;
 use crate::HeadReport;
 use crate::tiles::{self, Call, HeadKeys, Task};
 
-/// Keys before (and, without a causal mask, behind) the queries of a tile that are always exact.
+/// Keys before the queries of a causal tile that are always exact. Without a causal mask every key is in a cluster that
+/// every query sees, and those near a query are as good a guess as any.
 pub(super) const NEAR_KEYS: usize = 256;
 /// Above this share of clusters to compute, exact attention over the keys in their own order is faster.
 pub(super) const FALLBACK_SHARE: f32 = 0.5;
@@ -78,7 +79,7 @@ pub(super) struct Work<'a> {
 }
 
 impl<'a> Budgeted<'a> {
-    /// Regions of which every key is seen by every query of `task`, and none is near one.
+    /// Regions of which every key is seen by every query of `task`, and none is near one before it.
     pub fn far_regions(&self, task: &Task) -> Vec<usize> {
         let Call { attention, first_position, .. } = self.call;
         let seen = task.tokens.clone().map(|token| self.call.seen(token));
@@ -87,13 +88,17 @@ impl<'a> Budgeted<'a> {
             return Vec::new();
         };
         let first_near = (first_position + task.tokens.start + 1).saturating_sub(NEAR_KEYS);
-        let last_near = first_position + task.tokens.end + NEAR_KEYS;
         let is_far = |keys: Range<usize>| {
-            let is_behind = !attention.mask.causal && keys.start >= last_near;
-            keys.start >= start && keys.end <= end && (keys.end <= first_near || is_behind)
+            keys.start >= start && keys.end <= end && (keys.end <= first_near || !attention.mask.causal)
         };
         let regions = self.index.head(task.kv_head).regions.iter().enumerate();
         regions.filter(|(_, region)| is_far(region.keys())).map(|(number, _)| number).collect()
+    }
+
+    /// Rows of each head of `task` that have clusters and make no use of them, counted with the first range of keys.
+    pub fn rows_fallen_back(&self, task: &Task) -> u64 {
+        let is_first = task.keys.start == 0;
+        if is_first && !self.far_regions(task).is_empty() { task.tokens.len() as u64 } else { 0 }
     }
 
     /// Whether `task` has no cluster to make use of.

@@ -128,6 +128,7 @@ pub(crate) fn run<T: FromF32>(
     scratch.searches.resize_with(team.threads(), Mutex::default);
     scratch.rows.resize_with(team.threads(), Mutex::default);
 
+    let _turn = team.take_turn();
     let needs_index = |seen: Range<usize>| seen.len() > settings.whole_range || seen.end <= settings.whole_range;
     let needs_index = cache.keys_are_final() && (0..tokens).any(|token| needs_index(call.seen(token)));
     let guard = needs_index.then(|| {

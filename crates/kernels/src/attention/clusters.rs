@@ -3,6 +3,11 @@
 //! For a query `q` (times the factor on the logits) and the `n` keys of a cluster with mean `c` and channel variances
 //! `s`, the mass `Σ exp(q · k)` is about `n · exp(q · c + ½ Σ qᵢ² sᵢ)`: the mean of a lognormal distribution whose
 //! variance takes the channels as uncorrelated.
+//!
+//! Two moments do not see a key that stands apart from the rest in a direction of its own: spread over all channels, it
+//! adds next to nothing to the variance of each, and a query that looks for it and no other would find its cluster of no
+//! account. So the key that is farthest from the mean is known as it is, and where its mass is more than that of all
+//! others together, it counts.
 
 use super::MICRO_ROWS;
 #[cfg(target_arch = "x86_64")]
@@ -19,14 +24,20 @@ pub const PANEL_CLUSTERS: usize = 16;
 pub(super) const MOST_HALF_VARIANCE: f32 = 6.0;
 /// Nats beyond it, at most, by which the mass may be larger than estimated where errors are told.
 pub(super) const MOST_EXCESS: f32 = 6.0;
+/// Up to so many rows two vectors of clusters are estimated at a time.
+pub(super) const MOST_ROWS_OF_PAIRS: usize = 4;
 
 /// Summaries of whole panels of clusters, as brain floats, in the layouts of a page of bf16 keys and values.
 #[derive(Clone, Copy)]
 pub struct ClusterSummaries<'a> {
+    /// Keys of each cluster.
+    pub keys: usize,
     /// Mean key of each cluster. `[panels][key_dim / 2][16][2]`
     pub means: &'a [u16],
     /// Variance of the keys of each cluster, channel by channel. `[panels][key_dim / 2][16][2]`
     pub variances: &'a [u16],
+    /// The key of each cluster that is farthest from the mean, less the mean. `[panels][key_dim / 2][16][2]`
+    pub farthest: &'a [u16],
     /// Mean value of each cluster. `[panels · 8][value_dim][2]`
     pub values: &'a [u16],
 }
@@ -82,7 +93,8 @@ impl ClusterQueries {
     /// Writes for every row and cluster the logarithm of the estimated mass of a key (that of the cluster, less the
     /// logarithm of its number of keys) and its uncertainty, to column `first` and on of matrices with
     /// rows of `stride`. The uncertainty is half the variance of the logits, as far as the mass believes it; beyond, it
-    /// grows as the square of the mass that is not believed. A dot product does not depend on the other rows, to the last bit.
+    /// grows as the square of the mass that is not believed. Where the farthest key is a large part of the mass, or all of
+    /// it, so is its value of the error, and the uncertainty half the number of keys times the square of that part. A dot product does not depend on the other rows, to the last bit.
     ///
     /// # Panics
     /// When the summaries are no whole panels of this width, or the matrices are too small.
@@ -109,8 +121,13 @@ impl ClusterQueries {
         let panel = PANEL_CLUSTERS * self.key_dim;
         assert!(summaries.means.len().is_multiple_of(panel), "means are whole panels");
         assert_eq!(summaries.means.len(), summaries.variances.len(), "as many variances as means");
+        assert_eq!(summaries.means.len(), summaries.farthest.len(), "as many farthest keys as means");
         let clusters = summaries.means.len() / self.key_dim;
-        assert!(first + clusters <= stride && log_masses.len() >= self.rows * stride, "the clusters fit the matrix");
+        if self.rows == 0 {
+            return;
+        }
+        let fits = self.rows.checked_mul(stride).is_some_and(|places| log_masses.len() >= places);
+        assert!(first + clusters <= stride && fits, "the clusters fit the matrix");
         assert_eq!(log_masses.len(), uncertainties.len(), "both matrices are of one size");
         assert!(level <= InstructionSet::detected(), "this machine has no {}", level.name());
         #[cfg(target_arch = "x86_64")]
@@ -121,6 +138,8 @@ impl ClusterQueries {
                 key_dim: self.key_dim,
                 means: summaries.means.as_ptr(),
                 variances: summaries.variances.as_ptr(),
+                farthest: summaries.farthest.as_ptr(),
+                keys: summaries.keys as f32,
                 panels: clusters / PANEL_CLUSTERS,
                 log_masses: log_masses[first..].as_mut_ptr(),
                 uncertainties: uncertainties[first..].as_mut_ptr(),
@@ -172,8 +191,9 @@ impl Estimate<'_> {
     fn rows<S: Simd, const ROWS: usize>(&mut self, simd: S) {
         let mut cluster = 0;
         while cluster < self.clusters {
-            // Two vectors of sums for means and variances of six rows fill 24 of the 32 registers of AVX-512.
-            if S::LANES == PANEL_CLUSTERS && self.clusters - cluster >= 2 * PANEL_CLUSTERS {
+            // Twice three vectors of sums of up to four rows fill 24 of the 32 registers of AVX-512.
+            if ROWS <= MOST_ROWS_OF_PAIRS && S::LANES == PANEL_CLUSTERS && self.clusters - cluster >= 2 * PANEL_CLUSTERS
+            {
                 self.vectors::<S, ROWS, 2>(simd, cluster);
                 cluster += 2 * S::LANES;
             } else {
@@ -191,35 +211,45 @@ impl Estimate<'_> {
         let width = self.queries.key_dim;
         let means = self.summaries.means.as_chunks::<{ 2 * PANEL_CLUSTERS }>().0;
         let variances = self.summaries.variances.as_chunks::<{ 2 * PANEL_CLUSTERS }>().0;
+        let farthest = self.summaries.farthest.as_chunks::<{ 2 * PANEL_CLUSTERS }>().0;
         let mut queries = [&self.queries.queries[..0]; ROWS];
         let mut half_squares = [&self.queries.half_squares[..0]; ROWS];
         for row in 0..ROWS {
             queries[row] = &self.queries.queries[row * width..][..width];
             half_squares[row] = &self.queries.half_squares[row * width..][..width];
         }
-        let mut panels = [(&means[..0], &variances[..0], 0); VECTORS];
+        let mut panels = [([&means[..0]; 3], 0); VECTORS];
         for (vector, panel) in panels.iter_mut().enumerate() {
             let place = cluster + vector * S::LANES;
             let steps = place / PANEL_CLUSTERS * width / 2;
-            *panel = (&means[steps..][..width / 2], &variances[steps..][..width / 2], 2 * (place % PANEL_CLUSTERS));
+            let of_panel = [means, variances, farthest].map(|summary| &summary[steps..][..width / 2]);
+            *panel = (of_panel, 2 * (place % PANEL_CLUSTERS));
         }
         let mut logits = [[simd.splat(0.0); VECTORS]; ROWS];
         let mut halves = [[simd.splat(0.0); VECTORS]; ROWS];
+        let mut lone = [[simd.splat(0.0); VECTORS]; ROWS];
         for step in 0..width / 2 {
             for vector in 0..VECTORS {
-                let (means, variances, lane) = panels[vector];
+                let ([means, variances, farthest], lane) = panels[vector];
                 let means = simd.load_brain_pairs(&means[step][lane..]);
                 let variances = simd.load_brain_pairs(&variances[step][lane..]);
+                let farthest = simd.load_brain_pairs(&farthest[step][lane..]);
                 for row in 0..ROWS {
                     let (logit, half) = (&mut logits[row][vector], &mut halves[row][vector]);
+                    let lone = &mut lone[row][vector];
                     let (query, half_square) = (&queries[row][2 * step..], &half_squares[row][2 * step..]);
-                    *logit = simd.mul_add(simd.splat(query[0]), means.0, *logit);
-                    *logit = simd.mul_add(simd.splat(query[1]), means.1, *logit);
+                    let (even, odd) = (simd.splat(query[0]), simd.splat(query[1]));
+                    *logit = simd.mul_add(even, means.0, *logit);
+                    *logit = simd.mul_add(odd, means.1, *logit);
                     *half = simd.mul_add(simd.splat(half_square[0]), variances.0, *half);
                     *half = simd.mul_add(simd.splat(half_square[1]), variances.1, *half);
+                    *lone = simd.mul_add(even, farthest.0, *lone);
+                    *lone = simd.mul_add(odd, farthest.1, *lone);
                 }
             }
         }
+        let keys = self.summaries.keys as f32;
+        let (log_keys, half_keys) = (simd.splat(keys.ln()), simd.splat(0.5 * keys));
         for row in 0..ROWS {
             for vector in 0..VECTORS {
                 let place = row * self.stride + self.first + cluster + vector * S::LANES;
@@ -227,6 +257,11 @@ impl Estimate<'_> {
                 let half = simd.min(simd.splat(MOST_HALF_VARIANCE), halves[row][vector]);
                 let excess = simd.min(simd.splat(MOST_EXCESS), simd.sub(halves[row][vector], half));
                 let uncertainty = simd.mul(half, exp(simd, simd.add(excess, excess)));
+                // Its mass beside that of all keys.
+                let lone = simd.sub(lone[row][vector], log_keys);
+                let part = simd.min(simd.splat(0.0), simd.sub(lone, half));
+                let uncertainty = simd.max(uncertainty, simd.mul(half_keys, exp(simd, simd.add(part, part))));
+                let half = simd.max(half, lone);
                 simd.store(uncertainty, &mut self.uncertainties[place..]);
                 simd.store(simd.add(logits[row][vector], half), &mut self.log_masses[place..]);
             }
@@ -373,6 +408,7 @@ mod tests {
 
     #[test]
     fn estimates_of_every_shape() {
+        let mut seen_lone = [false; 2];
         for level in levels() {
             for (rows, width, panels) in [(1, 64, 1), (2, 4, 2), (3, 128, 3), (4, 20, 2), (5, 64, 4), (6, 36, 3)] {
                 // With long queries the variance of the logits passes what is believed.
@@ -383,6 +419,11 @@ mod tests {
                 let squares: Vec<f32> =
                     random.normals(clusters * width, 0.3).iter().map(|value| value * value).collect();
                 let (variances, variance_values) = brain(&squares);
+                // Of every second cluster one key stands far apart.
+                let far = |index: usize| if (index / 2).is_multiple_of(2) { 0.2 } else { 4.0 };
+                let apart: Vec<f32> = random.normals(clusters * width, 1.0);
+                let apart: Vec<f32> = apart.iter().enumerate().map(|(index, value)| value * far(index)).collect();
+                let (farthest, farthest_values) = brain(&apart);
                 let data = random.normals(rows * width, 1.0);
                 let mut queries = ClusterQueries::default();
                 queries.begin(rows, width);
@@ -390,7 +431,13 @@ mod tests {
                 (0..rows).for_each(|row| queries.set_row(row, &data[row * width..][..width - 1], scale));
                 let (stride, first) = (clusters + 5, 3);
                 let (mut masses, mut halves) = (vec![0.0; rows * stride], vec![0.0; rows * stride]);
-                let summaries = ClusterSummaries { means: &means, variances: &variances, values: &[] };
+                let summaries = ClusterSummaries {
+                    keys: 64,
+                    means: &means,
+                    variances: &variances,
+                    farthest: &farthest,
+                    values: &[],
+                };
                 queries.estimate_at(level, summaries, &mut masses, &mut halves, stride, first);
                 for row in 0..rows {
                     for cluster in 0..clusters {
@@ -400,13 +447,17 @@ mod tests {
                         };
                         let query = |channel: usize| data[row * width + channel] * scale;
                         let half_square = |channel: usize| seen(level, 0.5 * query(channel) * query(channel));
-                        let logit: f64 = (0..width - 1)
-                            .map(|channel| seen(level, query(channel)) * mean_values[place(channel)])
-                            .sum();
+                        let logit_of = |keys: &[f64]| -> f64 {
+                            (0..width - 1).map(|channel| seen(level, query(channel)) * keys[place(channel)]).sum()
+                        };
+                        let (logit, lone) = (logit_of(&mean_values), logit_of(&farthest_values) - 64.0_f64.ln());
                         let half: f64 =
                             (0..width - 1).map(|channel| half_square(channel) * variance_values[place(channel)]).sum();
                         let uncertainty = half.min(6.0) * (2.0 * (half - half.min(6.0)).min(6.0)).exp();
                         let half = half.min(6.0);
+                        let uncertainty = uncertainty.max(32.0 * (2.0 * (lone - half).min(0.0)).exp());
+                        let half = half.max(lone);
+                        seen_lone[usize::from(half == lone)] = true;
                         let at = row * stride + first + cluster;
                         assert!((f64::from(halves[at]) / uncertainty - 1.0).abs() < 1e-4, "{level:?}");
                         assert!((f64::from(masses[at]) - logit - half).abs() < 1e-4 * (1.0 + logit.abs()), "{level:?}");
@@ -414,6 +465,21 @@ mod tests {
                 }
                 assert!(masses[..first].iter().all(|&value| value == 0.0), "nothing before the first column");
             }
+        }
+        assert_eq!(seen_lone, [true; 2]);
+    }
+
+    #[test]
+    fn no_rows_have_no_estimates() {
+        let (summary, mut masses) = (vec![0; 4 * PANEL_CLUSTERS], vec![1.0; 2 * PANEL_CLUSTERS]);
+        let mut uncertainties = masses.clone();
+        let mut queries = ClusterQueries::default();
+        queries.begin(0, 4);
+        let summaries =
+            ClusterSummaries { keys: 64, means: &summary, variances: &summary, farthest: &summary, values: &[] };
+        for level in levels() {
+            queries.estimate_at(level, summaries, &mut masses, &mut uncertainties, PANEL_CLUSTERS, 0);
+            assert!(masses.iter().chain(&uncertainties).all(|value| *value == 1.0), "{level:?}");
         }
     }
 

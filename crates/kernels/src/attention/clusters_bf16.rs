@@ -3,17 +3,20 @@
 use std::arch::x86_64::*;
 
 use super::PANEL_CLUSTERS;
-use super::clusters::{MOST_EXCESS, MOST_HALF_VARIANCE};
+use super::clusters::{MOST_EXCESS, MOST_HALF_VARIANCE, MOST_ROWS_OF_PAIRS};
 use super::softmax::exp2;
 
 /// Pointers of one estimate. Row `r` of `queries` and `half_squares` starts `r · key_dim` elements on, of the two
-/// outputs `r · stride`; `panels` whole panels of means and variances follow each other.
+/// outputs `r · stride`; `panels` whole panels of means, of variances and of farthest keys follow each other.
 pub(super) struct BrainEstimate {
     pub queries: *const u16,
     pub half_squares: *const u16,
     pub key_dim: usize,
     pub means: *const u16,
     pub variances: *const u16,
+    pub farthest: *const u16,
+    /// Keys of a cluster.
+    pub keys: f32,
     pub panels: usize,
     pub log_masses: *mut f32,
     pub uncertainties: *mut f32,
@@ -45,17 +48,18 @@ unsafe fn estimate_panels<const ROWS: usize>(estimate: &BrainEstimate) {
     // SAFETY: forwarded from the caller; `panel + PANELS <= panels`.
     unsafe {
         let mut panel = 0;
-        while panel + 1 < estimate.panels {
+        while ROWS <= MOST_ROWS_OF_PAIRS && panel + 1 < estimate.panels {
             estimate_block::<ROWS, 2>(estimate, panel);
             panel += 2;
         }
-        if panel < estimate.panels {
+        while panel < estimate.panels {
             estimate_block::<ROWS, 1>(estimate, panel);
+            panel += 1;
         }
     }
 }
 
-/// Two panels of means and variances for six rows fill 24 of the 32 registers with sums.
+/// Three sums for each row and panel: those of two panels for four rows fill 24 of the 32 registers.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn estimate_block<const ROWS: usize, const PANELS: usize>(estimate: &BrainEstimate, panel: usize) {
@@ -65,15 +69,19 @@ unsafe fn estimate_block<const ROWS: usize, const PANELS: usize>(estimate: &Brai
         let steps = estimate.key_dim / 2;
         let means = estimate.means.cast::<__m512i>().add(panel * steps);
         let variances = estimate.variances.cast::<__m512i>().add(panel * steps);
+        let farthest = estimate.farthest.cast::<__m512i>().add(panel * steps);
         let (queries, half_squares) = (estimate.queries.cast::<i32>(), estimate.half_squares.cast::<i32>());
         let mut logits = [[_mm512_setzero_ps(); PANELS]; ROWS];
         let mut halves = [[_mm512_setzero_ps(); PANELS]; ROWS];
+        let mut lone = [[_mm512_setzero_ps(); PANELS]; ROWS];
         for step in 0..steps {
             let mut mean = [_mm512_setzero_si512(); PANELS];
             let mut variance = [_mm512_setzero_si512(); PANELS];
+            let mut far = [_mm512_setzero_si512(); PANELS];
             for panel in 0..PANELS {
                 mean[panel] = _mm512_loadu_si512(means.add(panel * steps + step));
                 variance[panel] = _mm512_loadu_si512(variances.add(panel * steps + step));
+                far[panel] = _mm512_loadu_si512(farthest.add(panel * steps + step));
             }
             for row in 0..ROWS {
                 let query = pairs(_mm512_set1_epi32(queries.add(row * steps + step).read_unaligned()));
@@ -81,20 +89,29 @@ unsafe fn estimate_block<const ROWS: usize, const PANELS: usize>(estimate: &Brai
                 for panel in 0..PANELS {
                     logits[row][panel] = _mm512_dpbf16_ps(logits[row][panel], pairs(mean[panel]), query);
                     halves[row][panel] = _mm512_dpbf16_ps(halves[row][panel], pairs(variance[panel]), half_square);
+                    lone[row][panel] = _mm512_dpbf16_ps(lone[row][panel], pairs(far[panel]), query);
                 }
             }
         }
         let most_half = _mm512_set1_ps(MOST_HALF_VARIANCE);
         let most_excess = _mm512_set1_ps(MOST_EXCESS);
+        let twice_in_octaves = _mm512_set1_ps(2.0 * std::f32::consts::LOG2_E);
+        let log_keys = _mm512_set1_ps(estimate.keys.ln());
+        let half_keys = _mm512_set1_ps(0.5 * estimate.keys);
         for row in 0..ROWS {
             for column in 0..PANELS {
                 // With a NaN x86 takes the second operand: the half variance, so that a NaN stays.
                 let half = _mm512_min_ps(most_half, halves[row][column]);
                 let excess = _mm512_min_ps(most_excess, _mm512_sub_ps(halves[row][column], half));
-                let growth = exp2(_mm512_mul_ps(excess, _mm512_set1_ps(2.0 * std::f32::consts::LOG2_E)));
+                let uncertainty = _mm512_mul_ps(half, exp2(_mm512_mul_ps(excess, twice_in_octaves)));
+                // The mass of the farthest key beside that of all.
+                let lone = _mm512_sub_ps(lone[row][column], log_keys);
+                let part = _mm512_min_ps(_mm512_setzero_ps(), _mm512_sub_ps(lone, half));
+                let alone = _mm512_mul_ps(half_keys, exp2(_mm512_mul_ps(part, twice_in_octaves)));
+                let log_mass = _mm512_add_ps(logits[row][column], _mm512_max_ps(half, lone));
                 let place = row * estimate.stride + (panel + column) * PANEL_CLUSTERS;
-                _mm512_storeu_ps(estimate.log_masses.add(place), _mm512_add_ps(logits[row][column], half));
-                _mm512_storeu_ps(estimate.uncertainties.add(place), _mm512_mul_ps(half, growth));
+                _mm512_storeu_ps(estimate.log_masses.add(place), log_mass);
+                _mm512_storeu_ps(estimate.uncertainties.add(place), _mm512_max_ps(uncertainty, alone));
             }
         }
     }

@@ -105,8 +105,8 @@ pub(super) const WEIGHT_STEPS: f32 = 32_767.0;
 /// How many times as large as another the largest value of a block may be: a 512th of it is then the step of a weight.
 const MOST_UNEVEN: f32 = 64.0;
 
-/// Smallest running maximum: finite, so that a row that has seen nothing yet never computes −∞ − −∞.
-pub(super) const NOTHING_SEEN: f32 = -1e30;
+/// Smallest running maximum: finite, so that a row that has seen nothing yet never computes −∞ − −∞, and no logit's.
+pub(super) const NOTHING_SEEN: f32 = f32::MIN;
 
 /// Pointers of one micro-tile: `ROWS` rows of a tile against one block (or the visible pages of it).
 /// Row `r` of queries starts `r · key_dim` elements on, of scores and weights `r · MAX_BLOCK_KEYS`, of sums
@@ -178,6 +178,11 @@ impl AttentionTile {
         assert_eq!(shape.key_dim % KEY_DIM_MULTIPLE, 0, "key width {} is not padded", shape.key_dim);
         assert_eq!(shape.value_dim % VALUE_DIM_MULTIPLE, 0, "value width {} is not padded", shape.value_dim);
         let TileShape { rows, key_dim, value_dim } = shape;
+        // What follows multiplies them by one another and by the keys of a block.
+        let fits = |width: usize| {
+            rows.max(MAX_BLOCK_KEYS).checked_mul(width).is_some_and(|count| count <= isize::MAX as usize / 4)
+        };
+        assert!(fits(key_dim) && fits(value_dim), "no memory holds {shape:?}");
         self.instruction_set = Some(instruction_set);
         self.soft_cap = soft_cap.unwrap_or(0.0) / NATS;
         let arithmetic = match (instruction_set, kind) {
@@ -389,6 +394,9 @@ impl AttentionTile {
         }
         let micro_rows = if amx { PRODUCT_ROWS } else { MICRO_ROWS };
         let mut together = Vec::new();
+        // Once for all micro-tiles: those of AMX are kept, and would not outlive another borrow.
+        let (maxima, sums, output) = (self.maxima.as_mut_ptr(), self.sums.as_mut_ptr(), self.output.as_mut_ptr());
+        let (scores, weights) = (self.scores.as_mut_ptr(), self.weights.as_mut_ptr());
         let mut next_row = rows.start;
         while next_row < rows.end {
             let row = next_row;
@@ -429,11 +437,11 @@ impl AttentionTile {
                     keys: keys.add(first_page * PAGE_KEYS * key_dim * key_bytes),
                     key_scales: if key_scales.is_null() { key_scales } else { key_scales.add(first_page * PAGE_KEYS) },
                     values: values.add(first_page * PAGE_KEYS * value_dim * value_bytes),
-                    maxima: self.maxima.as_mut_ptr().add(row),
-                    sums: self.sums.as_mut_ptr().add(row * PAGE_KEYS),
-                    output: self.output.as_mut_ptr().add(row * value_dim),
-                    scores: self.scores.as_mut_ptr(),
-                    weights: self.weights.as_mut_ptr(),
+                    maxima: maxima.add(row),
+                    sums: sums.add(row * PAGE_KEYS),
+                    output: output.add(row * value_dim),
+                    scores,
+                    weights,
                     value_factors: if value_factors.is_null() {
                         value_factors
                     } else {

@@ -143,6 +143,27 @@ fn several_callers_take_turns() {
 }
 
 #[test]
+fn a_turn_keeps_other_threads_out_until_it_ends() {
+    let (team, other) = (ThreadTeam::new(2), ThreadTeam::new(2));
+    let order = Mutex::new(Vec::new());
+    let turn = team.take_turn();
+    std::thread::scope(|scope| {
+        scope.spawn(|| team.run(2, |_, _| lock(&order).push("others")));
+        std::thread::sleep(Duration::from_millis(20));
+        // The thread that has it goes on, with another team between, too.
+        team.run(2, |_, _| lock(&order).push("own"));
+        let within = other.take_turn();
+        team.run(2, |_, _| lock(&order).push("own"));
+        drop(within);
+        drop(team.take_turn());
+        other.run(2, |_, _| ());
+        team.run(2, |_, _| lock(&order).push("own"));
+        drop(turn);
+    });
+    assert_eq!(lock(&order)[..], [["own"; 6].as_slice(), &["others"; 2]].concat());
+}
+
+#[test]
 fn teams_end_with_their_owner() {
     let alive = Arc::new(());
     for round in 0..rounds(100) {
