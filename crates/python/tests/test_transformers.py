@@ -369,6 +369,15 @@ def test_settings():
     ]:
         with pytest.raises(ValueError, match=message), hook.settings(**changes):
             pass
+    for changes, message in [
+        ({"budget": "0.1"}, "budget is '0.1'; expected a number"),
+        ({"threads": 1.5}, "threads is 1.5; expected a whole number"),
+        ({"threads": "2"}, "threads is '2'; expected a whole number"),
+    ]:
+        with pytest.raises(TypeError, match=message), hook.settings(**changes):
+            pass
+        with pytest.raises(TypeError, match=message):
+            hook.configure(**changes)
     before = hook.current_settings()
     try:
         assert hook.configure(threads=1).threads == 1 == hook.current_settings().threads

@@ -62,7 +62,11 @@ def thread_count(threads: int | None) -> int:
     """`threads`, or as many as the process may use."""
     if threads is None:
         return _core.available_threads()
-    threads = operator.index(threads)
+    try:
+        threads = operator.index(threads)
+    except TypeError:
+        found = f"{threads!r}, a {type(threads).__name__}"
+        raise TypeError(f"threads is {found}; expected a whole number from 1 to 1024") from None
     if not 1 <= threads <= 1024:
         raise ValueError(f"threads is {threads}; expected 1 to 1024, or None for all cores")
     return threads

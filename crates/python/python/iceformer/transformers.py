@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import numbers
 import os
 import threading
 import warnings
@@ -81,13 +82,17 @@ class Settings:
         return found
 
     def check(self) -> None:
-        """Raises ValueError for a setting out of its range."""
+        """Raises ValueError for a setting out of its range, TypeError for one of another type."""
         if self.method not in ("auto", "exact", "budgeted", "dci"):
             raise ValueError(f'method is {self.method!r}; expected "auto", "exact", "budgeted" or "dci"')
         if self.kv_type not in ("auto", "f32", "bf16", "int8"):
             raise ValueError(f'kv_type is {self.kv_type!r}; expected "auto", "f32", "bf16" or "int8"')
+        if self.budget is not None and not isinstance(self.budget, numbers.Real):
+            raise TypeError(f"budget is {self.budget!r}; expected a number above 0 and up to 1")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(f"budget is {self.budget}; expected a share above 0 and up to 1")
+        if self.threads is not None and not isinstance(self.threads, numbers.Integral):
+            raise TypeError(f"threads is {self.threads!r}; expected a whole number from 1 to 1024")
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise ValueError(f"threads is {self.threads}; expected 1 to 1024")
 
