@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from iceformer import _operator
+from iceformer._masks import pattern_of
 from torch.autograd import forward_ad
 from models import SMALL, TOKENS, build, decoders, encoders, oracle
 
@@ -23,6 +24,8 @@ def inference():
         # Nothing here may be handed over unless a test says so.
         warnings.filterwarnings("error", message="iceformer hands attention over")
         hook._warned.clear()
+        # Masks are told only where nothing is compiled.
+        torch._dynamo.reset()
         yield
 
 
@@ -227,6 +230,44 @@ def test_told_masks_are_added_as_numbers():
     assert torch.equal(in_place.softmax(-1), wanted)
 
 
+def written_mask():
+    """A told mask as it is made where something was compiled: written out, with its pattern."""
+    torch.compile(torch.nn.Identity(), backend="eager")
+    return hook.mask(batch_size=1, q_length=5, kv_length=5)
+
+
+def test_masks_for_compiled_graphs_are_written_out():
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            written = written_mask()
+            assert type(written) is torch.Tensor and written.is_contiguous() and written.contiguous() is written
+            assert torch.equal(written[0, 0], torch.ones(5, 5, dtype=torch.bool).tril())
+            assert pattern_of(written).causal
+    torch._dynamo.reset()
+    assert isinstance(hook.mask(batch_size=1, q_length=5, kv_length=5), hook.ToldMask)
+
+
+def test_written_masks_that_are_changed_lose_their_pattern():
+    arrays = [torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    written = written_mask()
+    written[..., 2:, 0] = False
+    with pytest.warns(UserWarning, match="no causal, windowed or padding mask"):
+        found = hook.attention(torch.nn.Module(), *arrays, written)[0]
+    wanted = torch.nn.functional.scaled_dot_product_attention(*arrays, attn_mask=written)
+    assert_same([found], [wanted.transpose(1, 2)])
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 40), (3, 1, 40), (40,), (3, 1, 1, 40, 40)])
+def test_masks_of_other_dimensions(shape):
+    model = build(*DECODERS["llama"], "iceformer")
+    mask = torch.ones(shape, dtype=torch.long)
+    # SDPA takes them where they mask nothing.
+    assert_same([model(tokens(), attention_mask=mask).logits], [model(tokens()).logits])
+    mask[..., 3] = 0
+    with pytest.raises(ValueError, match=rf"attention_mask has {len(shape)} dimensions.*expected \[batch, keys\]"):
+        model(tokens(), attention_mask=mask)
+
+
 SELF_MADE = {
     "bloom": (tf.BloomModel, tf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2)),
     "mpt": (tf.MptModel, tf.MptConfig(vocab_size=97, d_model=32, n_layers=1, n_heads=2, max_seq_len=64)),
@@ -417,6 +458,48 @@ def test_compiled_graphs(name):
     assert any("iceformer.attention" in operator for operator in operators)
     assert not any("scaled_dot_product" in operator for operator in operators)
     assert_same(found, theirs(**arguments).hidden_states, mask)
+
+
+def forward_compiled(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+    return {"disable_compile": True}
+
+
+def compiled_by_generate(_):
+    # As transformers does on its own for other devices.
+    config = tf.CompileConfig(backend="eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    return {"compile_config": config}
+
+
+@pytest.mark.parametrize("compiled", [forward_compiled, compiled_by_generate])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_generate_compiled_over_a_static_cache(name, compiled):
+    ours, theirs = both(DECODERS, name)
+    arguments = {
+        "attention_mask": padding("left"),
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "cache_implementation": "static",
+    }
+    wanted = theirs.generate(tokens(), **arguments, disable_compile=True)
+    with warnings.catch_warnings():
+        # What is not compiled of it is not handed over.
+        warnings.filterwarnings("error", message="iceformer hands attention over")
+        assert torch.equal(ours.generate(tokens(), **arguments, **compiled(ours)), wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_compiled_layers(name):
+    ours, theirs = both(DECODERS, name)
+    wanted = theirs(tokens(), attention_mask=padding("left")).logits
+    for layer in ours.model.layers[1:]:
+        layer.compile(backend="eager")
+    with hook.collect_reports() as reports:
+        found = ours(tokens(), attention_mask=padding("left")).logits
+    assert_same([found], [wanted], padding("left"))
+    # The layer that is not compiled goes by the pattern.
+    assert [layer for layer, _ in reports] == [0]
 
 
 def test_exported_graph():

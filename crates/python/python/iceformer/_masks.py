@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -41,9 +42,13 @@ class MaskPattern:
     def tensor(self) -> torch.Tensor:
         """The mask written out, `[batch, 1, tokens, keys]`, for who needs it so."""
         if self._tensor is None:
-            assert self._build is not None
-            self._tensor = self._build()
+            self._tensor = self.write_out()
         return self._tensor
+
+    def write_out(self) -> torch.Tensor:
+        """The same, made anew."""
+        assert self._build is not None
+        return self._build()
 
 
 class ToldMask(torch.Tensor):
@@ -87,6 +92,35 @@ class ToldMask(torch.Tensor):
         return func(*args, **kwargs)
 
 
+def pattern_of(attention_mask: MaskPattern | torch.Tensor | None) -> MaskPattern | torch.Tensor | None:
+    """The pattern that a mask stands for, or the mask itself."""
+    if isinstance(attention_mask, ToldMask):
+        return attention_mask.pattern
+    if not isinstance(attention_mask, torch.Tensor) or torch.compiler.is_compiling():
+        return attention_mask
+    pattern, version = getattr(attention_mask, "iceformer_pattern", (None, None))
+    # Numbers changed in place are no longer those of the pattern.
+    return attention_mask if pattern is None or version != attention_mask._version else pattern
+
+
+def _written_with(pattern: MaskPattern) -> torch.Tensor:
+    """The mask written out, a plain tensor that has its pattern at hand."""
+    with torch.inference_mode(False):
+        # Inference tensors would not tell when they are changed.
+        written = pattern.write_out()
+    if not written.is_inference():
+        written.iceformer_pattern = (pattern, written._version)  # type: ignore[attr-defined]
+    return written
+
+
+def _something_is_compiled() -> bool:
+    """Whether torch.compile was called in this process: masks made outside of a graph may then go into one, which takes
+    plain tensors only and keeps the strides that they had."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    # torch.compiler.disable leaves a None there.
+    return frames is not None and any(map(callable, getattr(frames, "cached_backends", {}).values()))
+
+
 _METADATA = {
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad")),
     torch.Tensor.dim,
@@ -115,8 +149,12 @@ def mask(
     device: torch.device | str = "cpu",
     **more: Any,
 ) -> MaskPattern | torch.Tensor:
-    """The mask function registered with transformers: a `ToldMask` (inside compiled graphs a `MaskPattern`), or SDPA's
-    own mask where there is no pattern."""
+    """The mask function registered with transformers: a `ToldMask` (inside compiled graphs a `MaskPattern`, and written
+    out outside of them where there are any), or SDPA's own mask where there is no pattern.
+
+    Raises:
+        ValueError: When `attention_mask` has another number of dimensions than 2 and masks something.
+    """
 
     def write_out() -> torch.Tensor:
         written = masking_utils.sdpa_mask(
@@ -151,7 +189,15 @@ def mask(
     causal, window = pattern
 
     padding = None
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.ndim != 2:
+        # As for SDPA, one that masks nothing may have any shape.
+        if compiling or not attention_mask.all():
+            raise ValueError(
+                f"attention_mask has {attention_mask.ndim} dimensions, {tuple(attention_mask.shape)}; expected "
+                "[batch, keys], or [batch, 1, tokens, keys]"
+            )
+        attention_mask = None
+    elif attention_mask is not None:
         padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         assert padding is not None
         padding = padding[:, kv_offset : kv_offset + kv_length]
@@ -166,6 +212,8 @@ def mask(
     except ValueError:
         return write_out()
     told = MaskPattern(causal, window, first, None, padding, ranges, write_out)
+    if _something_is_compiled():
+        return _written_with(told)
     return ToldMask.of(told, (batch_size, 1, q_length, kv_length), device)
 
 
@@ -239,4 +287,4 @@ def pattern_of_key_mask(mask: torch.Tensor, keys: int) -> MaskPattern | torch.Te
     return MaskPattern(False, None, 0, None, padding, ranges, None)
 
 
-__all__ = ["MaskPattern", "ToldMask", "mask", "pattern_of_key_mask"]
+__all__ = ["MaskPattern", "ToldMask", "mask", "pattern_of", "pattern_of_key_mask"]

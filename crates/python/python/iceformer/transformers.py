@@ -42,7 +42,7 @@ except ImportError as error:
 
 from iceformer import _core, _operator
 from iceformer._attention import options
-from iceformer._masks import MaskPattern, ToldMask, mask, pattern_of_key_mask
+from iceformer._masks import MaskPattern, ToldMask, mask, pattern_of, pattern_of_key_mask
 
 #: The name that `attn_implementation` takes.
 NAME = "iceformer"
@@ -172,7 +172,7 @@ def attention(
             'attn_implementation="eager" for output_attentions=True'
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    pattern = attention_mask = attention_mask.pattern if isinstance(attention_mask, ToldMask) else attention_mask
+    pattern = pattern_of(attention_mask)
     if pattern is None:
         # As SDPA's hook: causal from the first key on, unless there is one query only.
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -302,6 +302,8 @@ def _hand_over(
     position_bias: torch.Tensor | None,
     more: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
+    if isinstance(attention_mask, ToldMask):
+        attention_mask = attention_mask.pattern
     written = attention_mask.tensor() if isinstance(attention_mask, MaskPattern) else attention_mask
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(
