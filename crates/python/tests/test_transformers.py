@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 def inference():
     with torch.no_grad(), warnings.catch_warnings():
         # Nothing here may be handed over unless a test says so.
-        warnings.filterwarnings("error", message="iceformer hands attention over")
+        warnings.filterwarnings("error", message="iceformer hands attention over|attention goes without")
         hook._warned.clear()
         # Masks are told only where nothing is compiled.
         torch._dynamo.reset()
@@ -268,6 +268,71 @@ def test_masks_of_other_dimensions(shape):
         model(tokens(), attention_mask=mask)
 
 
+def deepseek(implementation):
+    """Its indexer selects six keys for each query."""
+    config = tf.DeepseekV32Config(
+        **{**SMALL, "intermediate_size": 64},
+        **TOKENS,
+        vocab_size=97,
+        num_key_value_heads=4,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=2,
+        kv_lora_rank=32,
+        q_lora_rank=32,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        index_topk=6,
+        index_n_heads=4,
+        index_head_dim=16,
+        max_position_embeddings=128,
+    )
+    return build(tf.DeepseekV32ForCausalLM, config, implementation)
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_keys_that_a_model_selects(side):
+    ours, theirs = deepseek("iceformer"), deepseek("sdpa")
+    mask = padding(side)
+    with pytest.warns(UserWarning, match="no causal, windowed or padding mask"):
+        found = ours(tokens(), attention_mask=mask).logits
+    assert_same([found], [theirs(tokens(), attention_mask=mask).logits], mask)
+    arguments = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8}
+    assert torch.equal(ours.generate(tokens(), **arguments), theirs.generate(tokens(), **arguments))
+
+
+@pytest.mark.parametrize("kind", ["none", "boolean", "added"])
+def test_selected_keys_and_masks(kind):
+    arrays = [torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    indices = torch.tensor([[[0, 4], [1, 0], [2, 3], [0, 3], [1, 4]]], dtype=torch.int32)
+    allowed = torch.ones(5, 5, dtype=torch.bool).tril()
+    mask = {"none": None, "boolean": allowed[None, None], "added": torch.zeros(1, 1, 5, 5)}[kind]
+    if kind == "added":
+        mask = mask.masked_fill(~allowed, torch.finfo(torch.float32).min)
+    with pytest.warns(UserWarning, match="no causal, windowed or padding mask"):
+        found = hook.attention(torch.nn.Module(), *arrays, mask, indices=indices)[0]
+    selected = torch.zeros(5, 5, dtype=torch.bool).scatter(-1, indices[0].long(), True)
+    wanted = torch.nn.functional.scaled_dot_product_attention(*arrays, attn_mask=allowed & selected)
+    assert_same([found], [wanted.transpose(1, 2)])
+    with pytest.raises(ValueError, match=r"shape \(1, 4, 2\); expected \[1, 5, selected\]"):
+        hook.attention(torch.nn.Module(), *arrays, mask, indices=indices[:, :4])
+
+
+def test_arguments_that_are_not_known():
+    query = torch.randn(1, 2, 5, 8)
+    for name in ("block_indices", "sinks"):
+        with pytest.raises(ValueError, match=f'Linear hands "{name}" to its attention.*"sdpa"'):
+            hook.attention(torch.nn.Linear(1, 1), query, query, query, None, **{name: torch.zeros(1)})
+    arguments = {"block_indices": None, "sliding_window": 3, "position_ids": torch.arange(5)[None], "use_cache": True}
+    hook.attention(torch.nn.Module(), query, query, query, None, **arguments)
+    with pytest.warns(UserWarning, match='attention goes without the argument "slopes"'):
+        hook.attention(torch.nn.Module(), query, query, query, None, slopes=torch.zeros(2))
+
+
 SELF_MADE = {
     "bloom": (tf.BloomModel, tf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2)),
     "mpt": (tf.MptModel, tf.MptConfig(vocab_size=97, d_model=32, n_layers=1, n_heads=2, max_seq_len=64)),
@@ -282,12 +347,30 @@ SELF_MADE = {
 @pytest.mark.parametrize("name", SELF_MADE)
 def test_families_that_compute_their_attention_are_refused(name):
     kind, config = SELF_MADE[name]
-    with pytest.raises(ValueError, match=f"{kind.__name__} computes its attention itself.*eager"):
+    with pytest.raises(ValueError, match=f"{kind.__name__} has no attention, or computes its attention itself.*eager"):
         kind._from_config(config, attn_implementation="iceformer")
     # Where it is set later transformers says so itself, and leaves the model as it is.
     model = kind._from_config(config, attn_implementation="eager")
     model.set_attn_implementation("iceformer")
     assert model.config._attn_implementation == "eager"
+
+
+def test_families_without_attention_are_refused():
+    config = tf.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)
+    with pytest.raises(ValueError, match="ConvNextModel has no attention, or.*eager"):
+        tf.ConvNextModel._from_config(config, attn_implementation="iceformer")
+
+
+def test_families_that_edit_their_masks_are_refused():
+    minimax = pytest.importorskip("transformers.models.minimax_m3_vl.modeling_minimax_m3_vl").MiniMaxM3VLForCausalLM
+    sparse = minimax.config_class(num_hidden_layers=2, layer_types=["full_attention", "minimax_m3_sparse"])
+    for kind, config, layers, instead in [
+        (tf.DeepseekV4Model, tf.DeepseekV4Config(), "compressed_sparse_attention", "eager"),
+        (minimax, sparse, "minimax_m3_sparse", "sdpa"),
+    ]:
+        message = rf'{kind.__name__} has layers \({layers}.*that edit their masks.*attn_implementation="{instead}"'
+        with pytest.raises(ValueError, match=message):
+            kind._from_config(config, attn_implementation="iceformer")
 
 
 def test_traces_and_wrapped_tensors_are_handed_over():
@@ -325,6 +408,7 @@ def test_tangents_are_handed_over():
         # A soft cap: SDPA has no tangents, the definition does.
         output = hook.attention(module, dual, key, key, None, softcap=5.0, is_causal=False)[0]
         found = forward_ad.unpack_dual(output).tangent
+
     def attend(queries):
         return _operator.eager(queries, key, key, None, 8**-0.5, 5.0)
 

@@ -121,6 +121,36 @@ def _something_is_compiled() -> bool:
     return frames is not None and any(map(callable, getattr(frames, "cached_backends", {}).values()))
 
 
+def only_selected(
+    indices: torch.Tensor,
+    attention_mask: MaskPattern | torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    causal: bool,
+) -> torch.Tensor:
+    """`attention_mask` without the keys that are not in `indices` `[batch, tokens, selected]` (DeepSeek V3.2's sparse
+    attention, arXiv 2512.02556).
+
+    Raises:
+        ValueError: For indices of another shape.
+    """
+    batch, _, tokens, _ = query.shape
+    if indices.ndim != 3 or tuple(indices.shape[:2]) != (batch, tokens):
+        raise ValueError(
+            f"the indices of selected keys are of shape {tuple(indices.shape)}; expected [{batch}, {tokens}, selected]: "
+            'load the model with attn_implementation="sdpa" or "eager"'
+        )
+    nothing = torch.zeros((batch, tokens, key.shape[2]), dtype=torch.bool, device=key.device)
+    selected = nothing.scatter(-1, indices.long(), True)[:, None]
+    if isinstance(attention_mask, MaskPattern):
+        attention_mask = attention_mask.tensor()
+    if attention_mask is None:
+        return selected & torch.ones_like(selected).tril() if causal and tokens > 1 else selected
+    if attention_mask.dtype == torch.bool:
+        return attention_mask & selected
+    return attention_mask.masked_fill(~selected, torch.finfo(attention_mask.dtype).min)
+
+
 _METADATA = {
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad")),
     torch.Tensor.dim,
@@ -287,4 +317,4 @@ def pattern_of_key_mask(mask: torch.Tensor, keys: int) -> MaskPattern | torch.Te
     return MaskPattern(False, None, 0, None, padding, ranges, None)
 
 
-__all__ = ["MaskPattern", "ToldMask", "mask", "pattern_of", "pattern_of_key_mask"]
+__all__ = ["MaskPattern", "ToldMask", "mask", "only_selected", "pattern_of", "pattern_of_key_mask"]

@@ -11,16 +11,16 @@ sliding windows, padded on either side, with grouped queries, soft-capped logits
 
 Handed over to torch's SDPA, with one warning for each reason: inputs that need gradients, dropout, additive position
 biases (T5), masks that are no causal, windowed or padding mask (4-D masks of the user's own, packed sequences, image
-tokens), tensors that are not on the CPU or not of float32, float16 or bfloat16, `torch.jit.trace`, `torch.vmap` and
-tensor subclasses. Models whose logits are soft-capped or have sinks, which SDPA does not know, are then computed by
-their definition. Attention weights asked for (`output_attentions=True`) are an error, and so is a family that computes
-its attention itself (Bloom, MPT, MPNet, DeBERTa, Longformer).
+tokens, keys that a model selects as DeepSeek V3.2 does), tensors that are not on the CPU or not of float32, float16 or
+bfloat16, `torch.jit.trace`, `torch.vmap` and tensor subclasses. Models whose logits are soft-capped or have sinks,
+which SDPA does not know, are then computed by their definition. Attention weights asked for (`output_attentions=True`)
+are an error, and so is a family that computes its attention itself (Bloom, MPT, MPNet, DeBERTa, Longformer) or edits
+its masks (DeepSeek V4, MiniMax M3).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import numbers
 import os
 import threading
@@ -33,7 +33,7 @@ from typing import Any
 try:
     import torch
     from torch.autograd import forward_ad
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 except ImportError as error:
     raise ImportError(
@@ -42,10 +42,8 @@ except ImportError as error:
 
 from iceformer import _core, _operator
 from iceformer._attention import options
-from iceformer._masks import MaskPattern, ToldMask, mask, pattern_of, pattern_of_key_mask
-
-#: The name that `attn_implementation` takes.
-NAME = "iceformer"
+from iceformer._families import NAME, refuse_other_families, takes_implementation
+from iceformer._masks import MaskPattern, ToldMask, mask, only_selected, pattern_of, pattern_of_key_mask
 
 
 @dataclass(frozen=True)
@@ -159,30 +157,35 @@ def attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function registered with transformers: gives `[batch, tokens, heads, value_dim]` and no weights.
 
     Raises:
-        ValueError: When attention weights are asked for.
+        ValueError: When attention weights are asked for, or the model hands over what changes attention in a way that is
+            not known here.
     """
     if more.get("output_attentions"):
         raise ValueError(
             'attn_implementation="iceformer" never has attention weights to return; load the model with '
             'attn_implementation="eager" for output_attentions=True'
         )
+    _look_for_unknown(module, more)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if indices is not None:
+        attention_mask = only_selected(indices, attention_mask, query, key, causal)
     pattern = pattern_of(attention_mask)
     if pattern is None:
         # As SDPA's hook: causal from the first key on, unless there is one query only.
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        pattern = MaskPattern(bool(causal) and query.shape[2] > 1, None, 0, None, None, None, None)
+        pattern = MaskPattern(causal and query.shape[2] > 1, None, 0, None, None, None, None)
     elif isinstance(pattern, torch.Tensor) and not torch.compiler.is_compiling():
         pattern = pattern_of_key_mask(pattern, key.shape[2])
 
     reason = _reason_to_hand_over(query, key, value, pattern, dropout, s_aux, position_bias, more)
     if reason is not None:
-        _warn_once(reason)
+        _warn_once(f"iceformer hands attention over to SDPA: {reason}")
         _reports.last = None
         return _hand_over(
             module, query, key, value, attention_mask, dropout, scale, is_causal, softcap, s_aux, position_bias, more
@@ -233,6 +236,47 @@ def attention(
     return output, None
 
 
+#: Arguments beside those of `attention` that change nothing here: what they say is in the mask already, is for flash
+#: attention's kernels, or is no matter of attention.
+_OF_NO_CONCERN = {
+    "cache",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "deterministic",
+    "input_ids",
+    "logits_to_keep",
+    "max_length_k",
+    "max_length_q",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "seq_idx",
+    "sliding_window",
+    "use_cache",
+}
+#: Blocks of keys that a layer selects, and sinks of each token.
+_CHANGE_ATTENTION = {"block_indices", "sinks"}
+
+
+def _look_for_unknown(module: torch.nn.Module, more: dict[str, Any]) -> None:
+    """Nothing that a model asks for is left out silently."""
+    for name, value in more.items():
+        if value is None or name in _OF_NO_CONCERN:
+            continue
+        if name in _CHANGE_ATTENTION:
+            raise ValueError(
+                f'{type(module).__name__} hands "{name}" to its attention, which attn_implementation="{NAME}" does not '
+                'know; load the model with attn_implementation="sdpa" or "eager"'
+            )
+        _warn_once(
+            f'attention goes without the argument "{name}", which iceformer does not know; where it changes attention, '
+            'load the model with attn_implementation="sdpa" or "eager"'
+        )
+
+
 def _reason_to_hand_over(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -281,11 +325,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _is_wrapped: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
-def _warn_once(reason: str) -> None:
-    if torch.compiler.is_compiling() or reason in _warned:
+def _warn_once(message: str) -> None:
+    if torch.compiler.is_compiling() or message in _warned:
         return
-    _warned.add(reason)
-    warnings.warn(f"iceformer hands attention over to SDPA: {reason}", stacklevel=3)
+    _warned.add(message)
+    warnings.warn(message, stacklevel=3)
 
 
 def _hand_over(
@@ -330,37 +374,11 @@ def _hand_over(
     return _operator.eager(query, key, value, written, scale, softcap, s_aux, dropout), None
 
 
-def takes_implementation(model: type[PreTrainedModel] | PreTrainedModel) -> bool:
-    """Whether models of this family let an attention implementation compute their attention. Others go on with code of
-    their own, to which our masks mean nothing."""
-    return bool(getattr(model, "_supports_attention_backend", False) or getattr(model, "_supports_sdpa", False))
-
-
-def _refuse_other_families() -> None:
-    """transformers refuses SDPA for families that compute their attention themselves, but takes any other name for
-    them: here it refuses ours too."""
-    before = PreTrainedModel.get_correct_attn_implementation
-    if getattr(before, "checks_iceformer", False):
-        return
-
-    @functools.wraps(before)
-    def checked(self: PreTrainedModel, requested_attention: str | None, *rest: Any, **more: Any) -> str:
-        if requested_attention == NAME and not takes_implementation(self):
-            raise ValueError(
-                f'{type(self).__name__} computes its attention itself and cannot take attn_implementation="{NAME}"; '
-                'load it with attn_implementation="eager"'
-            )
-        return before(self, requested_attention, *rest, **more)
-
-    checked.checks_iceformer = True  # type: ignore[attr-defined]
-    PreTrainedModel.get_correct_attn_implementation = checked  # type: ignore[method-assign]
-
-
 def register() -> None:
     """Registers the implementation with transformers; done when this module is imported."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
-    _refuse_other_families()
+    refuse_other_families()
 
 
 register()
