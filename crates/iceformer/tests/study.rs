@@ -73,6 +73,13 @@ fn dumps_that_cannot_be_made_leave_nothing() {
     let output = path.to_str().unwrap();
     let nowhere = folder.path().join("no/dump.safetensors");
     assert_error(&["study", "dump", "-q", "-o", nowhere.to_str().unwrap()], &["no/dump.safetensors"]);
+    let nowhere = iceformer(&["study", "dump", "-o", nowhere.to_str().unwrap()]);
+    let told = stderr(&nowhere);
+    assert!(told.ends_with("no/dump.safetensors: No such file or directory (os error 2)\n"), "{told}");
+    // Before the model reads, which would be told.
+    let place = folder.path().to_str().unwrap();
+    let told = stderr(&iceformer(&["study", "dump", "-o", place])).to_owned();
+    assert_eq!(told, format!("error: {place}: is a folder; expected the name of a file\n"));
     assert_error(&["study", "dump", "-q", "-o", output, "--model", "no/model"], &["no/model"]);
     assert_error(&["study", "dump", "-q", "-o", output, "--prompt", ""], &["the text is empty"]);
     let long = folder.path().join("long.txt");

@@ -27,7 +27,7 @@ impl DumpWriter {
     /// Starts a dump whose layers, as many as `description.windows`, all have `shape`.
     ///
     /// # Errors
-    /// When the folder of `path` cannot be written to.
+    /// When `path` is a folder, or its folder cannot be written to.
     ///
     /// # Panics
     /// When `shape` has another number of queries than of keys.
@@ -42,7 +42,11 @@ impl DumpWriter {
         let header = header(description, shape, numbers);
         let data_start = 8 + header.len() as u64;
         let start = || {
+            if path.is_dir() {
+                return Err(std::io::Error::other("is a folder; expected the name of a file"));
+            }
             let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            folder.metadata()?;
             let mut builder = tempfile::Builder::new();
             builder.prefix(".iceformer-dump-");
             #[cfg(unix)]
@@ -51,11 +55,13 @@ impl DumpWriter {
                 // As any new file: what the user's mask leaves of it.
                 builder.permissions(std::fs::Permissions::from_mode(0o666));
             }
-            let mut file = builder.tempfile_in(folder)?;
+            // The error itself names the temporary file, which is not what was asked for; so do those of the wrapper.
+            let mut temporary = builder.tempfile_in(folder).map_err(|error| error.kind())?;
+            let file = temporary.as_file_mut();
             file.write_all(&(header.len() as u64).to_le_bytes())?;
             file.write_all(&header)?;
-            file.as_file().set_len(data_start + (layers * layer_bytes(shape, numbers)) as u64)?;
-            Ok(file)
+            file.set_len(data_start + (layers * layer_bytes(shape, numbers)) as u64)?;
+            Ok(temporary)
         };
         let file = start().map_err(|error: std::io::Error| problem(path, error))?;
         Ok(Self { path: path.to_owned(), file, shape, numbers, data_start, written: vec![0; layers] })
