@@ -4,12 +4,14 @@
 //! generated at any length with keys made of a text's own words.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::path::Path;
 
 use serde_json::Value;
 
 use crate::EvaluationError;
 use crate::case::{Case, PlannedCase, fit};
+use crate::input::{decode, read_limited};
 use crate::prompt::{Encoder, Prompt, Question};
 use crate::random::Random;
 use crate::text::SourceText;
@@ -49,10 +51,9 @@ pub fn read_cases(path: &Path, most: usize, encoder: &Encoder<'_>) -> Result<Vec
     for file in files {
         let name = file.display().to_string();
         let problem = |problem: String| EvaluationError::Cases { file: name.clone(), problem };
-        let text = std::fs::read_to_string(&file).map_err(|error| problem(error.to_string()))?;
+        let bytes = File::open(&file).and_then(read_limited).map_err(|error| problem(error.to_string()))?;
+        let text = decode(bytes).map_err(problem)?;
         let group = file.file_stem().map_or_else(|| name.clone(), |stem| stem.to_string_lossy().into_owned());
-        // Editors of some systems put a mark of the byte order before the text.
-        let text = text.trim_start_matches('\u{FEFF}');
         let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).take(most);
         for (number, (line, text)) in lines.enumerate() {
             let prompt =
@@ -145,16 +146,31 @@ fn generate(
 /// A line of a published file.
 fn published(line: &str, chat: bool) -> Result<Prompt, String> {
     let case: Value = serde_json::from_str(line).map_err(|error| format!("not valid JSON: {error}"))?;
-    let prompt = case["prompt"].as_str().ok_or("prompt is missing; expected a text")?;
-    let expected = case["expected_number"].as_u64().ok_or("expected_number is missing; expected a whole number")?;
+    let prompt = case["prompt"].as_str().ok_or_else(|| unfit(&case, "prompt", "a text"))?;
+    let expected = case["expected_number"].as_u64();
+    let expected =
+        expected.ok_or_else(|| unfit(&case, "expected_number", "a whole number without quotes, such as 24"))?;
     let key = match &case["random_idx"] {
         Value::Array(parts) => parts.first().and_then(Value::as_str),
         other => other.as_str(),
     };
-    let key = key.ok_or("random_idx is missing; expected the key of the line asked for, first in a list")?;
+    let key = key.ok_or_else(|| unfit(&case, "random_idx", "the key of the line asked for, first in a list"))?;
     let split = prompt.rfind(QUESTION).ok_or_else(|| format!("prompt has no {:?}", QUESTION.trim()))?;
     let (text, asked) = prompt.split_at(split);
     Ok(Prompt { text: text.to_owned(), questions: vec![question(asked.to_owned(), key, expected, chat)] })
+}
+
+/// What is wrong with a field that is not what was expected.
+fn unfit(case: &Value, field: &str, expected: &str) -> String {
+    const SHOWN: usize = 40;
+    if !case.is_object() {
+        return "expected a JSON object with prompt, expected_number and random_idx".into();
+    }
+    let Some(value) = case.get(field) else { return format!("{field} is missing; expected {expected}") };
+    let told = value.to_string();
+    let shown: String = told.chars().take(SHOWN).collect();
+    let rest = if shown.len() < told.len() { "…" } else { "" };
+    format!("{field} is {shown}{rest}; expected {expected}")
 }
 
 #[cfg(test)]
@@ -177,7 +193,13 @@ mod tests {
         for (line, part) in [
             ("{", "not valid JSON"),
             ("{}", "prompt is missing"),
+            ("[1]", "expected a JSON object"),
+            (r#"{"prompt": 5}"#, "prompt is 5; expected a text"),
             (r#"{"prompt": "a"}"#, "expected_number is missing"),
+            (r#"{"prompt": "a", "expected_number": "12"}"#, "expected_number is \"12\"; expected a whole number"),
+            (r#"{"prompt": "a", "expected_number": -5}"#, "expected_number is -5; expected a whole number"),
+            (r#"{"prompt": "a", "expected_number": 1e30}"#, "expected_number is 1e+30; expected a whole number"),
+            (r#"{"prompt": "a", "expected_number": 1, "random_idx": [7]}"#, "random_idx is [7]; expected the key"),
             (r#"{"prompt": "a", "expected_number": 1}"#, "random_idx is missing"),
             (r#"{"prompt": "a", "expected_number": 1, "random_idx": ["k"]}"#, "has no \"Now the record is over.\""),
         ] {

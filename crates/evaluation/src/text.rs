@@ -11,6 +11,15 @@ const LONG: [usize; 3] = [400, 800, 1600];
 /// Different words that a text needs, so that keys made of two of them do not run out.
 const LEAST_WORDS: usize = 100;
 
+/// A text and how reports call it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedText {
+    /// Name in reports and errors.
+    pub name: String,
+    /// The text.
+    pub text: String,
+}
+
 /// A text that prompts are generated from.
 #[derive(Clone, Debug)]
 pub struct SourceText {

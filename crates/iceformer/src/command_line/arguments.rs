@@ -116,7 +116,7 @@ pub struct SamplingArguments {
     #[arg(long, default_value = "64", value_name = "TOKENS")]
     pub repetition_window: usize,
     /// Seed of the sampler: the same seed gives the same text.
-    #[arg(long, default_value = "0")]
+    #[arg(long, default_value = "0", value_parser = seed, allow_negative_numbers = true)]
     pub seed: u64,
 }
 
@@ -274,7 +274,7 @@ pub struct AttentionArguments {
     #[arg(long, default_value = "256", value_name = "ROWS")]
     pub samples: usize,
     /// Seed of inputs, noise and samples.
-    #[arg(long, default_value = "0")]
+    #[arg(long, default_value = "0", value_parser = seed, allow_negative_numbers = true)]
     pub seed: u64,
     #[command(flatten)]
     pub common: BenchCommon,
@@ -349,6 +349,10 @@ pub fn size(text: &str) -> Result<usize, String> {
 pub fn number(text: &str, least: usize, most: usize) -> Result<usize, String> {
     let number = text.parse().ok().filter(|number| (least..=most).contains(number));
     number.ok_or_else(|| format!("expected a whole number from {least} to {most}"))
+}
+
+pub fn seed(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("expected a whole number from 0 to {}", u64::MAX))
 }
 
 pub fn kv_type(text: &str) -> Result<KeyValueType, String> {

@@ -1,7 +1,6 @@
 //! `iceformer inspect`: what is in a model's files.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 
 use iceformer_engine::{ModelConfig, ModelFiles, RopeScaling, TensorInfo};
 use serde::Serialize;
@@ -9,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::arguments::InspectArguments;
 use super::text::{bytes, grouped};
-use super::{Outcome, print_json};
+use super::{Outcome, print_json, print_text};
 
 /// Everything that is shown. Field names are those of the JSON output.
 #[derive(Serialize)]
@@ -80,7 +79,7 @@ pub fn run(arguments: &InspectArguments) -> anyhow::Result<Outcome> {
     if arguments.json {
         print_json(&inspection)?;
     } else {
-        std::io::stdout().lock().write_all(inspection.table(config).as_bytes())?;
+        print_text(&inspection.table(config))?;
     }
     Ok(Outcome::Done)
 }

@@ -19,6 +19,7 @@ mod text;
 use std::io::Write;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Parser;
 use clap::error::ErrorKind;
 use iceformer_kernels::InstructionSet;
@@ -86,15 +87,16 @@ fn usage(error: &clap::Error) -> ExitCode {
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
-            || cause.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind)
-                == Some(std::io::ErrorKind::BrokenPipe)
     })
 }
 
 /// Writes one line of JSON to standard output.
 fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    print_text(&(serde_json::to_string(value)? + "\n"))
+}
+
+/// Writes to standard output.
+fn print_text(text: &str) -> anyhow::Result<()> {
     let mut output = std::io::stdout().lock();
-    serde_json::to_writer(&mut output, value)?;
-    writeln!(output)?;
-    Ok(())
+    output.write_all(text.as_bytes()).and_then(|()| output.flush()).context("standard output")
 }

@@ -1,9 +1,10 @@
 //! Numbers as people read them, and input text.
 
-use std::io::Read;
+use std::fs::File;
 use std::path::Path;
 
 use anyhow::Context;
+use iceformer_evaluation::{decode, read_limited};
 
 /// `12345` as `12,345`.
 pub fn grouped(number: u64) -> String {
@@ -52,22 +53,12 @@ pub fn seconds(value: f64) -> String {
 /// The text of a file, or of standard input for `-`.
 pub fn read_text(path: &Path) -> anyhow::Result<String> {
     let (name, bytes) = if path.as_os_str() == "-" {
-        let mut bytes = Vec::new();
-        std::io::stdin().lock().read_to_end(&mut bytes).context("standard input")?;
-        ("standard input".to_owned(), bytes)
+        ("standard input".to_owned(), read_limited(std::io::stdin().lock()))
     } else {
-        let name = path.display().to_string();
-        let bytes = std::fs::read(path).with_context(|| name.clone())?;
-        (name, bytes)
+        (path.display().to_string(), File::open(path).and_then(read_limited))
     };
-    let mut text = String::from_utf8(bytes).map_err(|error| {
-        anyhow::anyhow!("{name}: not UTF-8 text (byte {}); convert it first", error.utf8_error().valid_up_to())
-    })?;
-    // A byte order mark is no part of the text.
-    if text.starts_with('\u{feff}') {
-        text.remove(0);
-    }
-    Ok(text)
+    let bytes = bytes.with_context(|| name.clone())?;
+    decode(bytes).map_err(anyhow::Error::msg).context(name)
 }
 
 #[cfg(test)]

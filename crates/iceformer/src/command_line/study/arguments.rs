@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use iceformer_study::dump::NumberType;
 
-use crate::command_line::arguments::{choice, noise, size, threads};
+use crate::command_line::arguments::{choice, noise, seed, size, threads};
 
 #[derive(Debug, Args)]
 pub struct StudyArguments {
@@ -76,7 +76,7 @@ pub struct ReplayArguments {
     #[arg(long, default_value = "8", value_name = "N", value_parser = size)]
     pub tiles: usize,
     /// Seed of the places of tiles and of the noise.
-    #[arg(long, default_value = "0")]
+    #[arg(long, default_value = "0", value_parser = seed, allow_negative_numbers = true)]
     pub seed: u64,
     /// Threads [default: the cores this process may use].
     #[arg(long, short, value_name = "N", value_parser = threads)]

@@ -1,6 +1,6 @@
 //! `study replay`: what choices of keys keep, how far off they are and what they cost, on the rows of a dump.
 
-use std::io::Write;
+use std::fmt::Write;
 use std::sync::Mutex;
 
 use iceformer_attention::{
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::arguments::ReplayArguments;
 use crate::command_line::progress::Progress;
 use crate::command_line::text::grouped;
-use crate::command_line::{Outcome as End, print_json};
+use crate::command_line::{Outcome as End, print_json, print_text};
 
 /// Runs the command.
 pub fn run(arguments: &ReplayArguments) -> anyhow::Result<End> {
@@ -175,9 +175,9 @@ fn print_lines(arguments: &ReplayArguments, rows: &[(Value, Summary)], limits: &
 }
 
 fn print_tables(rows: &[(Value, Summary)], limits: &[Limits]) -> anyhow::Result<()> {
-    let mut output = std::io::stdout().lock();
-    writeln!(
-        output,
+    let mut table = String::new();
+    let _ = writeln!(
+        table,
         "{:20}{:>6}{:>6}{:>6}{:>7}  {:13}{:>6}{:>21}{:>21}{:>10}{:>9}{:>8}",
         "scorer",
         "share",
@@ -191,7 +191,7 @@ fn print_tables(rows: &[(Value, Summary)], limits: &[Limits]) -> anyhow::Result<
         "rel. err.",
         "touched",
         "work"
-    )?;
+    );
     for (choice, summary) in rows {
         let text = |name: &str| match &choice[name] {
             Value::Null => "–".to_owned(),
@@ -200,8 +200,8 @@ fn print_tables(rows: &[(Value, Summary)], limits: &[Limits]) -> anyhow::Result<
             other => other.to_string(),
         };
         let three = |values: [f64; 3]| values.map(|value| format!("{value:.3}")).join(" ");
-        writeln!(
-            output,
+        let _ = writeln!(
+            table,
             "{:20}{:>6}{:>6}{:>6}{:>7}  {:13}{:>6}{:>21}{:>21}{:>10.3}{:>9.3}{:>8.3}",
             text("scorer"),
             text("share"),
@@ -215,7 +215,7 @@ fn print_tables(rows: &[(Value, Summary)], limits: &[Limits]) -> anyhow::Result<
             summary.relative_error,
             summary.touched,
             summary.operations
-        )?;
+        );
     }
     let line = limits_line(limits);
     let three = |name: &str| {
@@ -225,8 +225,8 @@ fn print_tables(rows: &[(Value, Summary)], limits: &[Limits]) -> anyhow::Result<
             .collect::<Vec<_>>()
             .join(" ")
     };
-    writeln!(
-        output,
+    let _ = writeln!(
+        table,
         "\nFar keys of a row: {} on average. Share of them that an oracle needs to leave out no more than 2 % of the mass, \
          quartiles over rows: {}; union over a tile: {}.\nWith every far page estimated, the sum of the pages' errors is so \
          many times the root of the sum of their squares (1: independent): {}.",
@@ -234,6 +234,6 @@ fn print_tables(rows: &[(Value, Summary)], limits: &[Limits]) -> anyhow::Result<
         three("needed_share"),
         three("union_share"),
         three("error_sum")
-    )?;
-    Ok(())
+    );
+    print_text(&table)
 }
