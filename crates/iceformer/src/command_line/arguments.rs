@@ -381,6 +381,17 @@ pub fn budget(text: &str) -> Result<f32, String> {
     BudgetSettings { budget }.validate().map(|()| budget).map_err(|error| error.to_string())
 }
 
+/// Each of `values` once, in the order of their first appearance.
+pub fn once<T: PartialEq>(values: impl IntoIterator<Item = T>) -> Vec<T> {
+    let mut once = Vec::new();
+    values.into_iter().for_each(|value| {
+        if !once.contains(&value) {
+            once.push(value);
+        }
+    });
+    once
+}
+
 pub fn choice<T: Copy>(text: &str, all: &[T], name: impl Fn(T) -> &'static str) -> Result<T, String> {
     all.iter().copied().find(|&value| name(value) == text).ok_or_else(|| {
         let names: Vec<_> = all.iter().map(|&value| name(value)).collect();

@@ -2,11 +2,12 @@
 
 use std::io::Write;
 
-use iceformer_attention::{Attention, KeyValueType};
+use iceformer_attention::{KeyValueType, Method};
 use iceformer_engine::{Decoder, Finish, PartTimes};
 use iceformer_kernels::InstructionSet;
 use serde::Serialize;
 
+use super::arguments::once;
 use super::attention_figures::AttentionFigures;
 use super::memory::peak_resident_bytes;
 use super::text::{bytes, grouped, rate, seconds};
@@ -58,11 +59,10 @@ pub fn shares(times: &PartTimes) -> [f64; 3] {
     [times.attention, times.linear, times.rest].map(|part| part.as_secs_f64() / total)
 }
 
-/// Names of the kernels that run: linear layers, then attention.
-pub fn kernels(decoder: &Decoder, kv_type: KeyValueType) -> Vec<&'static str> {
-    let mut names = decoder.linear_kernels();
-    names.push(Attention::kernel_name(kv_type));
-    names
+/// Names of the kernels that run, each once: linear layers, then attention by each of `methods`.
+pub fn kernels(decoder: &Decoder, methods: &[Method], kv_type: KeyValueType) -> Vec<&'static str> {
+    let attention = methods.iter().map(|method| method.kernel_name(kv_type));
+    once(decoder.linear_kernels().into_iter().chain(attention))
 }
 
 impl Figures {
@@ -110,12 +110,12 @@ impl Figures {
     }
 
     /// Fills in what the process and the machine tell.
-    pub fn observe(&mut self, decoder: &Decoder, kv_type: KeyValueType, times: &PartTimes) {
+    pub fn observe(&mut self, decoder: &Decoder, method: Method, kv_type: KeyValueType, times: &PartTimes) {
         [self.attention_share, self.linear_share, self.rest_share] = shares(times);
         self.peak_resident_bytes = peak_resident_bytes();
         self.weight_bytes = decoder.weight_bytes();
         self.kv_type = kv_type.name();
         self.instruction_set = InstructionSet::current().name();
-        self.kernels = kernels(decoder, kv_type);
+        self.kernels = kernels(decoder, &[method], kv_type);
     }
 }

@@ -156,7 +156,7 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
         None => None,
     };
     if let Some(tokens) = prompt.as_ref().map(Vec::len).filter(|&tokens| tokens > context) {
-        return Err(SessionError::TooLong { tokens, held: 0, context }.into());
+        return Err(too_long(tokens, context));
     }
 
     let chat = template.is_some();
@@ -221,7 +221,7 @@ fn answer(plan: &Plan, model: &Model, tokens: &[u32], chat: bool, load_seconds: 
         expected: plan.example.as_ref().map(|_| embedded::PLANTED),
         text: generation.text,
     };
-    figures.observe(model.decoder(), plan.session.key_value_type, &session.times());
+    figures.observe(model.decoder(), plan.session.method, plan.session.key_value_type, &session.times());
     if plan.json {
         print_json(&figures)?;
     }
@@ -234,6 +234,13 @@ fn answer(plan: &Plan, model: &Model, tokens: &[u32], chat: bool, load_seconds: 
     Ok(if generation.finish == Finish::Cancelled { Outcome::Interrupted } else { Outcome::Done })
 }
 
+/// A text that does not fit a session that holds nothing.
+pub fn too_long(tokens: usize, context: usize) -> anyhow::Error {
+    anyhow::anyhow!(
+        "the prompt has {tokens} tokens; the context takes {context}: shorten the text or use a model with a longer context"
+    )
+}
+
 /// Reads `tokens` as the whole content of the session, with progress. Gives how many of them it had; `None` when Ctrl-C
 /// stopped it.
 pub fn read(session: &mut Session, tokens: &[u32], quiet: bool) -> anyhow::Result<Option<usize>> {
@@ -243,6 +250,7 @@ pub fn read(session: &mut Session, tokens: &[u32], quiet: bool) -> anyhow::Resul
     match outcome {
         Ok(kept) => Ok(Some(kept)),
         Err(SessionError::Cancelled(_)) => Ok(None),
+        Err(SessionError::TooLong { tokens, held: 0, context }) => Err(too_long(tokens, context)),
         Err(error) => Err(error.into()),
     }
 }

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::measure;
 use crate::command_line::arguments::LinearArguments;
+use crate::command_line::memory::ensure_room;
 use crate::command_line::{Outcome, print_json};
 
 /// Different rows of weights; more would only take longer to make.
@@ -24,6 +25,9 @@ pub fn run(arguments: &LinearArguments) -> anyhow::Result<Outcome> {
         largest <= 1 << 33,
         "{rows} × {inputs} × {outputs} is too large; keep each matrix below 2³³ numbers"
     );
+    let weight_bytes = row_bytes as u64 * outputs as u64;
+    let needed = weight_bytes + 4 * (rows * (inputs + outputs)) as u64;
+    ensure_room(needed, &format!("a layer of {rows} × {inputs} × {outputs} in {}", weight_type.name()))?;
     let team = ThreadTeam::new(common.threads.unwrap_or_else(ThreadTeam::available));
 
     let pool = blocks::quantise(weight_type, &super::random(ROWS * inputs, 1));
@@ -37,7 +41,7 @@ pub fn run(arguments: &LinearArguments) -> anyhow::Result<Outcome> {
     })?;
 
     let rate = 2.0 * rows as f64 * inputs as f64 * outputs as f64 / times.cpu_seconds * 1e-9;
-    let (ceiling_name, ceiling) = measure::weight_ceiling(weight_type, &ceilings);
+    let (ceiling_name, ceiling) = measure::kernel_ceiling(weights.kernel_name(rows), &ceilings);
     let read = weights.bytes() as f64 / times.wall_seconds * 1e-9;
     let mut line = json!({
         "bench": "linear",

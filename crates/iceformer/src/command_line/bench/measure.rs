@@ -3,10 +3,8 @@
 use std::time::Instant;
 
 use anyhow::Context;
-use iceformer_attention::KeyValueType;
 use iceformer_kernels::ThreadTeam;
 use iceformer_kernels::ceilings::{Ceilings, process_cpu_seconds};
-use iceformer_kernels::linear::WeightType;
 
 /// CPU time one measurement takes at least, so that the clock's grain does not matter.
 pub const LEAST_SECONDS: f64 = 0.2;
@@ -68,20 +66,16 @@ pub fn median_ceilings(measured: &[Ceilings]) -> Ceilings {
     }
 }
 
-/// Name and rate of the ceiling that linear layers of a type are compared with.
-pub fn weight_ceiling(weight_type: WeightType, ceilings: &Ceilings) -> (&'static str, f64) {
-    match weight_type {
-        WeightType::F32 => ("f32", ceilings.f32_rate),
-        WeightType::Bf16 | WeightType::F16 => ("bf16", ceilings.bf16_rate),
-        _ => ("int8", ceilings.int8_rate),
-    }
-}
-
-/// Name and rate of the ceiling that attention over a cache is compared with.
-pub fn cache_ceiling(kv_type: KeyValueType, ceilings: &Ceilings) -> (&'static str, f64) {
-    match kv_type {
-        KeyValueType::F32 => ("f32", ceilings.f32_rate),
-        KeyValueType::Bf16 | KeyValueType::Int8 => ("bf16", ceilings.bf16_rate),
+/// Name and rate of the ceiling that a kernel is compared with: that of the instructions it multiplies with, as its name
+/// tells. What is stored as bf16 is multiplied in f32 where that is faster, and by searches.
+pub fn kernel_ceiling(kernel: &str, ceilings: &Ceilings) -> (&'static str, f64) {
+    let has = |part: &str| kernel.split('-').any(|own| own == part);
+    if has("vnni") || has("int8") {
+        ("int8", ceilings.int8_rate)
+    } else if has("bf16") && !has("f32") && !has("panels") {
+        ("bf16", ceilings.bf16_rate)
+    } else {
+        ("f32", ceilings.f32_rate)
     }
 }
 
@@ -95,7 +89,26 @@ pub fn median(values: impl Iterator<Item = f64>) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::median;
+    use super::*;
+
+    #[test]
+    fn ceilings_are_those_of_the_kernel_that_runs() {
+        let ceilings =
+            Ceilings { f32_rate: 1.0, bf16_rate: 2.0, int8_rate: 3.0, memory_bandwidth: 4.0, memory_threads: 1 };
+        for (kernel, expected) in [
+            ("avx512-bf16-6x64", ("bf16", 2.0)),
+            ("amx-bf16-32x32", ("bf16", 2.0)),
+            ("avx512-f32-6x64", ("f32", 1.0)),
+            ("avx512-f32-bf16-6x64", ("f32", 1.0)),
+            ("panels-bf16-avx512", ("f32", 1.0)),
+            ("portable-f32-6x16", ("f32", 1.0)),
+            ("avx512-vnni-q4_k-6x32", ("int8", 3.0)),
+            ("avx512-vnni-6x64", ("int8", 3.0)),
+            ("amx-int8-32x32", ("int8", 3.0)),
+        ] {
+            assert_eq!(kernel_ceiling(kernel, &ceilings), expected, "{kernel}");
+        }
+    }
 
     #[test]
     fn medians() {

@@ -6,13 +6,13 @@ mod linear;
 mod measure;
 mod prompt;
 
-use std::io::Write;
+use std::fmt::Write;
 
 use iceformer_kernels::ceilings::Ceilings;
 use serde_json::Value;
 
-use super::Outcome;
 use super::arguments::Bench;
+use super::{Outcome, print_text};
 
 /// Runs the command.
 pub fn run(what: Bench) -> anyhow::Result<Outcome> {
@@ -45,9 +45,14 @@ fn add_bandwidth(line: &mut Value, gigabytes_per_second: f64, ceilings: &Ceiling
     line["bandwidth_fraction"] = (gigabytes_per_second / ceilings.memory_bandwidth).into();
 }
 
+/// The number as it was typed: 0.05, where the nearest f32 is 0.0500000007.
+fn as_typed(number: f32) -> f64 {
+    number.to_string().parse().unwrap_or_else(|_| f64::from(number))
+}
+
 /// Prints the fields of a line for people, one in each row.
 fn print_table(line: &Value) -> anyhow::Result<()> {
-    let mut output = std::io::stdout().lock();
+    let mut table = String::new();
     for (name, value) in line.as_object().into_iter().flatten() {
         let value = match value {
             Value::String(text) => text.clone(),
@@ -58,7 +63,7 @@ fn print_table(line: &Value) -> anyhow::Result<()> {
             }
             other => other.to_string(),
         };
-        writeln!(output, "{:30}{value}", name.replace('_', " "))?;
+        let _ = writeln!(table, "{:30}{value}", name.replace('_', " "));
     }
-    Ok(())
+    print_text(&table)
 }

@@ -1,6 +1,6 @@
 //! What stands at the top of a report: command, machine, date, model.
 
-use iceformer_attention::KeyValueType;
+use iceformer_attention::{KeyValueType, Method};
 use iceformer_engine::{Model, ModelFiles};
 use iceformer_kernels::InstructionSet;
 
@@ -8,7 +8,12 @@ use crate::command_line::report::kernels;
 use crate::command_line::text::grouped;
 
 /// Names and values.
-pub fn facts(files: &ModelFiles, model: &Model, kv_type: KeyValueType) -> Vec<(&'static str, String)> {
+pub fn facts(
+    files: &ModelFiles,
+    model: &Model,
+    methods: &[Method],
+    kv_type: KeyValueType,
+) -> Vec<(&'static str, String)> {
     let summary = files.summary();
     let weights: Vec<&str> = summary.types.iter().map(|&(name, _, _)| name).collect();
     let config = model.decoder().config();
@@ -34,7 +39,7 @@ pub fn facts(files: &ModelFiles, model: &Model, kv_type: KeyValueType) -> Vec<(&
             "machine",
             format!("{}; {}, {threads} thread{}", processor(), InstructionSet::current().name(), plural(threads)),
         ),
-        ("kernels", kernels(model.decoder(), kv_type).join(", ")),
+        ("kernels", kernels(model.decoder(), methods, kv_type).join(", ")),
         ("cache", kv_type.name().to_owned()),
         ("date", jiff::Timestamp::now().strftime("%Y-%m-%d %H:%M UTC").to_string()),
     ]

@@ -112,7 +112,7 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
         Err(error) => return Err(error.into()),
     };
     if let Some((path, file)) = page {
-        let mut facts = facts::facts(&files, &model, common.kv_type);
+        let mut facts = facts::facts(&files, &model, &methods, common.kv_type);
         facts.push(("text", source.name.clone()));
         if interrupted {
             facts.push(("state", "interrupted: cases are missing".into()));

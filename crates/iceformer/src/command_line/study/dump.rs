@@ -15,6 +15,7 @@ use super::arguments::DumpArguments;
 use crate::command_line::destination::destination;
 use crate::command_line::embedded::{self, Example};
 use crate::command_line::progress::Progress;
+use crate::command_line::run::too_long;
 use crate::command_line::text::{bytes, grouped, read_text};
 use crate::command_line::{Outcome, interrupt, print_json};
 
@@ -60,7 +61,7 @@ pub fn run(arguments: &DumpArguments) -> anyhow::Result<Outcome> {
     let mut tokens = tokenizer.encode(&text, true)?;
     tokens.truncate(arguments.tokens.unwrap_or(usize::MAX));
     if tokens.len() > context {
-        return Err(SessionError::TooLong { tokens: tokens.len(), held: 0, context }.into());
+        return Err(too_long(tokens.len(), context));
     }
 
     let config = files.config();

@@ -1,6 +1,6 @@
 //! The figures of a measurement; those of several layers add up.
 
-use iceformer_attention::{HeadReport, KeyValueType};
+use iceformer_attention::HeadReport;
 use iceformer_kernels::ceilings::Ceilings;
 use iceformer_study::error::{RowError, quantile};
 use serde_json::{Map, Value, json};
@@ -36,11 +36,11 @@ impl Figures {
         self.index_bytes += other.index_bytes;
     }
 
-    /// The fields of a line of output. `against`: name of the method that it is compared with.
-    pub fn fields(&self, against: Option<&str>, kv_type: KeyValueType, ceilings: &Ceilings) -> Map<String, Value> {
+    /// The fields of a line of output. `against`: name of the method that it is compared with; `kernel`: of the first.
+    pub fn fields(&self, against: Option<&str>, kernel: &str, ceilings: &Ceilings) -> Map<String, Value> {
         let Self { attention, report, .. } = self;
         let rate = self.operations / attention.cpu_seconds * 1e-9;
-        let (ceiling_name, ceiling) = measure::cache_ceiling(kv_type, ceilings);
+        let (ceiling_name, ceiling) = measure::kernel_ceiling(kernel, ceilings);
         let mut line = json!({
             "cpu_seconds": attention.cpu_seconds,
             "wall_seconds": attention.wall_seconds,

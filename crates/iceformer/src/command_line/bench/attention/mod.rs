@@ -3,8 +3,6 @@
 mod call;
 mod figures;
 
-use std::io::Write;
-
 use iceformer_attention::{AttentionScratch, Mask, Method, ThreadTeam};
 use iceformer_kernels::InstructionSet;
 use iceformer_kernels::ceilings::Ceilings;
@@ -15,8 +13,9 @@ use serde_json::{Map, Value, json};
 
 use super::measure::{self, Times, median};
 use crate::command_line::arguments::{AttentionArguments, MaskKind};
+use crate::command_line::memory::{cache_bytes, ensure_room};
 use crate::command_line::progress::Progress;
-use crate::command_line::{Outcome, print_json};
+use crate::command_line::{Outcome, print_json, print_text};
 use call::{Calls, SampledOutputs};
 use figures::Figures;
 
@@ -114,10 +113,17 @@ fn layers(arguments: &AttentionArguments, dump: Option<&Dump>) -> anyhow::Result
             queries <= tokens,
             "--queries {queries} is above --tokens {tokens}; queries are the last tokens"
         );
-        let (heads, head_dim) =
-            dump.map_or((heads, head_dim), |dump| (dump.shape(layer).query_heads, dump.shape(layer).key_dim));
+        let (heads, kv_heads, head_dim) = dump.map_or((heads, kv_heads, head_dim), |dump| {
+            let shape = dump.shape(layer);
+            (shape.query_heads, shape.kv_heads, shape.key_dim)
+        });
         let largest = tokens.saturating_mul(heads).saturating_mul(head_dim);
         anyhow::ensure!(largest <= 1 << 32, "{tokens} × {heads} × {head_dim} is too large; keep it below 2³² numbers");
+        // Queries and outputs, keys and values, all of them f32, and the cache.
+        let own = (8 * queries * heads + 8 * tokens * kv_heads) * head_dim;
+        let cache = cache_bytes(arguments.kv_type, tokens * kv_heads * head_dim);
+        let what = format!("attention of {queries} queries to {tokens} keys, {heads} heads of {head_dim},");
+        ensure_room(own as u64 + cache, &what)?;
     }
     Ok(layers)
 }
@@ -209,7 +215,7 @@ impl Bench<'_> {
             "bench": "attention",
             "method": self.method.name(),
             "budget": match self.method {
-                Method::Budgeted(settings) => Some(as_typed(settings.budget)),
+                Method::Budgeted(settings) => Some(super::as_typed(settings.budget)),
                 _ => None,
             },
         });
@@ -217,7 +223,7 @@ impl Bench<'_> {
             None => line["generator"] = arguments.generator.name().into(),
             Some(path) => {
                 line["from"] = path.display().to_string().into();
-                line["tile_noise"] = as_typed(arguments.tile_noise).into();
+                line["tile_noise"] = super::as_typed(arguments.tile_noise).into();
             }
         }
         let rest = json!({
@@ -253,9 +259,11 @@ impl Bench<'_> {
     ) -> anyhow::Result<()> {
         let arguments = self.arguments;
         let mut fields = description;
-        fields.extend(figures.fields(arguments.against.map(Method::name), arguments.kv_type, ceilings));
+        let kernel = self.method.kernel_name(arguments.kv_type);
+        fields.extend(figures.fields(arguments.against.map(Method::name), kernel, ceilings));
         let mut line = Value::Object(fields);
-        if shape.query_tokens == 1 {
+        // What a sparse method reads of the cache is not counted.
+        if shape.query_tokens == 1 && self.method == Method::Exact {
             let read = figures.cache_bytes as f64 / figures.attention.wall_seconds * 1e-9;
             super::add_bandwidth(&mut line, read, ceilings);
         }
@@ -264,16 +272,11 @@ impl Bench<'_> {
         } else {
             super::print_table(&line)?;
             if arguments.from.is_some() {
-                writeln!(std::io::stdout())?;
+                print_text("\n")?;
             }
             Ok(())
         }
     }
-}
-
-/// The number as it was typed: 0.05, where the nearest f32 is 0.0500000007.
-fn as_typed(number: f32) -> f64 {
-    number.to_string().parse().unwrap_or_else(|_| f64::from(number))
 }
 
 /// Medians are taken over measurements, each of as many passes as make it long enough.
