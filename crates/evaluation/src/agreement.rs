@@ -73,6 +73,8 @@ pub fn run_agreement(
                 case,
                 tokens: length,
                 depth: None,
+                source: Some(name.into()),
+                first_token: Some(first),
             };
             let mut exact = Vec::new();
             for &method in driver.methods {

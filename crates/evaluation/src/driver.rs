@@ -21,6 +21,11 @@ pub trait Observer {
     /// One method is done with one case in one set-up; `reports` tells layer by layer what attention did for all that
     /// the method read.
     fn measured(&mut self, measurement: Measurement, reports: &[Report]);
+
+    /// Something that the measurements do not tell, such as cases that were asked for but do not exist; a line of text.
+    fn note(&mut self, note: String) {
+        let _ = note;
+    }
 }
 
 /// A model, and what is evaluated on it.
@@ -102,6 +107,8 @@ impl Driver<'_> {
                 case: case.number,
                 tokens: case.tokens.longest(),
                 depth: case.depth,
+                source: None,
+                first_token: None,
             };
             for &method in self.methods {
                 self.run_case(&place, &case, method, &mut work)?;

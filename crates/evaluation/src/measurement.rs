@@ -113,6 +113,12 @@ pub struct Place {
     /// Where in the text the answer stands, 0 to 1; `None` where it stands in many places or in none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub depth: Option<f64>,
+    /// Of what was cut from a text: the text's name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// And the first token of that text that belongs to it, from 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_token: Option<usize>,
 }
 
 /// What one method did with one case in one set-up.
@@ -143,8 +149,12 @@ pub struct Measurement {
     pub fallback_share: f64,
     /// Missed mass that 99 % of the rows stay below, as the method estimates it.
     pub estimated_missed_mass_p99: Option<f32>,
-    /// The same of the rows that were also computed exactly.
+    /// Rows that were estimated.
+    pub estimated_rows: u64,
+    /// Missed mass that 99 % of the rows stay below that were also computed exactly.
     pub audited_missed_mass_p99: Option<f32>,
+    /// Rows that were audited so.
+    pub audited_rows: u64,
 }
 
 impl Measurement {
@@ -162,7 +172,9 @@ impl Measurement {
             kept_share: 1.0,
             fallback_share: 0.0,
             estimated_missed_mass_p99: None,
+            estimated_rows: 0,
             audited_missed_mass_p99: None,
+            audited_rows: 0,
         }
     }
 
@@ -173,13 +185,20 @@ impl Measurement {
         self.kept_share = total.kept_share();
         self.fallback_share = total.fallback_share();
         self.estimated_missed_mass_p99 = total.estimated_missed_mass.quantile(0.99);
+        self.estimated_rows = total.estimated_missed_mass.count();
         self.audited_missed_mass_p99 = total.audited_missed_mass.quantile(0.99);
+        self.audited_rows = total.audited_missed_mass.count();
     }
 
     /// The method with its settings, as tables show it.
     pub fn label(&self) -> String {
-        self.budget.map_or_else(|| self.method.clone(), |budget| format!("{} {budget}", self.method))
+        label(&self.method, self.budget)
     }
+}
+
+/// A method with its settings, as tables show it.
+pub(crate) fn label(method: &str, budget: Option<f32>) -> String {
+    budget.map_or_else(|| method.to_owned(), |budget| format!("{method} {budget}"))
 }
 
 /// Missed mass that a row of the method may have, where it has such a setting.

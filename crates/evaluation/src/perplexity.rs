@@ -9,8 +9,9 @@ use iceformer_engine::Session;
 use crate::EvaluationError;
 use crate::driver::{Driver, Observer, Work, weight};
 use crate::measurement::{Cost, Finding, Measurement, Place, Setup};
+use crate::text::NamedText;
 
-/// Windows of a text.
+/// Windows of texts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PerplexitySettings {
     /// Tokens of a window, one or more lengths.
@@ -19,7 +20,7 @@ pub struct PerplexitySettings {
     pub stride: Option<usize>,
     /// Tokens at the end of each window that are scored.
     pub scored: usize,
-    /// Most windows of each length.
+    /// Most windows of each length, of all texts together.
     pub windows: usize,
 }
 
@@ -34,24 +35,27 @@ pub(crate) fn start_tokens(driver: &Driver<'_>) -> Result<Vec<u32>, EvaluationEr
     Ok(with[..start].to_vec())
 }
 
-/// Runs every method on windows of `text`, exact attention first, which must be the first of the driver's methods.
+/// Runs every method on windows of `texts`, which take turns: the first window of each, then the second of each that has
+/// one, until there are as many as asked for. Exact attention runs first and must be the first of the driver's methods.
+/// Windows that were asked for but do not exist, and texts that none was taken from, are told as a note.
 ///
 /// # Errors
-/// When a window does not fit the context or the text, the tokenizer fails on it, or the work is cancelled.
+/// When a length does not fit the context or any of the texts, the tokenizer fails on one, or the work is cancelled.
 ///
 /// # Panics
-/// When the first method is not exact.
+/// When the first method is not exact, or there are no texts.
 pub fn run_perplexity(
     driver: &Driver<'_>,
-    name: &str,
-    text: &str,
+    texts: &[NamedText],
     settings: &PerplexitySettings,
     observer: &mut dyn Observer,
 ) -> Result<(), EvaluationError> {
     assert_eq!(driver.methods.first(), Some(&Method::Exact), "other methods are compared with exact attention");
+    assert!(!texts.is_empty(), "windows are cut from a text");
     let context = driver.settings.check(driver.model.decoder().config())?;
     let start = start_tokens(driver)?;
-    let tokens = driver.model.tokenizer().encode(text, false)?;
+    let encoded = |text: &NamedText| driver.model.tokenizer().encode(&text.text, false);
+    let tokens = texts.iter().map(encoded).collect::<Result<Vec<_>, _>>()?;
     let mut windows = Vec::new();
     for &length in &settings.lengths {
         let error = |problem: String| EvaluationError::Length { length, problem };
@@ -63,30 +67,91 @@ pub fn run_perplexity(
             return Err(error(format!("leaves no context in front of {} scored tokens: score fewer", settings.scored)));
         }
         let own = length - start.len();
-        if tokens.len() < own {
-            let problem = format!("{} tokens; a length of {length} needs more text", tokens.len());
-            return Err(EvaluationError::Text { name: name.into(), problem });
+        let stride = settings.stride.unwrap_or(length);
+        let has = |tokens: &Vec<u32>| tokens.len().checked_sub(own).map_or(0, |rest| rest / stride + 1);
+        let counts: Vec<usize> = tokens.iter().map(has).collect();
+        let taken = in_turn(&counts, settings.windows);
+        if taken.is_empty() {
+            return Err(too_short(texts, &tokens, length));
         }
-        let places = (0..=tokens.len() - own).step_by(settings.stride.unwrap_or(length)).take(settings.windows);
-        windows.extend(places.enumerate().map(|(number, place)| (length, number, place..place + own)));
+        if let Some(note) = shortfall(texts, &counts, &taken, length, settings.windows) {
+            observer.note(note);
+        }
+        let name = texts.iter().map(|text| text.name.as_str()).collect::<Vec<_>>().join(" + ");
+        windows.extend(taken.into_iter().enumerate().map(|(case, (text, window))| {
+            let place = Place {
+                evaluation: "perplexity",
+                task: name.clone(),
+                group: length.to_string(),
+                case,
+                tokens: length,
+                depth: None,
+                source: Some(texts[text].name.clone()),
+                first_token: Some(window * stride),
+            };
+            (text, place)
+        }));
     }
-    let total = driver.methods.len() as f64 * windows.iter().map(|window| weight(window.0)).sum::<f64>();
+    let total = driver.methods.len() as f64 * windows.iter().map(|(_, place)| weight(place.tokens)).sum::<f64>();
     let mut work = Work { observer, done: 0.0, total };
-    for (length, number, range) in windows {
-        let window: Vec<u32> = start.iter().chain(&tokens[range]).copied().collect();
+    for (text, place) in windows {
+        let first = place.first_token.unwrap_or(0);
+        let own = &tokens[text][first..first + place.tokens - start.len()];
+        let whole = [&start[..], own].concat();
+        let window = Window { place, tokens: &whole, scored: settings.scored };
         let mut exact = Vec::new();
         for &method in driver.methods {
-            let window = Window { task: name, number, tokens: &window, scored: settings.scored };
             run_window(driver, &window, method, &mut exact, &mut work)?;
-            work.finish(length);
+            work.finish(whole.len());
         }
     }
     Ok(())
 }
 
+/// The first `most` windows where texts take turns, as (text, window of it); a text that has no window left is passed
+/// over. `counts` tells how many windows each text has.
+fn in_turn(counts: &[usize], most: usize) -> Vec<(usize, usize)> {
+    let rounds = counts.iter().copied().max().unwrap_or(0);
+    let round = |window| (0..counts.len()).filter(move |&text| window < counts[text]).map(move |text| (text, window));
+    (0..rounds).flat_map(round).take(most).collect()
+}
+
+/// No text has a window.
+fn too_short(texts: &[NamedText], tokens: &[Vec<u32>], length: usize) -> EvaluationError {
+    let longest = (0..texts.len()).max_by_key(|&text| tokens[text].len()).unwrap_or(0);
+    let others = if texts.len() > 1 { ", the other texts fewer" } else { "" };
+    let problem = format!("{} tokens{others}; a length of {length} needs more text", tokens[longest].len());
+    EvaluationError::Text { name: texts[longest].name.clone(), problem }
+}
+
+/// What is missing of `most` windows, and of texts.
+fn shortfall(
+    texts: &[NamedText],
+    counts: &[usize],
+    taken: &[(usize, usize)],
+    length: usize,
+    most: usize,
+) -> Option<String> {
+    let names = |left_out: &dyn Fn(usize) -> bool| {
+        let names = texts.iter().enumerate().filter(|&(text, _)| left_out(text)).map(|(_, text)| text.name.as_str());
+        Some(names.collect::<Vec<_>>().join(", ")).filter(|names| !names.is_empty())
+    };
+    let mut parts = Vec::new();
+    if taken.len() < most {
+        let count = taken.len();
+        parts.push(format!("{count} window{} of {length} tokens instead of {most}", if count == 1 { "" } else { "s" }));
+    }
+    if let Some(names) = names(&|text| counts[text] == 0) {
+        parts.push(format!("too short for a window of {length} tokens: {names}"));
+    }
+    if let Some(names) = names(&|text| counts[text] > 0 && !taken.iter().any(|&(other, _)| other == text)) {
+        parts.push(format!("no window of {length} tokens is read of {names}; ask for more cases"));
+    }
+    Some(parts.join("; ")).filter(|note| !note.is_empty())
+}
+
 struct Window<'a> {
-    task: &'a str,
-    number: usize,
+    place: Place,
     tokens: &'a [u32],
     scored: usize,
 }
@@ -102,19 +167,11 @@ fn run_window(
     let (text, scored) = window.tokens.split_at(window.tokens.len() - window.scored - 1);
     let (mut session, text_cost) = driver.read_text(method, text, work)?;
     let after_text = session.reports().to_vec();
-    let place = Place {
-        evaluation: "perplexity",
-        task: window.task.into(),
-        group: window.tokens.len().to_string(),
-        case: window.number,
-        tokens: window.tokens.len(),
-        depth: None,
-    };
     for &setup in Driver::setups(method) {
         session.set_method(setup.method(method))?;
         session.truncate(text.len());
         let (finding, question) = score(&mut session, scored, method == Method::Exact, exact)?;
-        let mut measurement = Measurement::new(&place, method, setup, text_cost, finding);
+        let mut measurement = Measurement::new(&window.place, method, setup, text_cost, finding);
         measurement.question = question;
         let reports = if setup == Setup::Everything { session.reports() } else { &after_text };
         measurement.observe(reports);
@@ -193,6 +250,24 @@ fn likeliest(values: &[f32]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn texts_take_turns() {
+        assert_eq!(in_turn(&[3, 1, 2], 9), [(0, 0), (1, 0), (2, 0), (0, 1), (2, 1), (0, 2)]);
+        assert_eq!(in_turn(&[9, 9], 3), [(0, 0), (1, 0), (0, 1)]);
+        assert_eq!(in_turn(&[0, 2], 9), [(1, 0), (1, 1)]);
+        assert!(in_turn(&[0, 0], 9).is_empty());
+    }
+
+    #[test]
+    fn windows_and_texts_that_are_left_out_are_told() {
+        let texts = ["a", "b", "c"].map(|name| NamedText { name: name.into(), text: String::new() });
+        let told = |counts: &[usize], most| shortfall(&texts, counts, &in_turn(counts, most), 64, most);
+        assert_eq!(told(&[1, 1, 1], 3), None);
+        assert_eq!(told(&[2, 0, 1], 3).unwrap(), "too short for a window of 64 tokens: b");
+        assert_eq!(told(&[1, 1, 1], 5).unwrap(), "3 windows of 64 tokens instead of 5");
+        assert_eq!(told(&[5, 5, 5], 2).unwrap(), "no window of 64 tokens is read of c; ask for more cases");
+    }
 
     #[test]
     fn divergences_of_known_distributions() {

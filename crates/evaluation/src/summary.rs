@@ -4,7 +4,7 @@ use iceformer_attention::Report;
 use serde::Serialize;
 
 use crate::driver::Observer;
-use crate::measurement::{Cost, Finding, Measurement, Place, Setup};
+use crate::measurement::{Cost, Finding, Measurement, Place, Setup, label};
 
 /// Tasks that exact attention does less well than this say nothing about a method.
 pub const LEAST_ACCURACY: f64 = 0.5;
@@ -29,8 +29,11 @@ pub struct Summary {
     pub group: String,
     /// Tokens of a prompt, mean.
     pub tokens: f64,
-    /// The method with its settings.
+    /// Name of the method.
     pub method: String,
+    /// Missed mass that a row may have, of method `budgeted`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub budget: Option<f32>,
     /// What the method read.
     pub setup: Setup,
     /// Cases.
@@ -86,8 +89,11 @@ pub enum Quality {
 /// What a method keeps of the accuracy of exact attention over all tasks and lengths.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Retention {
-    /// The method with its settings.
+    /// Name of the method.
     pub method: String,
+    /// Missed mass that a row may have, of method `budgeted`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub budget: Option<f32>,
     /// What the method read.
     pub setup: Setup,
     /// Tasks and groups that exact attention does at least half right.
@@ -98,6 +104,20 @@ pub struct Retention {
     pub least: f64,
     /// Where that was: task and group.
     pub least_at: String,
+}
+
+impl Summary {
+    /// The method with its settings, as tables show it.
+    pub fn label(&self) -> String {
+        label(&self.method, self.budget)
+    }
+}
+
+impl Retention {
+    /// The method with its settings, as tables show it.
+    pub fn label(&self) -> String {
+        label(&self.method, self.budget)
+    }
 }
 
 impl Results {
@@ -160,7 +180,8 @@ impl Results {
             task: first.place.task.clone(),
             group: first.place.group.clone(),
             tokens: mean(&|m| m.place.tokens as f64),
-            method: first.label(),
+            method: first.method.clone(),
+            budget: first.budget,
             setup: first.setup,
             cases: group.len(),
             quality: Quality::of(group, &exact),
@@ -187,7 +208,7 @@ impl Results {
                 continue;
             }
             let at = format!("{} {}", summary.task, summary.group);
-            match retentions.iter_mut().find(|r| r.method == summary.method && r.setup == summary.setup) {
+            match retentions.iter_mut().find(|r| r.label() == summary.label() && r.setup == summary.setup) {
                 Some(all) => {
                     all.mean = (all.mean * all.tasks as f64 + retention) / (all.tasks + 1) as f64;
                     all.tasks += 1;
@@ -197,6 +218,7 @@ impl Results {
                 }
                 None => retentions.push(Retention {
                     method: summary.method.clone(),
+                    budget: summary.budget,
                     setup: summary.setup,
                     tasks: 1,
                     mean: retention,

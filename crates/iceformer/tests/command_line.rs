@@ -79,6 +79,18 @@ fn json_holds_text_and_figures() {
 }
 
 #[test]
+fn kernels_are_listed_once() {
+    let kernels = |method: &str| {
+        let run = ["--prompt", "Once", "-n", "1", "--json", "-q", "--kv-type", "f32", "--method", method];
+        json(&on_reference(&run))["kernels"].as_array().unwrap().clone()
+    };
+    let exact = kernels("exact");
+    let repeated = exact.iter().enumerate().any(|(index, kernel)| exact[..index].contains(kernel));
+    assert!(!exact.is_empty() && !repeated, "{exact:?}");
+    assert!(kernels("dci").last().unwrap().as_str().unwrap().starts_with("panels-"), "the search");
+}
+
+#[test]
 fn the_report_tells_what_attention_kept() {
     let text = (0..480).map(|line| format!("Line {line} tells of the {} hill.\n", line * 37 % 101)).collect::<String>();
     let run = |more: &[&str]| with_input(&[&["run", "-n", "2", "--threads", "2"], more].concat(), &text);
@@ -152,7 +164,9 @@ fn errors_are_one_line_and_exit_with_1() {
     assert_error(&on_reference(&["-p", "x", "--temperature", "-1"]), 1, &["temperature is -1", "0 to 100"]);
     assert_error(&on_reference(&["-p", "x", "--top-p", "0"]), 1, &["top-p is 0"]);
     assert_error(&on_reference(&["-p", "x", "--context", "70000"]), 1, &["70000", "65536"]);
-    assert_error(&on_reference(&["-p", "one two three four", "--context", "3"]), 1, &["context takes 3", "prompt has"]);
+    let long = on_reference(&["-p", "one two three four", "--context", "3"]);
+    assert_error(&long, 1, &["the prompt has ", " tokens; the context takes 3"]);
+    assert!(!stderr(&long).contains("held"), "{}", stderr(&long));
     assert_error(&on_reference(&["-p", "x", "--chunk", "0"]), 1, &["chunk of 0"]);
     assert_error(&on_reference(&["-p", "x", "--chat"]), 1, &["no chat template"]);
     assert_error(&iceformer(&["inspect", "no/such/model"]), 1, &["no/such/model"]);
@@ -196,6 +210,10 @@ fn wrong_usage_is_one_line_and_exits_with_2() {
     assert_error(&iceformer(&["run", "--kv-type", "int3"]), 2, &["--kv-type", "f32, bf16, int8"]);
     assert_error(&iceformer(&["run", "--chat", "--no-chat"]), 2, &["--no-chat"]);
     assert_error(&iceformer(&["walk"]), 2, &["walk"]);
+    for command in [&["run", "-p", "x"][..], &["eval", "needle"], &["bench", "attention"], &["study", "replay", "x"]] {
+        let output = iceformer(&[command, &["--seed", "-1"]].concat());
+        assert_error(&output, 2, &["'-1' for '--seed", "expected a whole number from 0 to 18446744073709551615"]);
+    }
     assert_error(&iceformer(&["bench"]), 2, &["command"]);
     assert_error(&iceformer(&["bench", "prompt"]), 2, &["--shape", "--model"]);
     assert_error(&iceformer(&["bench", "linear", "--weights", "q3"]), 2, &["--weights", "q4_k"]);
@@ -300,6 +318,15 @@ fn bench_lines_carry_their_fields() {
     ];
     numbers(&prompt, &names);
     assert_eq!(prompt["tokens"], 100);
+    numbers(&prompt, &["bandwidth_fraction", "ceiling_fraction"]);
+    assert_eq!((prompt["method"].as_str(), &prompt["budget"]), (Some("exact"), &Value::Null));
+    assert_eq!((prompt["kept_share"].as_f64(), prompt["index_bytes"].as_u64()), (Some(1.0), Some(0)));
+    let sparse = ["bench", "prompt", "--model", path.to_str().unwrap(), "--tokens", "6000", "--budget", "0.2"];
+    let sparse = json(&iceformer(&[&sparse[..], &["--generate", "2"], &once].concat()));
+    assert_eq!((sparse["method"].as_str(), sparse["budget"].as_f64()), (Some("budgeted"), Some(0.2)));
+    assert!(sparse["kept_share"].as_f64().is_some_and(|share| share < 1.0), "{sparse}");
+    numbers(&sparse, &["index_bytes"]);
+    assert!(sparse["fallback_share"].is_f64() && sparse.get("bandwidth_fraction").is_none(), "{sparse}");
     if cfg!(target_os = "linux") {
         numbers(&prompt, &["peak_resident_bytes"]);
     }
@@ -369,6 +396,16 @@ fn eval_reads_published_cases() {
     assert_eq!((cases.len(), cases[0]["group"].as_str()), (2, Some("lines_2")));
     assert_eq!(cases[1]["expected"], serde_json::json!([["987"]]));
 
+    let report = folder.path().join("report.html");
+    assert!(iceformer(&[&eval[..], &["--report", report.to_str().unwrap()]].concat()).status.success());
+    let page = std::fs::read_to_string(&report).unwrap();
+    let name = folder.path().file_name().unwrap().to_str().unwrap();
+    assert!(page.contains("<dt>data</dt>") && page.contains(name) && !page.contains("Milly and Olly"), "{page}");
+
+    write("lines_3.jsonl", case(1).replace("expected_number\":1", "expected_number\":\"12\""));
+    assert_error(&iceformer(&eval), 1, &["lines_3.jsonl: line 1: expected_number is \"12\"; expected a whole number"]);
+    std::fs::write(folder.path().join("lines_3.jsonl"), [case(1).as_bytes(), b"\n\xff"].concat()).unwrap();
+    assert_error(&iceformer(&eval), 1, &["lines_3.jsonl: line 2: not UTF-8 text"]);
     write("lines_3.jsonl", "{}\n".into());
     assert_error(&iceformer(&eval), 1, &["lines_3.jsonl: line 1: prompt is missing"]);
     write("lines_3.jsonl", String::new());
@@ -393,6 +430,64 @@ fn eval_measures_perplexity_and_divergence() {
 }
 
 #[test]
+fn eval_takes_windows_of_all_texts_in_turn() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut texts = Vec::new();
+    for (name, sentences) in [("long", 60), ("short", 45), ("tiny", 1)] {
+        let path = folder.path().join(name).with_extension("txt");
+        std::fs::write(&path, "The old man walked slowly down to the river. ".repeat(sentences)).unwrap();
+        texts.extend(["--text".to_owned(), path.to_str().unwrap().to_owned()]);
+    }
+    // The first once more, which would count its windows twice.
+    texts.extend_from_within(..2);
+    let report = folder.path().join("report.html");
+    let run = ["eval", "perplexity", "--lengths", "200,200", "--scored", "20", "--methods", "exact", "--json"];
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let run = |more: &[&str]| iceformer(&[&run[..], &texts, more].concat());
+    let output = run(&["--cases", "9", "--report", report.to_str().unwrap()]);
+    let note = "instead of 9; too short for a window of 200 tokens: tiny";
+    assert!(stderr(&output).contains(note), "{}", stderr(&output));
+    let lines = json_lines(&output);
+    let cases = records(&lines, "case");
+    let place = |case: &&Value| (case["source"].as_str().unwrap().to_owned(), case["first_token"].as_u64().unwrap());
+    let places: Vec<_> = cases.iter().map(place).collect();
+    let expected = [("long", 0), ("short", 0), ("long", 200), ("short", 200)].map(|(name, at)| (name.to_owned(), at));
+    assert!(places.starts_with(&expected) && places.len() < 9, "{places:?}");
+    assert_eq!(cases.last().unwrap()["case"].as_u64(), Some(cases.len() as u64 - 1), "each length once");
+    let page = std::fs::read_to_string(&report).unwrap();
+    assert!(page.contains("Places in the texts") && page.contains(note), "{page}");
+
+    let output = run(&["--cases", "1"]);
+    assert!(stderr(&output).contains("no window of 200 tokens is read of short; ask for more cases"));
+    assert_eq!(stderr(&run(&["--cases", "1", "-q"])), "");
+}
+
+#[test]
+fn lengths_and_tasks_count_once() {
+    let needle = ["eval", "needle", "--tasks", "single,single", "--lengths", "400,400", "--cases", "1"];
+    let longeval = ["eval", "longeval", "--lengths", "600,600", "--cases", "1"];
+    for arguments in [&needle[..], &longeval] {
+        let output = iceformer(&[arguments, &["--methods", "exact", "--json", "-q"]].concat());
+        assert_eq!(records(&json_lines(&output), "case").len(), 1, "{arguments:?}");
+    }
+}
+
+#[test]
+fn options_that_do_nothing_are_refused() {
+    let data = ["eval", "longeval", "--data", "lines.jsonl"];
+    for (arguments, option) in [
+        (&[&data[..], &["--seed", "1"]].concat()[..], "--seed"),
+        (&[&data[..], &["--text", "novel.txt"]].concat(), "--text"),
+        (&[&data[..], &["--lengths", "600"]].concat(), "--lengths"),
+        (&["eval", "perplexity", "--seed", "1"], "--seed"),
+        (&["eval", "perplexity", "--no-chat"], "--no-chat"),
+        (&["eval", "agreement", "--no-chat"], "--no-chat"),
+    ] {
+        assert_error(&iceformer(arguments), 2, &[option]);
+    }
+}
+
+#[test]
 fn eval_plants_needles() {
     let arguments = ["eval", "needle", "--tasks", "single,multi-query", "--lengths", "600", "--cases", "2"];
     let more = ["--depths", "10,90", "--methods", "exact,budgeted", "--budget", "0.02,0.1", "--json", "-q"];
@@ -403,9 +498,18 @@ fn eval_plants_needles() {
     assert_eq!(cases[19]["answers"].as_array().unwrap().len(), 4, "{}", cases[19]);
     let summaries = records(&lines, "summary");
     assert!(summaries[0]["accuracy"].as_f64().unwrap() >= 0.5, "the reference model finds needles: {}", summaries[0]);
-    let methods: Vec<_> = summaries[..5].iter().map(|summary| summary["method"].as_str().unwrap()).collect();
-    assert_eq!(methods, ["exact", "budgeted 0.02", "budgeted 0.02", "budgeted 0.1", "budgeted 0.1"]);
+    // Cases and summaries join by method and budget.
+    let of = |line: &Value| (line["method"].as_str().unwrap().to_owned(), line["budget"].as_f64());
+    let methods: Vec<_> = summaries[..5].iter().map(|summary| of(summary)).collect();
+    let budgeted = |budget| ("budgeted".to_owned(), Some(budget));
+    let expected = [0.02, 0.02, 0.1, 0.1].map(budgeted);
+    assert_eq!((methods[0].clone(), &methods[1..]), (("exact".to_owned(), None), &expected[..]));
+    assert_eq!(cases[..5].iter().map(|case| of(case)).collect::<Vec<_>>(), methods);
+    for case in &cases {
+        assert!(case["estimated_rows"].is_u64() && case["audited_rows"].is_u64(), "{case}");
+    }
     let retentions = records(&lines, "retention");
+    assert_eq!(of(retentions[0]), budgeted(0.02));
     assert!((0.0..=1.5).contains(&retentions[0]["mean"].as_f64().unwrap()), "{}", retentions[0]);
 }
 
@@ -455,7 +559,9 @@ fn eval_reports_are_whole_pages() {
     }
     let nowhere = folder.path().join("none/report.html");
     let eval = ["eval", "needle", "--report"];
-    assert_error(&iceformer(&[&eval[..], &[nowhere.to_str().unwrap()]].concat()), 1, &["--report", "No such file"]);
+    let output = iceformer(&[&eval[..], &[nowhere.to_str().unwrap()]].concat());
+    assert_error(&output, 1, &["none/report.html: No such file"]);
+    assert_eq!(stderr(&output).matches(folder.path().to_str().unwrap()).count(), 1, "not the temporary file");
     let path = folder.path().to_str().unwrap();
     assert_error(&iceformer(&[&eval[..], &[path]].concat()), 1, &["--report", "is a folder"]);
 }
@@ -502,6 +608,34 @@ fn what_eval_cannot_do_is_told_in_one_line() {
         (&["eval", "perplexity", "--lengths", "65537"], 1, &["the context takes 65536"]),
     ] {
         assert_error(&iceformer(&[arguments, &["-q"]].concat()), code, parts);
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_and_endless_files_are_named() {
+    let model = model();
+    for arguments in [
+        &["run", "-p", "Once", "-n", "1", "-q"][..],
+        &["run", "-p", "Once", "-n", "1", "-q", "--json"],
+        &["inspect", model.to_str().unwrap()],
+        &["inspect", model.to_str().unwrap(), "--json"],
+        &["eval", "needle", "--tasks", "single", "--lengths", "400", "--cases", "1", "--methods", "exact", "-q"],
+    ] {
+        let output = std::process::Command::new(assert_cmd::cargo::cargo_bin("iceformer"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(std::fs::File::create("/dev/full").unwrap())
+            .output()
+            .unwrap();
+        assert_error(&output, 1, &["standard output: No space left"]);
+    }
+    for arguments in [
+        &["eval", "longeval", "--data", "/dev/zero", "-q"][..],
+        &["eval", "needle", "--text", "/dev/zero", "-q"],
+        &["run", "--file", "/dev/zero", "-q"],
+    ] {
+        assert_error(&iceformer(arguments), 1, &["/dev/zero: more than 256 MiB; expected a text"]);
     }
 }
 

@@ -10,7 +10,7 @@ use iceformer_attention::{HeadReport, MassHistogram};
 use minijinja::{Environment, Value, context};
 use tempfile::NamedTempFile;
 
-use crate::measurement::Setup;
+use crate::measurement::{Place, Setup};
 use crate::summary::{Quality, Results, Summary};
 use chart::{Axis, Scale, Series, chart};
 
@@ -20,6 +20,7 @@ pub fn html(title: &str, facts: &[(&str, String)], results: &Results) -> String 
     let summaries = results.summaries();
     let mut sections = quality(results, &summaries);
     sections.extend([time(&summaries), kept(results), missed(results)]);
+    sections.extend(places(results));
     let mut environment = Environment::new();
     environment.add_template("page.html", include_str!("page.html")).expect("the template is well formed");
     let page = environment.get_template("page.html").expect("it was added");
@@ -44,11 +45,14 @@ impl PageFile {
             return Err(std::io::Error::other("is a folder; expected the name of a file"));
         }
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        folder.metadata()?;
         let mut builder = tempfile::Builder::new();
         // Temporary files are private, but a report is to be read by whom the folder lets.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        Ok(Self { path: path.to_owned(), file: builder.tempfile_in(folder)? })
+        // The error itself names the temporary file, which is not what was asked for.
+        let file = builder.tempfile_in(folder).map_err(|error| error.kind())?;
+        Ok(Self { path: path.to_owned(), file })
     }
 
     /// Writes the page and moves it to its place.
@@ -56,8 +60,10 @@ impl PageFile {
     /// # Errors
     /// When the disk takes it not.
     pub fn write(mut self, html: &str) -> std::io::Result<()> {
-        self.file.write_all(html.as_bytes())?;
-        self.file.as_file().sync_all()?;
+        // The file as such: errors of its wrapper name the temporary place.
+        let file = self.file.as_file_mut();
+        file.write_all(html.as_bytes())?;
+        file.sync_all()?;
         self.file.persist(&self.path)?;
         Ok(())
     }
@@ -141,18 +147,19 @@ fn or_dash<T>(value: Option<T>, format: impl Fn(T) -> String) -> String {
 const TOKENS: Axis = Axis { label: "tokens", scale: Scale::Doubling, range: None, format: tokens };
 
 /// Method and set-up as a line of a chart, and its colour: that of the method.
-fn line(summary: &Summary, methods: &[&str]) -> (String, usize) {
-    let color = methods.iter().position(|method| *method == summary.method).unwrap_or(0);
-    match summary.method.as_str() {
-        "exact" => ("exact".into(), color),
-        method => (format!("{method}, {}", summary.setup.name()), color),
+fn line(summary: &Summary, methods: &[String]) -> (String, usize) {
+    let label = summary.label();
+    let color = methods.iter().position(|method| *method == label).unwrap_or(0);
+    match label.as_str() {
+        "exact" => (label, color),
+        _ => (format!("{label}, {}", summary.setup.name()), color),
     }
 }
 
 /// One line for each method and set-up among `summaries`, in the order of their tokens.
 fn lines<'a>(
     summaries: impl Iterator<Item = &'a Summary>,
-    methods: &[&str],
+    methods: &[String],
     value: impl Fn(&Summary) -> Option<f64>,
 ) -> Vec<Series> {
     let mut series: Vec<Series> = Vec::new();
@@ -173,8 +180,8 @@ fn lines<'a>(
 }
 
 /// Each once, in the order of their first appearance.
-fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
-    let mut distinct: Vec<&str> = Vec::new();
+fn distinct<T: PartialEq>(names: impl Iterator<Item = T>) -> Vec<T> {
+    let mut distinct = Vec::new();
     for name in names {
         if !distinct.contains(&name) {
             distinct.push(name);
@@ -185,7 +192,7 @@ fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
 
 /// The columns that name a row of summaries.
 fn names(summary: &Summary) -> Vec<String> {
-    let own = [&summary.task, &summary.group, &summary.method].map(String::clone);
+    let own = [summary.task.clone(), summary.group.clone(), summary.label()];
     [&own[..], &[summary.setup.name().into(), summary.cases.to_string(), format!("{:.0}", summary.tokens)]].concat()
 }
 
@@ -193,7 +200,7 @@ const NAMES: [&str; 6] = ["task", "length", "method", "reads", "cases", "tokens"
 
 fn quality(results: &Results, summaries: &[Summary]) -> Vec<Section> {
     let Some(first) = summaries.first() else { return Vec::new() };
-    let methods = distinct(summaries.iter().map(|summary| summary.method.as_str()));
+    let methods = distinct(summaries.iter().map(Summary::label));
     let tasks = distinct(summaries.iter().map(|summary| summary.task.as_str()));
     let of = |task: &str| summaries.iter().filter(move |summary| summary.task == task).collect::<Vec<_>>();
     let drawn = |axis: &Axis, value: fn(&Quality) -> Option<f64>| -> Vec<Drawing> {
@@ -261,7 +268,7 @@ fn quality(results: &Results, summaries: &[Summary]) -> Vec<Section> {
     if !retentions.is_empty() {
         let row = |retention: &crate::Retention| {
             vec![
-                retention.method.clone(),
+                retention.label(),
                 retention.setup.name().into(),
                 retention.least_at.clone(),
                 retention.tasks.to_string(),
@@ -279,7 +286,7 @@ fn quality(results: &Results, summaries: &[Summary]) -> Vec<Section> {
 }
 
 fn time(summaries: &[Summary]) -> Section {
-    let methods = distinct(summaries.iter().map(|summary| summary.method.as_str()));
+    let methods = distinct(summaries.iter().map(Summary::label));
     let seconds = |label| Axis { label, scale: Scale::Logarithmic, range: None, format: plain };
     // Both set-ups of a method share the text, and tasks of one length cost the same: means over a group.
     let by_group = |value: &dyn Fn(&Summary) -> Option<f64>, setups: &[Setup]| -> Vec<Series> {
@@ -288,7 +295,7 @@ fn time(summaries: &[Summary]) -> Section {
         for summary in summaries.iter().filter(|summary| setups.contains(&summary.setup)) {
             let Some(value) = value(summary) else { continue };
             let same = |other: &Summary| {
-                (&other.method, other.setup, &other.group) == (&summary.method, summary.setup, &summary.group)
+                (other.label(), other.setup, &other.group) == (summary.label(), summary.setup, &summary.group)
             };
             match groups.iter().position(same) {
                 Some(index) => {
@@ -304,11 +311,12 @@ fn time(summaries: &[Summary]) -> Section {
         let mut values = Vec::new();
         for (group, (tokens, value, count)) in groups.iter_mut().zip(sums) {
             group.tokens = tokens / count as f64;
-            values.push((group.tokens, group.method.clone(), group.setup, value / count as f64));
+            values.push((group.tokens, group.label(), group.setup, value / count as f64));
         }
         lines(groups.iter(), &methods, |summary| {
+            let label = summary.label();
             let own = |entry: &&(f64, String, Setup, f64)| {
-                (entry.0, &entry.1, entry.2) == (summary.tokens, &summary.method, summary.setup)
+                (entry.0, entry.1.as_str(), entry.2) == (summary.tokens, label.as_str(), summary.setup)
             };
             values.iter().find(own).map(|entry| entry.3)
         })
@@ -339,6 +347,21 @@ fn time(summaries: &[Summary]) -> Section {
                 set-ups of a method.";
     let table = Table { heads, names: 4, rows: summaries.iter().map(row).collect() };
     Section { title: "Time against length", text, charts, table }
+}
+
+/// Where in the texts the cases lie, of evaluations that cut them from texts.
+fn places(results: &Results) -> Option<Section> {
+    let places = results.measurements.iter().map(|measurement| &measurement.place);
+    let row = |place: &Place| {
+        let (source, first_token) = (place.source.clone()?, place.first_token?);
+        let numbers = [place.case, first_token, place.tokens].map(|number| number.to_string());
+        Some([&[source, place.group.clone()][..], &numbers].concat())
+    };
+    let rows = distinct(places.filter_map(row));
+    let heads = vec!["text", "length", "case", "first token", "tokens"];
+    let text = "Which part of which text each case reads; tokens of a text count from 0.";
+    let table = Table { heads, names: 2, rows };
+    (!table.rows.is_empty()).then(|| Section { title: "Places in the texts", text, charts: Vec::new(), table })
 }
 
 fn kept(results: &Results) -> Section {

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use iceformer_attention::{BudgetSettings, KeyValueType, Method};
 use iceformer_evaluation::needle::Task;
 
-use crate::command_line::arguments::{budget, choice, kv_type, method, number, size, threads};
+use crate::command_line::arguments::{budget, choice, kv_type, method, number, once, seed, size, threads};
 
 #[derive(Debug, Args)]
 pub struct EvalArguments {
@@ -62,12 +62,6 @@ pub struct EvalCommon {
     /// Share of the softmax mass that a query of method `budgeted` may miss; several are compared [default: 0.05].
     #[arg(long, value_delimiter = ',', value_name = "SHARES", value_parser = budget, allow_negative_numbers = true)]
     pub budget: Vec<f32>,
-    /// Seed of generated prompts: the same seed gives the same prompts.
-    #[arg(long, default_value = "0")]
-    pub seed: u64,
-    /// Continues the text as it is, though the model has a chat template.
-    #[arg(long)]
-    pub no_chat: bool,
     /// Threads [default: the cores this process may use].
     #[arg(long, short, value_name = "N", value_parser = threads, help_heading = "Machine")]
     pub threads: Option<usize>,
@@ -107,27 +101,41 @@ impl EvalCommon {
                 false => contestants.push(method),
             }
         }
-        let mut once: Vec<Method> = Vec::new();
-        contestants.into_iter().for_each(|method| {
-            if !once.contains(&method) {
-                once.push(method);
-            }
-        });
-        Ok(once)
+        Ok(once(contestants))
     }
+}
+
+/// What evaluations with generated prompts have.
+#[derive(Debug, Args)]
+pub struct GeneratedArguments {
+    /// Seed of generated prompts: the same seed gives the same prompts.
+    #[arg(long, default_value = "0", value_parser = seed, allow_negative_numbers = true)]
+    pub seed: u64,
+}
+
+/// What evaluations that ask questions have.
+#[derive(Debug, Args)]
+pub struct AskedArguments {
+    /// Continues the text as it is, though the model has a chat template.
+    #[arg(long)]
+    pub no_chat: bool,
 }
 
 #[derive(Debug, Args)]
 pub struct LongevalArguments {
     /// Published cases: a `.jsonl` file, or a folder of them [default: records are generated].
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["lengths", "seed", "text"])]
     pub data: Option<PathBuf>,
     /// Tokens of generated records: whole numbers, or such as 16k.
-    #[arg(long, value_delimiter = ',', default_value = "4k,8k,16k", value_name = "TOKENS", value_parser = length, conflicts_with = "data")]
+    #[arg(long, value_delimiter = ',', default_value = "4k,8k,16k", value_name = "TOKENS", value_parser = length)]
     pub lengths: Vec<usize>,
     /// Cases of each length; of each file at most.
     #[arg(long, default_value = "25", value_name = "N", value_parser = size)]
     pub cases: usize,
+    #[command(flatten)]
+    pub generated: GeneratedArguments,
+    #[command(flatten)]
+    pub asked: AskedArguments,
     #[command(flatten)]
     pub common: EvalCommon,
 }
@@ -147,6 +155,10 @@ pub struct NeedleArguments {
     #[arg(long, default_value = "10", value_name = "N", value_parser = size)]
     pub cases: usize,
     #[command(flatten)]
+    pub generated: GeneratedArguments,
+    #[command(flatten)]
+    pub asked: AskedArguments,
+    #[command(flatten)]
     pub common: EvalCommon,
 }
 
@@ -162,6 +174,8 @@ pub struct AgreementArguments {
     #[arg(long, default_value = "50", value_name = "N", value_parser = size)]
     pub cases: usize,
     #[command(flatten)]
+    pub generated: GeneratedArguments,
+    #[command(flatten)]
     pub common: EvalCommon,
 }
 
@@ -170,13 +184,13 @@ pub struct PerplexityArguments {
     /// Tokens of a window: whole numbers, or such as 16k.
     #[arg(long, visible_alias = "context", value_delimiter = ',', default_value = "4k,16k", value_name = "TOKENS", value_parser = length)]
     pub lengths: Vec<usize>,
-    /// Tokens from the start of one window to that of the next [default: a window's length].
+    /// Tokens from the start of one window of a text to that of the next [default: a window's length].
     #[arg(long, value_name = "TOKENS", value_parser = size)]
     pub stride: Option<usize>,
     /// Tokens at the end of each window that are scored.
     #[arg(long, default_value_t = iceformer_evaluation::SCORED, value_name = "TOKENS", value_parser = size)]
     pub scored: usize,
-    /// Most windows of each length.
+    /// Most windows of each length. Texts take turns: the first window of each, then the second of each that has one.
     #[arg(long, default_value = "4", value_name = "N", value_parser = size)]
     pub cases: usize,
     #[command(flatten)]

@@ -14,15 +14,16 @@ use iceformer_engine::{Cancel, Model, ModelFiles, SessionSettings};
 use iceformer_evaluation::needle::{NeedleSettings, Task};
 use iceformer_evaluation::page::{self, PageFile};
 use iceformer_evaluation::{
-    AgreementSettings, Driver, Encoder, EvaluationError, Measurement, Observer, PerplexitySettings, Results,
+    AgreementSettings, Driver, Encoder, EvaluationError, Measurement, NamedText, Observer, PerplexitySettings, Results,
     SourceText, longeval, needle, run_agreement, run_perplexity,
 };
 use serde::Serialize;
 
+use super::arguments::once;
 use super::destination::destination;
 use super::progress::Progress;
 use super::text::read_text;
-use super::{Outcome, embedded, interrupt, print_json};
+use super::{Outcome, embedded, interrupt, print_json, print_text};
 use arguments::{AgreementArguments, Eval, EvalCommon, LongevalArguments, NeedleArguments, PerplexityArguments};
 
 /// Takes in measurements as they come: to the results, and with `--json` to standard output.
@@ -30,6 +31,9 @@ struct Told {
     results: Results,
     progress: Progress,
     json: bool,
+    quiet: bool,
+    /// What the measurements do not tell.
+    notes: Vec<String>,
     /// Why standard output could not be written.
     failure: Option<anyhow::Error>,
     cancel: Cancel,
@@ -60,6 +64,13 @@ impl Observer for Told {
         }
         self.results.add(measurement, reports);
     }
+
+    fn note(&mut self, note: String) {
+        if !self.quiet {
+            let _ = writeln!(std::io::stderr(), "note: {note}");
+        }
+        self.notes.push(note);
+    }
 }
 
 /// Runs the command.
@@ -68,7 +79,11 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
     let methods = common.contestants(matches!(what, Eval::Perplexity(_) | Eval::Agreement(_)))?;
     let settings =
         SessionSettings { context: None, chunk: common.chunk, key_value_type: common.kv_type, method: Method::Exact };
-    let source = source(common)?;
+    let data = match what {
+        Eval::Longeval(arguments) => arguments.data.as_deref(),
+        _ => None,
+    };
+    let texts = if data.is_some() { Vec::new() } else { texts(common)? };
     // What is wrong with the report's place is told before hours of work.
     let page = common.report.as_deref().map(|path| Ok::<_, anyhow::Error>((path, page_file(path)?))).transpose()?;
     let files = match &common.model {
@@ -82,8 +97,11 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
 
     let cancel = Cancel::default();
     let _guard = interrupt::guard(cancel.clone());
-    let asks = matches!(what, Eval::Longeval(_) | Eval::Needle(_));
-    let template = match asks && !common.no_chat {
+    let asks = match what {
+        Eval::Longeval(LongevalArguments { asked, .. }) | Eval::Needle(NeedleArguments { asked, .. }) => !asked.no_chat,
+        Eval::Perplexity(_) | Eval::Agreement(_) => false,
+    };
+    let template = match asks {
         true => model.chat_template().map_err(|error| anyhow::anyhow!("{error}; --no-chat goes without it"))?,
         false => None,
     };
@@ -93,14 +111,16 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
         results: Results::default(),
         progress: Progress::new(what.name(), "", common.quiet),
         json: common.json,
+        quiet: common.quiet,
+        notes: Vec::new(),
         failure: None,
         cancel,
     };
     let outcome = match what {
-        Eval::Longeval(arguments) => run_longeval(arguments, &driver, encoder, &source, &mut told),
-        Eval::Needle(arguments) => run_needle(arguments, &driver, encoder, &source, &mut told),
-        Eval::Perplexity(arguments) => perplexity(arguments, &driver, &source, &mut told),
-        Eval::Agreement(arguments) => agreement(arguments, &driver, &source, &mut told),
+        Eval::Longeval(arguments) => run_longeval(arguments, &driver, encoder, &texts, &mut told),
+        Eval::Needle(arguments) => run_needle(arguments, &driver, encoder, &texts, &mut told),
+        Eval::Perplexity(arguments) => perplexity(arguments, &driver, &texts, &mut told),
+        Eval::Agreement(arguments) => agreement(arguments, &driver, &texts, &mut told),
     };
     told.progress.finish();
     if let Some(failure) = told.failure {
@@ -113,7 +133,11 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
     };
     if let Some((path, file)) = page {
         let mut facts = facts::facts(&files, &model, &methods, common.kv_type);
-        facts.push(("text", source.name.clone()));
+        facts.push(match data {
+            Some(path) => ("data", path.display().to_string()),
+            None => ("text", joined(&texts).name),
+        });
+        facts.extend(told.notes.iter().map(|note| ("note", note.clone())));
         if interrupted {
             facts.push(("state", "interrupted: cases are missing".into()));
         }
@@ -129,37 +153,41 @@ fn page_file(path: &Path) -> anyhow::Result<PageFile> {
     PageFile::create(&destination(path)?).with_context(|| format!("--report {}", path.display()))
 }
 
-/// The text that prompts are made from, and how errors call it.
-struct Source {
-    name: String,
-    text: String,
+/// The texts that prompts are made from, each once.
+fn texts(common: &EvalCommon) -> anyhow::Result<Vec<NamedText>> {
+    if common.text.is_empty() {
+        return Ok(vec![NamedText { name: embedded::NOVEL_NAME.into(), text: embedded::NOVEL.into() }]);
+    }
+    let stem = |path: &Path| path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    once(&common.text).into_iter().map(|path| Ok(NamedText { name: stem(path), text: read_text(path)? })).collect()
 }
 
-fn source(common: &EvalCommon) -> anyhow::Result<Source> {
-    if common.text.is_empty() {
-        return Ok(Source { name: embedded::NOVEL_NAME.into(), text: embedded::NOVEL.into() });
-    }
-    let texts = common.text.iter().map(|path| read_text(path)).collect::<anyhow::Result<Vec<_>>>()?;
-    let stem = |path: &Path| path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-    let names: Vec<_> = common.text.iter().map(|path| stem(path)).collect();
-    Ok(Source { name: names.join(" + "), text: texts.join("\n\n") })
+/// All texts as one, with an empty line between.
+fn joined(texts: &[NamedText]) -> NamedText {
+    let all = |field: fn(&NamedText) -> &str, between| texts.iter().map(field).collect::<Vec<_>>().join(between);
+    NamedText { name: all(|text| &text.name, " + "), text: all(|text| &text.text, "\n\n") }
+}
+
+fn source(texts: &[NamedText]) -> Result<SourceText, EvaluationError> {
+    let NamedText { name, text } = joined(texts);
+    SourceText::new(&name, &text)
 }
 
 fn run_longeval(
     arguments: &LongevalArguments,
     driver: &Driver<'_>,
     encoder: Encoder<'_>,
-    source: &Source,
+    texts: &[NamedText],
     told: &mut Told,
 ) -> Result<(), EvaluationError> {
     if let Some(path) = &arguments.data {
         let cases = longeval::plan_read(longeval::read_cases(path, arguments.cases, &encoder)?);
         return driver.run_cases("longeval", &cases, told);
     }
-    let source = SourceText::new(&source.name, &source.text)?;
-    let seed = arguments.common.seed;
-    let plan = |&length: &usize| longeval::plan(&source, encoder, seed, length, arguments.cases);
-    let cases: Vec<_> = arguments.lengths.iter().flat_map(plan).collect();
+    let source = source(texts)?;
+    let seed = arguments.generated.seed;
+    let plan = |length| longeval::plan(&source, encoder, seed, length, arguments.cases);
+    let cases: Vec<_> = once(arguments.lengths.clone()).into_iter().flat_map(plan).collect();
     driver.run_cases("longeval", &cases, told)
 }
 
@@ -167,16 +195,16 @@ fn run_needle(
     arguments: &NeedleArguments,
     driver: &Driver<'_>,
     encoder: Encoder<'_>,
-    source: &Source,
+    texts: &[NamedText],
     told: &mut Told,
 ) -> Result<(), EvaluationError> {
-    let source = SourceText::new(&source.name, &source.text)?;
+    let source = source(texts)?;
     let settings = NeedleSettings {
-        tasks: if arguments.tasks.is_empty() { Task::ALL.to_vec() } else { arguments.tasks.clone() },
-        lengths: arguments.lengths.clone(),
+        tasks: if arguments.tasks.is_empty() { Task::ALL.to_vec() } else { once(arguments.tasks.clone()) },
+        lengths: once(arguments.lengths.clone()),
         depths: arguments.depths.clone(),
         cases: arguments.cases,
-        seed: arguments.common.seed,
+        seed: arguments.generated.seed,
     };
     driver.run_cases("needle", &needle::plan(&source, encoder, &settings)?, told)
 }
@@ -184,31 +212,32 @@ fn run_needle(
 fn agreement(
     arguments: &AgreementArguments,
     driver: &Driver<'_>,
-    source: &Source,
+    texts: &[NamedText],
     told: &mut Told,
 ) -> Result<(), EvaluationError> {
     let settings = AgreementSettings {
-        lengths: arguments.lengths.clone(),
+        lengths: once(arguments.lengths.clone()),
         cases: arguments.cases,
         generate: arguments.generate,
-        seed: arguments.common.seed,
+        seed: arguments.generated.seed,
     };
-    run_agreement(driver, &source.name, &source.text, &settings, told)
+    let NamedText { name, text } = joined(texts);
+    run_agreement(driver, &name, &text, &settings, told)
 }
 
 fn perplexity(
     arguments: &PerplexityArguments,
     driver: &Driver<'_>,
-    source: &Source,
+    texts: &[NamedText],
     told: &mut Told,
 ) -> Result<(), EvaluationError> {
     let settings = PerplexitySettings {
-        lengths: arguments.lengths.clone(),
+        lengths: once(arguments.lengths.clone()),
         stride: arguments.stride,
         scored: arguments.scored,
         windows: arguments.cases,
     };
-    run_perplexity(driver, &source.name, &source.text, &settings, told)
+    run_perplexity(driver, texts, &settings, told)
 }
 
 /// Writes the table, or its rows as JSON.
@@ -222,6 +251,5 @@ fn close(results: &Results, common: &EvalCommon) -> anyhow::Result<()> {
         }
         return Ok(());
     }
-    std::io::stdout().lock().write_all(table::table(results).as_bytes())?;
-    Ok(())
+    print_text(&table::table(results))
 }

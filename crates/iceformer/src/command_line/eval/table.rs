@@ -67,7 +67,7 @@ fn row(summary: &Summary) -> Vec<String> {
     let mut row = vec![
         format!("{} {named}", summary.task),
         grouped(summary.tokens.round() as u64),
-        summary.method.clone(),
+        summary.label(),
         summary.setup.name().to_owned(),
         summary.cases.to_string(),
     ];
@@ -97,7 +97,7 @@ pub fn table(results: &Results) -> String {
             text,
             "{}{}, {}: {} of the accuracy of exact attention over {} task{}; least {} ({})",
             if index == 0 { "\n" } else { "" },
-            retention.method,
+            retention.label(),
             retention.setup.name(),
             percent(retention.mean, 1),
             retention.tasks,
