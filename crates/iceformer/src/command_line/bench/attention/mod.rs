@@ -119,8 +119,9 @@ fn layers(arguments: &AttentionArguments, dump: Option<&Dump>) -> anyhow::Result
         });
         let largest = tokens.saturating_mul(heads).saturating_mul(head_dim);
         anyhow::ensure!(largest <= 1 << 32, "{tokens} × {heads} × {head_dim} is too large; keep it below 2³² numbers");
-        // Queries and outputs, keys and values, all of them f32, and the cache.
-        let own = (8 * queries * heads + 8 * tokens * kv_heads) * head_dim;
+        // Queries, outputs of one call, keys and values, all of them f32, and the cache.
+        let call = arguments.chunk.unwrap_or(queries).min(queries);
+        let own = 4 * ((queries + call) * heads + 2 * tokens * kv_heads) * head_dim;
         let cache = cache_bytes(arguments.kv_type, tokens * kv_heads * head_dim);
         let what = format!("attention of {queries} queries to {tokens} keys, {heads} heads of {head_dim},");
         ensure_room(own as u64 + cache, &what)?;
