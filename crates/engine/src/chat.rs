@@ -14,6 +14,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::gguf::Metadata;
+use crate::side_file::SideFile;
 use crate::text::{printable, quoted};
 
 /// What a template may use: a step costs one, 64 bytes of data cost one. Real templates take a few dozen steps for each
@@ -63,28 +64,6 @@ pub(crate) struct TemplateFiles<'a> {
     pub special_tokens_map: SideFile<'a>,
 }
 
-/// A file that may be missing.
-#[derive(Clone, Copy)]
-pub(crate) struct SideFile<'a> {
-    pub bytes: Option<&'a [u8]>,
-    /// How messages call it.
-    pub file: &'a str,
-}
-
-impl SideFile<'_> {
-    /// Null where it is missing.
-    fn json(self) -> Result<Value, ChatError> {
-        let read = |bytes| {
-            let parsed = serde_json::from_slice(bytes);
-            parsed.map_err(|error| ChatError::Read {
-                file: self.file.into(),
-                problem: format!("not valid JSON: {error}"),
-            })
-        };
-        self.bytes.map_or(Ok(Value::Null), read)
-    }
-}
-
 /// What is wrong with a chat template.
 #[derive(Debug, thiserror::Error)]
 pub enum ChatError {
@@ -108,8 +87,11 @@ impl ChatTemplate {
     /// Reads `chat_template.jinja`, or the template in `tokenizer_config.json`.
     pub(crate) fn from_hugging_face(files: &TemplateFiles<'_>) -> Result<Option<Self>, ChatError> {
         let TemplateFiles { template, config, special_tokens_map } = *files;
+        let read = |file: SideFile<'_>| {
+            file.json().map_err(|problem| ChatError::Read { file: file.file.into(), problem })
+        };
         let problem = |problem: String| ChatError::Read { file: config.file.into(), problem };
-        let config = config.json()?;
+        let config = read(config)?;
         let source = match template {
             Some(bytes) => {
                 let file = || "chat_template.jinja".into();
@@ -121,7 +103,7 @@ impl ChatTemplate {
         let Some(source) = source else { return Ok(None) };
         // As in transformers, the older file counts only beside a configuration that does not list the added tokens.
         let older = match config.get("added_tokens_decoder") {
-            None => special_tokens_map.json()?,
+            None => read(special_tokens_map)?,
             Some(_) => Value::Null,
         };
         let mut special_tokens = BTreeMap::new();

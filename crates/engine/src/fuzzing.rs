@@ -3,9 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::chat::{SideFile, TemplateFiles};
+use crate::chat::TemplateFiles;
 use crate::config::{Family, ModelConfig, RopeConfig, RopeScaling};
 use crate::file_map::FileSource;
+use crate::side_file::SideFile;
 use crate::{ChatTemplate, Message, ModelFiles, TensorName, Tokenizer};
 
 const TEXT: &str = "The 2 ships, 1729 entries.\n\n  naïve 灯台 🙂 <|end|> <s> ▁x\t";

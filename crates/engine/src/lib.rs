@@ -20,6 +20,7 @@ mod random_weights;
 mod safetensors_files;
 mod sampler;
 mod session;
+mod side_file;
 mod stop;
 mod text;
 mod tokenizer;

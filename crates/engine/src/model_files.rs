@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use crate::chat::{ChatError, ChatTemplate, SideFile, TemplateFiles};
+use crate::chat::{ChatError, ChatTemplate, TemplateFiles};
 use crate::config::{self, ConfigError, ModelConfig};
 use crate::file_map::FileSource;
 use crate::gguf::{self, GgufError, Metadata};
 use crate::safetensors_files::{self, SafetensorsError};
+use crate::side_file::SideFile;
 use crate::text::printable;
-use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::tokenizer::{TokenFiles, Tokenizer, TokenizerError};
 use crate::weights::{TensorError, TensorInfo, TensorName, TensorTable, TensorView};
 
 /// Largest JSON or template file that is read whole, in bytes; the largest real `tokenizer.json` has about 40 MB.
@@ -263,11 +264,21 @@ impl ModelFiles {
         if let SideFiles::Gguf { metadata, .. } = &self.side {
             return Tokenizer::from_gguf(metadata, &self.table.sources[0].name, &self.config);
         }
-        let (json, file) = self
-            .side_file("tokenizer.json", |model| Some(&model.tokenizer))
-            .map_err(|error| TokenizerError::Read { file: "tokenizer.json".into(), problem: error.to_string() })?;
+        let read = |name: &str, memory: fn(&MemoryModel) -> Option<&Cow<'static, [u8]>>| {
+            self.side_file(name, memory)
+                .map_err(|error| TokenizerError::Read { file: name.into(), problem: error.to_string() })
+        };
+        let (json, file) = read("tokenizer.json", |model| Some(&model.tokenizer))?;
         let Some(json) = json else { return Err(TokenizerError::Missing { file }) };
-        Tokenizer::from_hugging_face(&json, &file, &self.config)
+        let (config, config_file) = read("tokenizer_config.json", |model| model.tokenizer_config.as_ref())?;
+        let (older, older_file) = read("special_tokens_map.json", |_| None)?;
+        let (added, added_file) = read("added_tokens.json", |_| None)?;
+        let beside = TokenFiles {
+            config: SideFile { bytes: config.as_deref(), file: &config_file },
+            special_tokens_map: SideFile { bytes: older.as_deref(), file: &older_file },
+            added_tokens: SideFile { bytes: added.as_deref(), file: &added_file },
+        };
+        Tokenizer::from_hugging_face(&json, &file, &beside, &self.config)
     }
 
     /// Reads the chat template, `None` where the model has none.

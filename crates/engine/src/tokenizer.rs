@@ -1,5 +1,6 @@
 //! Text to token ids and back.
 
+mod added_tokens;
 mod bytes;
 mod gguf;
 mod hugging_face;
@@ -10,6 +11,7 @@ mod stream;
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+pub(crate) use added_tokens::TokenFiles;
 pub use stream::TextStream;
 
 use crate::text::quoted;

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{golden, tiny_model};
+use common::{golden, safetensors_of, scratch_folder, tiny_config, tiny_model, tiny_shapes};
 use iceformer_engine::{ModelFiles, Tokenizer};
 use serde_json::{Value, json};
 
@@ -176,6 +176,65 @@ fn unusual_decoders_give_the_text_of_the_library() {
                 // Spaces that the decoder strips at the ends of a text.
                 false => assert_eq!(streamed.replace(' ', ""), expected.replace(' ', ""), "{:?}", json["decoder"]),
             }
+        }
+    }
+}
+
+/// A folder with the golden `tokenizer.json` and `files` beside it.
+fn of_folder(name: &str, files: &Value) -> Result<Tokenizer, String> {
+    let folder = scratch_folder(name);
+    let put = |name: &str, bytes: &[u8]| std::fs::write(folder.join(name), bytes).unwrap();
+    put("config.json", tiny_config(1024).to_string().as_bytes());
+    put("model.safetensors", &safetensors_of(&tiny_shapes(1024)));
+    put("tokenizer.json", &std::fs::read(golden().join("tokenizers/byte-level.tokenizer.json")).unwrap());
+    for (name, content) in files.as_object().unwrap() {
+        put(name, content.to_string().as_bytes());
+    }
+    let tokenizer = ModelFiles::open(&folder).unwrap().tokenizer().map_err(|error| error.to_string());
+    std::fs::remove_dir_all(&folder).unwrap();
+    tokenizer
+}
+
+/// Chat markers that only the files beside `tokenizer.json` name fell into pieces.
+#[test]
+fn tokens_beside_the_tokenizer_are_added_as_in_transformers() {
+    let golden = expected("added_tokens");
+    for case in golden["cases"].as_array().unwrap() {
+        let tokenizer = of_folder("beside", &case["files"]).unwrap();
+        for (index, text) in golden["texts"].as_array().unwrap().iter().enumerate() {
+            let ids: Vec<u32> = serde_json::from_value(case["ids"][index].clone()).unwrap();
+            assert_eq!(tokenizer.encode(text.as_str().unwrap(), false).unwrap(), ids, "{}: {text}", case["name"]);
+            assert_eq!(tokenizer.decode(&ids), case["decoded"][index].as_str().unwrap(), "{}: {text}", case["name"]);
+        }
+    }
+    let tokenizer = of_folder(
+        "turns",
+        &json!({"added_tokens.json": {}, "special_tokens_map.json":
+        {"additional_special_tokens": ["<|im_end|>"]}}),
+    )
+    .unwrap();
+    let end = tokenizer.token_id("<|im_end|>").unwrap();
+    assert!(tokenizer.is_special(end) && tokenizer.end_of_turn_tokens().contains(&end));
+}
+
+#[test]
+fn tokens_beside_the_tokenizer_that_do_not_fit_are_named() {
+    let next = of_json("byte-level").vocabulary_size();
+    let listed = |id: String, token: Value| json!({"tokenizer_config.json": {"added_tokens_decoder": {id: token}}});
+    for (files, parts) in [
+        (listed((next + 5).to_string(), json!({"content": "<new>"})), vec!["\"<new>\" has id", "next free id"]),
+        (listed("0".into(), json!({"content": "<new>"})), vec!["\"<new>\" has id 0"]),
+        (listed("-1".into(), json!({"content": "<new>"})), vec!["added_tokens_decoder has \"-1\"", "a token id"]),
+        (listed("5".into(), json!({"text": "<new>"})), vec!["added_tokens_decoder.\"5\"", "with content"]),
+        (json!({"tokenizer_config.json": {"added_tokens_decoder": []}}), vec!["added_tokens_decoder is no object"]),
+        (json!({"tokenizer_config.json": {"additional_special_tokens": [3]}}), vec!["additional_special_tokens[0]"]),
+        (json!({"added_tokens.json": {"<new>": "0"}}), vec!["added_tokens.json: token \"<new>\" has no id"]),
+        (json!({"added_tokens.json": {"<new>": next + 1}}), vec!["added_tokens.json: token \"<new>\" has id"]),
+        (json!({"added_tokens.json": []}), vec!["added_tokens.json: expected an object"]),
+    ] {
+        let message = of_folder("unfit", &files).unwrap_err();
+        for part in parts {
+            assert!(message.contains(part) && !message.contains('\n'), "{part:?} is not in {message:?}");
         }
     }
 }

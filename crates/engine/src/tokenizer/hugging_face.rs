@@ -5,16 +5,23 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 use tokenizers::ModelWrapper;
 
+use super::added_tokens::{TokenFiles, add_missing};
 use super::{END_OF_TURN, Encoder, TokenText, Tokenizer, TokenizerError};
 use crate::config::ModelConfig;
 use crate::text::quoted;
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`; `file` is how messages call it.
-    pub(crate) fn from_hugging_face(json: &[u8], file: &str, config: &ModelConfig) -> Result<Self, TokenizerError> {
+    /// Reads a `tokenizer.json`; `file` is how messages call it. Tokens that only the files `beside` it name are added.
+    pub(crate) fn from_hugging_face(
+        json: &[u8],
+        file: &str,
+        beside: &TokenFiles<'_>,
+        config: &ModelConfig,
+    ) -> Result<Self, TokenizerError> {
         let problem = |problem: String| TokenizerError::Read { file: file.into(), problem };
-        let tokenizer = tokenizers::Tokenizer::from_bytes(json)
+        let mut tokenizer = tokenizers::Tokenizer::from_bytes(json)
             .map_err(|error| problem(format!("not a tokenizer: {}", quoted(&error.to_string()))))?;
+        add_missing(&mut tokenizer, beside)?;
         Self::from_library(tokenizer, file, config)
     }
 
