@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use minijinja::Value as JinjaValue;
+use minijinja::value::ValueKind;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -49,6 +50,8 @@ impl Message {
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
     source: String,
+    /// The template that counts where tools are given, of models that have one of its own for them.
+    tool_use: Option<String>,
     /// `bos_token`, `eos_token` and the like, by name.
     special_tokens: BTreeMap<String, String>,
 }
@@ -78,6 +81,9 @@ pub enum ChatError {
     /// The template refused the messages, with its own words.
     #[error("the model's chat template refuses these messages: {0}")]
     Refused(String),
+    /// What a template was to be given is not what it should be.
+    #[error("{0}")]
+    Inputs(String),
     /// The template failed.
     #[error("the model's chat template fails: {0}")]
     Render(String),
@@ -92,15 +98,16 @@ impl ChatTemplate {
         };
         let problem = |problem: String| ChatError::Read { file: config.file.into(), problem };
         let config = read(config)?;
-        let source = match template {
+        let sources = match template {
             Some(bytes) => {
                 let file = || "chat_template.jinja".into();
                 let text = std::str::from_utf8(bytes);
-                Some(text.map_err(|_| ChatError::Read { file: file(), problem: "not UTF-8".into() })?.to_owned())
+                let text = text.map_err(|_| ChatError::Read { file: file(), problem: "not UTF-8".into() })?;
+                Some((text.to_owned(), None))
             }
-            None => template_of_config(&config).map_err(problem)?,
+            None => templates_of_config(&config).map_err(problem)?,
         };
-        let Some(source) = source else { return Ok(None) };
+        let Some((source, tool_use)) = sources else { return Ok(None) };
         // As in transformers, the older file counts only beside a configuration that does not list the added tokens.
         let older = match config.get("added_tokens_decoder") {
             None => read(special_tokens_map)?,
@@ -114,7 +121,7 @@ impl ChatTemplate {
                 special_tokens.insert(name.clone(), text.to_owned());
             }
         }
-        Self::new(source, special_tokens).map(Some).map_err(problem)
+        Self::new(source, tool_use, special_tokens).map(Some).map_err(problem)
     }
 
     /// Reads the template in the metadata of a GGUF file.
@@ -136,19 +143,26 @@ impl ChatTemplate {
         };
         match read().map_err(|error| problem(error.to_string()))? {
             None => Ok(None),
-            Some((source, special_tokens)) => Self::new(source, special_tokens).map(Some).map_err(problem),
+            Some((source, special_tokens)) => Self::new(source, None, special_tokens).map(Some).map_err(problem),
         }
     }
 
-    fn new(source: String, special_tokens: BTreeMap<String, String>) -> Result<Self, String> {
-        if source.len() > MAXIMUM_SOURCE {
-            return Err(format!("chat template of {} bytes; expected at most {MAXIMUM_SOURCE}", source.len()));
-        }
-        let source = environment::without_generation_tags(&source);
-        environment::new()
-            .template_from_str(&source)
-            .map_err(|error| format!("chat template: {}", printable(&error.to_string())))?;
-        Ok(Self { source, special_tokens })
+    fn new(
+        source: String,
+        tool_use: Option<String>,
+        special_tokens: BTreeMap<String, String>,
+    ) -> Result<Self, String> {
+        let checked = |source: String| {
+            if source.len() > MAXIMUM_SOURCE {
+                return Err(format!("chat template of {} bytes; expected at most {MAXIMUM_SOURCE}", source.len()));
+            }
+            let source = environment::without_generation_tags(&source);
+            environment::new()
+                .template_from_str(&source)
+                .map_err(|error| format!("chat template: {}", printable(&error.to_string())))?;
+            Ok(source)
+        };
+        Ok(Self { source: checked(source)?, tool_use: tool_use.map(checked).transpose()?, special_tokens })
     }
 
     /// The text of a chat; with `add_generation_prompt` it ends where the assistant's answer begins. Encode it without
@@ -157,23 +171,65 @@ impl ChatTemplate {
     /// # Errors
     /// When the template refuses the messages (its own words are in the error), fails, or runs too long.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ChatError> {
+        let bytes = messages.iter().map(|message| message.content.len() + message.role.len()).sum();
+        self.run(messages.iter().map(Message::to_jinja).collect(), BTreeMap::new(), bytes, add_generation_prompt)
+    }
+
+    /// As [`render`](Self::render), of a JSON list of messages with whatever keys the template knows (`tool_calls`,
+    /// `reasoning_content`), and a JSON object of variables that it tests (`tools`, `documents`, `enable_thinking`).
+    ///
+    /// # Errors
+    /// As [`render`](Self::render), and when a text is no such JSON.
+    pub fn render_json(
+        &self,
+        messages: &str,
+        variables: &str,
+        add_generation_prompt: bool,
+    ) -> Result<String, ChatError> {
+        let bytes = messages.len() + variables.len();
+        // Not maps of Rust: the order of the keys is what `tojson` writes.
+        let messages: Vec<JinjaValue> = serde_json::from_str(messages)
+            .map_err(|error| ChatError::Inputs(format!("the messages are no JSON list: {error}")))?;
+        if let Some(index) = messages.iter().position(|message| message.kind() != ValueKind::Map) {
+            return Err(ChatError::Inputs(format!("message {index} is no object; expected one with role and content")));
+        }
+        let variables: BTreeMap<String, JinjaValue> = serde_json::from_str(variables)
+            .map_err(|error| ChatError::Inputs(format!("the template's variables are no JSON object: {error}")))?;
+        for name in ["messages", "add_generation_prompt"] {
+            if variables.contains_key(name) {
+                return Err(ChatError::Inputs(format!("the template's variable {name} is set already; leave it out")));
+            }
+        }
+        self.run(messages, variables, bytes, add_generation_prompt)
+    }
+
+    /// Renders `messages`, which take about `bytes` bytes with the variables.
+    fn run(
+        &self,
+        messages: Vec<JinjaValue>,
+        variables: BTreeMap<String, JinjaValue>,
+        bytes: usize,
+        add_generation_prompt: bool,
+    ) -> Result<String, ChatError> {
         if messages.is_empty() {
             return Err(ChatError::Render("a chat needs at least one message".into()));
         }
         let mut environment = environment::new();
-        let said: usize = messages.iter().map(|message| message.content.len() + message.role.len()).sum();
-        environment.set_fuel(Some(FUEL + FUEL_FOR_MESSAGE * messages.len() as u64 + FUEL_FOR_BYTE * said as u64));
-        let mut context: BTreeMap<&str, JinjaValue> =
-            self.special_tokens.iter().map(|(name, token)| (name.as_str(), JinjaValue::from(token))).collect();
-        context.insert("messages", messages.iter().map(Message::to_jinja).collect());
-        context.insert("add_generation_prompt", JinjaValue::from(add_generation_prompt));
+        environment.set_fuel(Some(FUEL + FUEL_FOR_MESSAGE * messages.len() as u64 + FUEL_FOR_BYTE * bytes as u64));
+        let has_tools = variables.get("tools").is_some_and(|tools| !tools.is_none());
+        let source = self.tool_use.as_ref().filter(|_| has_tools).unwrap_or(&self.source);
+        let mut context: BTreeMap<String, JinjaValue> =
+            self.special_tokens.iter().map(|(name, token)| (name.clone(), JinjaValue::from(token))).collect();
         // transformers passes these, and templates test them.
-        context.insert("tools", JinjaValue::from(()));
-        context.insert("documents", JinjaValue::from(()));
+        context.insert("tools".into(), JinjaValue::from(()));
+        context.insert("documents".into(), JinjaValue::from(()));
+        context.extend(variables);
+        context.insert("messages".into(), JinjaValue::from(messages));
+        context.insert("add_generation_prompt".into(), JinjaValue::from(add_generation_prompt));
 
         // A panic of the library must not end the program: one of its releases panicked on reversed slices.
         let rendered = catch_unwind(AssertUnwindSafe(|| {
-            let template = environment.template_from_str(&self.source)?;
+            let template = environment.template_from_str(source)?;
             template.render(context)
         }));
         let rendered = rendered.map_err(|_| ChatError::Render("the template library panicked".into()))?;
@@ -191,15 +247,19 @@ impl ChatTemplate {
     }
 }
 
-/// `chat_template` of a `tokenizer_config.json`: a string, or a list of named ones of which `default` is taken.
-fn template_of_config(config: &Value) -> Result<Option<String>, String> {
+/// `chat_template` of a `tokenizer_config.json`: a string, or a list of named ones of which `default` is taken, and
+/// `tool_use` where tools are given.
+fn templates_of_config(config: &Value) -> Result<Option<(String, Option<String>)>, String> {
     match config.get("chat_template") {
         None | Some(Value::Null) => Ok(None),
-        Some(Value::String(text)) => Ok(Some(text.clone())),
+        Some(Value::String(text)) => Ok(Some((text.clone(), None))),
         Some(Value::Array(list)) => {
-            let named = list.iter().find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"));
-            match named.and_then(|entry| entry.get("template")?.as_str()) {
-                Some(text) => Ok(Some(text.to_owned())),
+            let named = |name: &str| {
+                let named = list.iter().find(|entry| entry.get("name").and_then(Value::as_str) == Some(name));
+                named.and_then(|entry| entry.get("template")?.as_str()).map(str::to_owned)
+            };
+            match named("default") {
+                Some(text) => Ok(Some((text, named("tool_use")))),
                 None => Err("chat_template lists no template of the name default".into()),
             }
         }

@@ -35,7 +35,11 @@ fn text_equals_transformers() {
             .iter()
             .map(|message| Message::new(message["role"].as_str().unwrap(), message["content"].as_str().unwrap()))
             .collect();
-        let rendered = template.render(&messages, case["add_generation_prompt"].as_bool().unwrap());
+        let prompt = case["add_generation_prompt"].as_bool().unwrap();
+        let rendered = template.render(&messages, prompt);
+        let json = document["chats"][case["chat"].as_str().unwrap()].to_string();
+        let from_json = template.render_json(&json, "{}", prompt);
+        assert_eq!(format!("{rendered:?}"), format!("{from_json:?}"), "{case}");
         match (rendered, case.get("text"), case.get("refused")) {
             (Ok(text), Some(expected), None) => assert_eq!(text, expected.as_str().unwrap(), "{case}"),
             (Err(ChatError::Refused(words)), None, Some(expected)) => assert_eq!(words, expected.as_str().unwrap()),
@@ -116,4 +120,37 @@ fn a_long_message_fits() {
         let text = chat.render(&[Message::new("user", long.clone())], true).unwrap();
         assert!(text.len() >= long.len() - 1, "{name}");
     }
+}
+
+/// Every key of a message reaches the template, and variables do: whatever was not role or content was dropped once.
+#[test]
+fn messages_keep_their_keys() {
+    let source = "{% for m in messages %}[{{ m | tojson }}]{% if m.tool_calls %}{{ m.tool_calls[0].arguments.city }}\
+        {% endif %}{% endfor %}{{ enable_thinking }}{{ tools | tojson }}{{ documents is none }}{{ bos_token }}";
+    let chat = template(json!({ "chat_template": source, "bos_token": "<s>" })).unwrap().unwrap();
+    let messages = r#"[{"role": "assistant", "content": null, "tool_calls": [{"name": "w", "arguments": {"unit": 1.5,
+        "city": "Paris"}}], "reasoning_content": "R"}]"#;
+    let variables = r#"{"enable_thinking": false, "tools": [{"z": 1, "a": true}], "bos_token": "<b>"}"#;
+    let expected = r#"[{"role": "assistant", "content": null, "tool_calls": [{"name": "w", "arguments": {"unit": 1.5, "city": "Paris"}}], "reasoning_content": "R"}]Paris"#;
+    let text = chat.render_json(messages, variables, true).unwrap();
+    assert_eq!(text.to_lowercase(), format!(r#"{expected}false[{{"z": 1, "a": true}}]true<b>"#).to_lowercase());
+    for (messages, variables, expected) in [
+        ("[1]", "{}", "message 0 is no object"),
+        ("{}", "{}", "the messages are no JSON list"),
+        ("[{}]", "[]", "the template's variables are no JSON object"),
+        ("[{}]", r#"{"messages": []}"#, "the template's variable messages is set already"),
+        ("[]", "{}", "at least one message"),
+    ] {
+        let message = chat.render_json(messages, variables, true).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+#[test]
+fn tools_choose_the_template_made_for_them() {
+    let list = json!([{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]);
+    let chat = template(json!({ "chat_template": list })).unwrap().unwrap();
+    let render = |variables| chat.render_json(r#"[{"role": "user", "content": "a"}]"#, variables, true).unwrap();
+    assert_eq!(render(r#"{"tools": [{}]}"#), "tools");
+    assert_eq!(render(r#"{"tools": null}"#), "plain");
 }

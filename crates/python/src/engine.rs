@@ -8,8 +8,7 @@ use std::time::Instant;
 
 use iceformer_attention::KeyValueType;
 use iceformer_engine::{
-    Cancel, GenerationSettings, Message, Model, ModelFiles, Sampler, SamplerSettings, Session, SessionSettings,
-    generate,
+    Cancel, GenerationSettings, Model, ModelFiles, Sampler, SamplerSettings, Session, SessionSettings, generate,
 };
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -120,14 +119,13 @@ impl Engine {
         py.detach(|| self.model.tokenizer().decode(&tokens))
     }
 
-    /// Tokens of a chat, `(role, content)` each, through the model's template.
-    fn encode_chat(&self, py: Python<'_>, messages: Vec<(String, String)>) -> PyResult<Vec<u32>> {
+    /// Tokens of a chat, a JSON list of messages, through the model's template with a JSON object of `variables`.
+    fn encode_chat(&self, py: Python<'_>, messages: &str, variables: &str) -> PyResult<Vec<u32>> {
         let Some(template) = self.model.chat_template().map_err(value_error)? else {
             return Err(PyValueError::new_err("this model has no chat template; give a text instead of messages"));
         };
-        let messages: Vec<Message> = messages.into_iter().map(|(role, content)| Message::new(role, content)).collect();
         py.detach(|| {
-            let text = template.render(&messages, true).map_err(value_error)?;
+            let text = template.render_json(messages, variables, true).map_err(value_error)?;
             self.model.tokenizer().encode(&text, false).map_err(value_error)
         })
     }

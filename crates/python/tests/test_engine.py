@@ -1,5 +1,6 @@
 """`iceformer.Engine` on the reference model and the golden models."""
 
+import json
 import os
 import signal
 import time
@@ -102,6 +103,38 @@ def test_messages_need_a_template():
     else:
         with pytest.raises(ValueError, match="no chat template"):
             engine.generate([{"role": "user", "content": "Hello"}])
+
+
+def chat_engine(folder, template):
+    """The golden chat model with another template."""
+    for file in CHAT.iterdir():
+        if file.name not in ("chat_template.jinja", "tokenizer_config.json"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "chat_template.jinja").write_text(template)
+    return iceformer.Engine(folder, threads=1)
+
+
+@pytest.mark.skipif(not CHAT.exists(), reason="no golden chat model")
+def test_the_template_sees_every_key_and_variable(tmp_path):
+    engine = chat_engine(tmp_path, "{{ messages | tojson }}{{ enable_thinking | tojson }}{{ tools | tojson }}")
+    call = {"name": "weather", "arguments": {"unit": "C", "city": "Paris"}}
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "assistant", "content": None, "reasoning_content": "Hm"},
+    ]
+    tokens, chat = engine._encode(messages, {"enable_thinking": False, "tools": [call]})
+    assert chat and engine.decode(tokens) == json.dumps(messages) + "false" + json.dumps([call])
+    answer = engine.generate(messages, tools=[call], template_variables={"enable_thinking": False}, max_tokens=1)
+    assert answer.prompt_tokens == len(tokens)
+    with pytest.raises(ValueError, match="are for messages"):
+        engine.generate("text", tools=[call])
+    with pytest.raises(ValueError, match="variable messages is set already"):
+        engine.generate(messages, template_variables={"messages": []})
+    with pytest.raises(TypeError, match="the messages hold what JSON cannot: .*bytes"):
+        engine.generate([{"role": "user", "content": "a", "picture": b"x"}])
+    with pytest.raises(TypeError, match="the content of message 0 is a NoneType; expected a text"):
+        engine.generate([{"role": "user", "content": None}])
 
 
 def test_what_does_not_fit_is_named(engine, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 #: A text as it is, tokens, or messages for the chat template.
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class GenerateSettings(TypedDict, total=False):
@@ -29,6 +30,8 @@ class GenerateSettings(TypedDict, total=False):
     seed: int
     stop: Sequence[str]
     ignore_end: bool
+    tools: Sequence[Mapping[str, Any]] | None
+    template_variables: Mapping[str, Any] | None
     progress: Callable[[int, int], object] | None
 
 
@@ -151,10 +154,12 @@ class Engine:
         seed: int = 0,
         stop: Sequence[str] = (),
         ignore_end: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Answer | Stream:
         """Continues `prompt`: a text as it is, tokens, or messages (`[{"role": "user", "content": ...}]`) through the
-        model's chat template.
+        model's chat template, which sees every key of a message (`tool_calls`, `reasoning_content`).
 
         Args:
             stream: Whether to return a `Stream` of pieces of text instead of an `Answer`.
@@ -167,12 +172,17 @@ class Engine:
             seed: The same seed gives the same text, on any number of threads.
             stop: Strings that end the text and are no part of it.
             ignore_end: Goes on at end tokens.
+            tools: Descriptions of functions for the chat template, as JSON schemas.
+            template_variables: What else the chat template tests, such as `{"enable_thinking": False}`.
             progress: Called with `(done, total)` tokens while the prompt is read.
 
         Raises:
             ValueError: When the prompt is empty or does not fit the context, or a setting is out of range.
         """
-        tokens, chat = self._encode(prompt)
+        variables = dict(template_variables or {})
+        if tools is not None:
+            variables["tools"] = list(tools)
+        tokens, chat = self._encode(prompt, variables)
         request = {
             "max_tokens": None if max_tokens is None else whole_number("max_tokens", max_tokens),
             "stop": [stop] if isinstance(stop, str) else list(stop),
@@ -192,20 +202,21 @@ class Engine:
         assert pieces.answer is not None
         return pieces.answer
 
-    def _encode(self, prompt: Prompt) -> tuple[list[int], bool]:
+    def _encode(self, prompt: Prompt, variables: Mapping[str, Any] | None = None) -> tuple[list[int], bool]:
         if isinstance(prompt, str):
-            return self._engine.encode(prompt), False
-        # Arrays and tensors of tokens come as lists.
-        parts: list[Any] = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+            parts: list[Any] = []
+        else:
+            # Arrays and tensors of tokens come as lists.
+            parts = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
         if parts and all(isinstance(part, Mapping) for part in parts):
             for index, part in enumerate(parts):
-                if not {"role", "content"} <= part.keys():
-                    raise ValueError(f"message {index} has the keys {sorted(part)}; expected role and content")
-                for field in ("role", "content"):
-                    if not isinstance(part[field], str):
-                        kind = type(part[field]).__name__
-                        raise TypeError(f"the {field} of message {index} is a {kind}; expected a text")
-            return self._engine.encode_chat([(part["role"], part["content"]) for part in parts]), True
+                _check_message(index, part)
+            messages = _json("messages", [dict(part) for part in parts])
+            return self._engine.encode_chat(messages, _json("template's variables", variables or {})), True
+        if variables:
+            raise ValueError("tools and template_variables are for messages; write them into the prompt instead")
+        if isinstance(prompt, str):
+            return self._engine.encode(prompt), False
         if all(isinstance(part, int) for part in parts):
             return [whole_number(f"token {index}", token, 2**32 - 1) for index, token in enumerate(parts)], False
         raise TypeError("the prompt is a list of neither tokens nor messages; expected a text, tokens or messages")
@@ -232,3 +243,21 @@ class Engine:
     def threads(self) -> int:
         """Threads in use."""
         return self._engine.threads
+
+
+def _check_message(index: int, message: Mapping[str, Any]) -> None:
+    """What a message says stands in `content`, unless it has other keys that say it (`tool_calls`)."""
+    required = {"role", "content"} if message.keys() <= {"role", "content"} else {"role"}
+    if not required <= message.keys():
+        raise ValueError(f"message {index} has the keys {sorted(message)}; expected role and content")
+    for field in ("role", "content"):
+        value = message.get(field)
+        if not isinstance(value, str) and (field in required or value is not None):
+            raise TypeError(f"the {field} of message {index} is a {type(value).__name__}; expected a text")
+
+
+def _json(name: str, value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the {name} hold what JSON cannot: {error}") from None
