@@ -156,6 +156,8 @@ impl ChatTemplate {
             if source.len() > MAXIMUM_SOURCE {
                 return Err(format!("chat template of {} bytes; expected at most {MAXIMUM_SOURCE}", source.len()));
             }
+            // Jinja does so before it compiles.
+            let source = source.replace("\r\n", "\n").replace('\r', "\n");
             let source = environment::without_generation_tags(&source);
             environment::new()
                 .template_from_str(&source)

@@ -58,6 +58,17 @@ fn the_default_of_several_templates_is_taken() {
     assert!(template(json!({ "chat_template": null })).unwrap().is_none());
 }
 
+/// Templates saved on Windows: Jinja takes every line end for a line feed, in strings too.
+#[test]
+fn line_ends_of_a_template_are_line_feeds() {
+    let source = "{% for m in messages %}\n{{ m.role + '\n' }}\n\n{%- endfor %}\ntext\n{{ 'a\\r\\nb' }}\n";
+    let expected = render(source).unwrap();
+    assert_eq!(expected, "user\ntext\na\r\nb");
+    for line_end in ["\r\n", "\r"] {
+        assert_eq!(render(&source.replace('\n', line_end)).unwrap(), expected, "{line_end:?}");
+    }
+}
+
 #[test]
 fn added_tokens_may_be_described() {
     let config =
