@@ -275,6 +275,30 @@ fn an_output_layer_of_its_own_counts() {
     assert_names(&folder.error(), &["lm_head.weight", "[63, 8]", "[64, 8]"]);
 }
 
+/// Folders saved from the base class of transformers: it has no output layer, which then must be tied.
+#[test]
+fn tensors_without_the_prefix_of_the_model() {
+    let folder = Folder::new("prefix");
+    let bare = |name: &str| name.trim_start_matches("model.").to_owned();
+    let mut shapes: std::collections::BTreeMap<_, _> =
+        tiny_shapes(64).into_iter().map(|(name, shape)| (bare(&name), shape)).collect();
+    folder.put("model.safetensors", safetensors_of(&shapes));
+    let files = ModelFiles::open(&folder.0).unwrap();
+    assert_eq!(files.tensor(TensorName::TokenEmbedding).unwrap().rows(), 64);
+    assert_eq!(files.vector(TensorName::OutputNorm).unwrap(), [1.0; 8]);
+
+    let mut config = tiny_config(64);
+    config["tie_word_embeddings"] = json!(false);
+    folder.put("config.json", config.to_string());
+    assert_names(&folder.error(), &["lm_head.weight", "missing"]);
+    shapes.insert("lm_head.weight".into(), vec![64, 8]);
+    folder.put("model.safetensors", safetensors_of(&shapes));
+    assert!(!ModelFiles::open(&folder.0).unwrap().config().tied_embeddings);
+    shapes.remove("norm.weight");
+    folder.put("model.safetensors", safetensors_of(&shapes));
+    assert_names(&folder.error(), &["model.norm.weight", "missing"]);
+}
+
 #[test]
 fn special_tokens_of_the_older_file() {
     let folder = Folder::new("special");

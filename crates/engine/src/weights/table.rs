@@ -45,6 +45,12 @@ impl TensorTable {
         }
     }
 
+    /// Folders saved from the base class of a model in transformers (`LlamaModel`) name their tensors without `model.`.
+    fn without_prefix(&self, file_name: &str) -> Option<&StoredTensor> {
+        let is_folder = self.layout == Layout::HuggingFace;
+        file_name.strip_prefix("model.").filter(|_| is_folder).and_then(|name| self.tensors.get(name))
+    }
+
     /// How messages call the file of a tensor, or the first of all files where it is in none.
     fn file_of(&self, tensor: Option<&StoredTensor>) -> String {
         let name = |index: usize| self.sources.get(index).map_or_else(String::new, |source| source.name.clone());
@@ -77,7 +83,7 @@ impl TensorTable {
         let (rows, columns) =
             name.shape(config).ok_or(TensorError::NotInModel { family: config.family.name(), name })?;
         let file_name = self.name_of(name);
-        let Some(tensor) = self.tensors.get(&file_name) else {
+        let Some(tensor) = self.tensors.get(&file_name).or_else(|| self.without_prefix(&file_name)) else {
             return Err(TensorError::Missing { file: self.file_of(None), name: file_name });
         };
         let expected = if name.is_vector() { vec![columns as u64] } else { vec![rows as u64, columns as u64] };
