@@ -7,6 +7,7 @@ mod chat;
 mod config;
 mod decoder;
 mod file_map;
+mod first_passes;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;

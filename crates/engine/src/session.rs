@@ -9,6 +9,7 @@ use iceformer_kernels::ThreadTeam;
 
 use crate::config::ModelConfig;
 use crate::decoder::{Cancelled, Decoder, DecoderState, LogitsFor, PartTimes};
+use crate::first_passes::{FirstPasses, MEAN_KEYS};
 use crate::observer::AttentionObserver;
 
 /// How a session reads and keeps tokens.
@@ -126,6 +127,7 @@ pub struct Session {
     caches: Vec<KeyValueCache>,
     /// Tokens in the caches.
     tokens: Vec<u32>,
+    first_passes: FirstPasses,
     /// Logits after the last token, `[vocabulary]`; empty when unknown.
     logits: Vec<f32>,
     state: DecoderState,
@@ -145,6 +147,7 @@ impl Session {
         Ok(Self {
             caches: decoder.caches(settings.key_value_type),
             tokens: Vec::new(),
+            first_passes: FirstPasses::default(),
             logits: Vec::new(),
             state,
             context,
@@ -225,6 +228,7 @@ impl Session {
     pub fn truncate(&mut self, length: usize) {
         if length < self.tokens.len() {
             self.tokens.truncate(length);
+            self.first_passes.truncate(length);
             self.logits.clear();
         }
         self.caches.iter_mut().for_each(|cache| cache.truncate(self.tokens.len()));
@@ -232,6 +236,9 @@ impl Session {
 
     /// Makes the session hold `tokens`: keeps the longest common start and reads the rest, of which at least one token
     /// is read. Gives the number of tokens kept.
+    ///
+    /// With an int8 cache nothing is kept where the start is so short (up to 64 tokens) that a new session would have
+    /// rounded its keys otherwise, unless the tokens go on from all of a longer sequence, as a chat does.
     ///
     /// # Errors
     /// As [`read`](Self::read).
@@ -242,9 +249,17 @@ impl Session {
     ) -> Result<usize, SessionError> {
         self.check(tokens, 0)?;
         let common = self.tokens.iter().zip(tokens).take_while(|(held, token)| held == token).count();
-        let kept = common.min(tokens.len() - 1);
+        let mut kept = common.min(tokens.len() - 1);
+        let goes_on = common == self.tokens.len() && common >= MEAN_KEYS;
+        let rounds_together = self.caches.iter().any(|cache| cache.kind() == KeyValueType::Int8);
+        if rounds_together && !goes_on && !self.first_passes.are_as_anew(kept, common, tokens.len(), self.state.chunk())
+        {
+            kept = 0;
+        }
+        let earlier = self.first_passes.clone();
         self.truncate(kept);
         self.read(&tokens[kept..], progress)?;
+        self.first_passes.restore(&earlier, kept);
         Ok(kept)
     }
 
@@ -311,6 +326,7 @@ impl Session {
         match self.decoder.forward(chunk, wanted, &mut self.caches, &mut self.state, &self.team, watch) {
             Ok(logits) => {
                 self.tokens.extend_from_slice(chunk);
+                self.first_passes.read_to(self.tokens.len());
                 self.logits.clear();
                 let vocabulary = self.decoder.config().vocabulary;
                 self.logits.extend_from_slice(&logits[logits.len().saturating_sub(vocabulary)..]);

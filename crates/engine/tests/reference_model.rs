@@ -213,3 +213,55 @@ fn stop_strings_and_receivers_end_a_generation() {
     assert_eq!(stopped.text, whole.text[..whole.text.find(&middle).unwrap()]);
     assert_eq!(run(vec![], 3).finish, Finish::Cancelled);
 }
+
+/// The keys of an int8 cache are centred on a mean of the first 64, so those of a short shared start are rounded as the
+/// text that was read first wants it.
+#[test]
+fn what_was_read_before_does_not_change_an_answer() {
+    let novel = std::fs::read_to_string(repository().join("examples/texts/milly_and_olly.txt")).unwrap();
+    let model = model(2);
+    let text = model.tokenizer().encode(&novel[..4000], false).unwrap();
+    let (prompt, other) = (&text[..150], &text[400..700]);
+    let answer = |session: &mut Session, prompt: &[u32]| {
+        let kept = session.read_from_start(prompt, |_, _| {}).unwrap();
+        let logits = session.logits().to_vec();
+        (kept, logits, go_on(session, &model, SamplerSettings::default(), 10).tokens)
+    };
+    for (kind, chunk, starts) in [
+        (KeyValueType::F32, 512, &[50][..]),
+        (KeyValueType::Bf16, 512, &[50]),
+        (KeyValueType::Int8, 512, &[50, 63, 64, 150]),
+        (KeyValueType::Int8, 7, &[50, 63]),
+    ] {
+        let new = || model.session(&settings(chunk, kind)).unwrap();
+        let (_, new_logits, new_tokens) = answer(&mut new(), prompt);
+        for &shared in starts {
+            let mut session = new();
+            session.read_from_start(&[&prompt[..shared], other].concat(), |_, _| {}).unwrap();
+            let (kept, logits, tokens) = answer(&mut session, prompt);
+            let case = format!("{kind:?}, chunks of {chunk}, {shared} tokens shared");
+            assert_eq!(tokens, new_tokens, "{case}");
+            // Whole chunks of what is shared would be read alike.
+            let alike = kind != KeyValueType::Int8 || shared >= 64 || shared % chunk == 0;
+            assert_eq!(kept, if alike { shared.min(149) } else { 0 }, "{case}");
+            if kept == 0 {
+                assert_eq!(logits, new_logits, "{case}");
+            }
+            // The same prompt again is held but for its last token, time after time.
+            for _ in 0..2 {
+                assert_eq!(session.read_from_start(prompt, |_, _| {}).unwrap(), 149, "{case}");
+            }
+        }
+    }
+    // A start that was a whole prompt before, and a chat that goes on.
+    let new = || model.session(&settings(512, KeyValueType::Int8)).unwrap();
+    let mut session = new();
+    answer(&mut session, &prompt[..40]);
+    session.truncate(40);
+    assert_eq!(answer(&mut session, prompt), answer(&mut new(), prompt));
+    let mut chat = new();
+    chat.read(&prompt[..40], |_, _| {}).unwrap();
+    go_on(&mut chat, &model, SamplerSettings { temperature: 1.0, ..Default::default() }, 60);
+    let held = chat.tokens().to_vec();
+    assert_eq!(chat.read_from_start(&[&held[..], other].concat(), |_, _| {}).unwrap(), held.len());
+}
