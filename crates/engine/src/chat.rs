@@ -249,24 +249,30 @@ impl ChatTemplate {
     }
 }
 
-/// `chat_template` of a `tokenizer_config.json`: a string, or a list of named ones of which `default` is taken, and
-/// `tool_use` where tools are given.
+/// `chat_template` of a `tokenizer_config.json`: a string, or named ones (a list, or an object in folders written by hand)
+/// of which `default` is taken, and `tool_use` where tools are given.
 fn templates_of_config(config: &Value) -> Result<Option<(String, Option<String>)>, String> {
-    match config.get("chat_template") {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(text)) => Ok(Some((text.clone(), None))),
-        Some(Value::Array(list)) => {
-            let named = |name: &str| {
-                let named = list.iter().find(|entry| entry.get("name").and_then(Value::as_str) == Some(name));
-                named.and_then(|entry| entry.get("template")?.as_str()).map(str::to_owned)
-            };
-            match named("default") {
-                Some(text) => Ok(Some((text, named("tool_use")))),
-                None => Err("chat_template lists no template of the name default".into()),
-            }
-        }
+    let templates = match config.get("chat_template") {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::String(text)) => return Ok(Some((text.clone(), None))),
+        Some(templates @ (Value::Array(_) | Value::Object(_))) => templates,
         Some(other) => {
-            Err(format!("chat_template is {}; expected a string or a list of templates", quoted(&other.to_string())))
+            let other = quoted(&other.to_string());
+            return Err(format!("chat_template is {other}; expected a string or a list of templates"));
         }
+    };
+    let named = |name: &str| {
+        let template = match templates {
+            Value::Array(list) => list
+                .iter()
+                .find(|entry| entry.get("name").and_then(Value::as_str) == Some(name))
+                .and_then(|entry| entry.get("template")),
+            object => object.get(name),
+        };
+        template.and_then(Value::as_str).map(str::to_owned)
+    };
+    match named("default") {
+        Some(text) => Ok(Some((text, named("tool_use")))),
+        None => Err("chat_template lists no template of the name default".into()),
     }
 }

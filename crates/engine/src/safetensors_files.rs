@@ -165,6 +165,12 @@ fn describe(dtype: Dtype) -> (&'static str, Option<WeightType>) {
         Dtype::U16 => ("u16", None),
         Dtype::U8 => ("u8", None),
         Dtype::BOOL => ("bool", None),
+        Dtype::F8_E4M3 => ("F8_E4M3", None),
+        Dtype::F8_E5M2 => ("F8_E5M2", None),
+        Dtype::F8_E8M0 => ("F8_E8M0", None),
+        Dtype::F6_E2M3 => ("F6_E2M3", None),
+        Dtype::F6_E3M2 => ("F6_E3M2", None),
+        Dtype::F4 => ("F4", None),
         _ => ("another type", None),
     }
 }

@@ -85,6 +85,7 @@ fn malformed_templates_are_one_line_errors() {
         (json!({ "chat_template": "{% if x %}".repeat(1000) }), "chat template: syntax error"),
         (json!({ "chat_template": 7 }), "chat_template is \"7\""),
         (json!({ "chat_template": [{"name": "rag", "template": "x"}] }), "no template of the name default"),
+        (json!({ "chat_template": {"rag": "x"} }), "no template of the name default"),
         (json!({ "chat_template": "x".repeat(2 << 20) }), "expected at most 1048576"),
     ] {
         let message = template(config).unwrap_err().to_string();
@@ -159,9 +160,13 @@ fn messages_keep_their_keys() {
 
 #[test]
 fn tools_choose_the_template_made_for_them() {
-    let list = json!([{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]);
-    let chat = template(json!({ "chat_template": list })).unwrap().unwrap();
-    let render = |variables| chat.render_json(r#"[{"role": "user", "content": "a"}]"#, variables, true).unwrap();
-    assert_eq!(render(r#"{"tools": [{}]}"#), "tools");
-    assert_eq!(render(r#"{"tools": null}"#), "plain");
+    for named in [
+        json!([{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]),
+        json!({"tool_use": "tools", "default": "plain"}),
+    ] {
+        let chat = template(json!({ "chat_template": named })).unwrap().unwrap();
+        let render = |variables| chat.render_json(r#"[{"role": "user", "content": "a"}]"#, variables, true).unwrap();
+        assert_eq!(render(r#"{"tools": [{}]}"#), "tools");
+        assert_eq!(render(r#"{"tools": null}"#), "plain");
+    }
 }

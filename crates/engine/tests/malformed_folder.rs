@@ -128,12 +128,11 @@ fn configurations() {
         ("tie_word_embeddings", json!(false), &["lm_head.weight", "missing"]),
         ("attention_bias", json!(true), &["q_proj.bias", "missing"]),
         ("eos_token_id", json!([1, "2"]), &["eos_token_id[1] is \"2\"", "token ids"]),
-        ("eos_token_id", json!(-1), &["eos_token_id", "token id"]),
+        ("eos_token_id", json!(-2), &["eos_token_id is -2", "token id"]),
         ("quantization_config", json!({"quant_method": "gptq"}), &["quantization_config", "gptq", "GGUF"]),
         ("rope_theta", json!(-2), &["rope theta is -2"]),
         ("rope_scaling", json!("linear"), &["rope_scaling is \"linear\"", "an object"]),
-        ("rope_scaling", json!({"type": "dynamic", "factor": 2}), &["rope_scaling.rope_type", "dynamic", "yarn"]),
-        ("rope_scaling", json!({"rope_type": "longrope"}), &["longrope"]),
+        ("rope_scaling", json!({"rope_type": "longrope"}), &["rope_scaling.rope_type", "longrope", "yarn"]),
         ("rope_scaling", json!({"type": "linear"}), &["rope_scaling.factor is missing"]),
         ("rope_scaling", json!({"type": "linear", "factor": 0}), &["rope scaling factor is 0"]),
         ("rope_scaling", json!({"type": "linear", "factor": "2"}), &["rope_scaling.factor is \"2\""]),
@@ -214,6 +213,37 @@ fn generation_config_adds_end_tokens() {
     assert_names(&folder.error(), &["generation_config.json", "eos_token_id is \"x\""]);
 }
 
+/// What transformers takes for none or for a default.
+#[test]
+fn fields_that_say_nothing() {
+    let folder = Folder::new("nothing");
+    let open = |family: &str, field: &str, value: Value| {
+        let mut config = tiny_config(64);
+        config["model_type"] = json!(family);
+        config["num_attention_heads"] = json!(1);
+        config["head_dim"] = json!(4);
+        config[field] = value;
+        let mut shapes = tiny_shapes(64);
+        shapes.insert("model.layers.0.self_attn.q_proj.weight".into(), vec![4, 8]);
+        shapes.insert("model.layers.0.self_attn.o_proj.weight".into(), vec![8, 4]);
+        for (tensor, length) in [("q_norm.weight", 4), ("k_norm.weight", 4), ("q_proj.bias", 4), ("k_proj.bias", 4)] {
+            shapes.insert(format!("model.layers.0.self_attn.{tensor}"), vec![length]);
+        }
+        shapes.insert("model.layers.0.self_attn.v_proj.bias".into(), vec![4]);
+        folder.put("model.safetensors", safetensors_of(&shapes));
+        folder.put("config.json", config.to_string());
+        ModelFiles::open(&folder.0).unwrap_or_else(|error| panic!("{family}, {field}: {error}")).config().clone()
+    };
+    for family in ["llama", "mistral", "qwen2", "qwen3"] {
+        assert_eq!(open(family, "num_key_value_heads", Value::Null).kv_heads, 1, "{family}");
+    }
+    assert!(open("llama", "eos_token_id", json!(-1)).eos_tokens.is_empty());
+    assert_eq!(open("llama", "eos_token_id", json!([-1, 5])).eos_tokens, [5]);
+    assert_eq!(open("llama", "bos_token_id", json!(-1)).bos_token, None);
+    folder.put("generation_config.json", r#"{"eos_token_id": -1, "bos_token_id": -1}"#);
+    assert_eq!(open("llama", "bos_token_id", Value::Null).bos_token, None);
+}
+
 #[test]
 fn both_layouts_of_rope() {
     let folder = Folder::new("rope");
@@ -236,6 +266,8 @@ fn both_layouts_of_rope() {
     assert_eq!(open("rope_theta", json!(5e5)).theta, 5e5);
     assert_eq!(open("rope_parameters", json!({"rope_type": "default", "rope_theta": 7.0})).theta, 7.0);
     assert_eq!(open("rope_scaling", Value::Null).scaling, RopeScaling::None);
+    // Within the model's context it scales nothing.
+    assert_eq!(open("rope_scaling", json!({"type": "dynamic", "factor": 2.0})).scaling, RopeScaling::None);
     // Of both the older counts, unless it says nothing.
     let both = |older: Value| {
         let mut config = tiny_config(64);
@@ -387,17 +419,20 @@ fn tensors() {
     folder.put("model.safetensors", safetensors_of(&shapes));
     assert_names(&folder.error(), &["model.safetensors", "model.norm.weight", "missing"]);
 
-    let header: serde_json::Map<String, Value> = tiny_shapes(64)
-        .into_iter()
-        .scan(0, |offset, (name, shape)| {
-            let start = *offset;
-            *offset += shape.iter().product::<usize>() * 4;
-            Some((name, json!({"dtype": "I32", "shape": shape, "data_offsets": [start, *offset]})))
-        })
-        .collect();
-    let bytes: usize = tiny_shapes(64).values().map(|shape| shape.iter().product::<usize>() * 4).sum();
-    folder.put("model.safetensors", safetensors(&Value::Object(header).to_string(), bytes));
-    assert_names(&folder.error(), &["model.safetensors", "model.embed_tokens.weight", "i32", "BF16"]);
+    for (kind, size) in [("I32", 4), ("F8_E4M3", 1)] {
+        let mut end = 0;
+        let mut tensor = |shape: Vec<usize>| {
+            let start = end;
+            end += shape.iter().product::<usize>() * size;
+            json!({"dtype": kind, "shape": shape, "data_offsets": [start, end]})
+        };
+        let header: serde_json::Map<String, Value> =
+            tiny_shapes(64).into_iter().map(|(name, shape)| (name, tensor(shape))).collect();
+        folder.put("model.safetensors", safetensors(&Value::Object(header).to_string(), end));
+        let message = folder.error();
+        assert_names(&message, &["model.safetensors", "model.embed_tokens.weight", "BF16"]);
+        assert!(message.to_uppercase().contains(kind), "{message}");
+    }
 }
 
 #[test]

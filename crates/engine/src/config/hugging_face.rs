@@ -30,11 +30,14 @@ pub(crate) fn parse_config(json: &[u8]) -> Result<ModelConfig, ConfigError> {
     let hidden_size = fields.required_integer("hidden_size", 1 << 17)?;
     let query_heads = fields.required_integer("num_attention_heads", 1 << 10)?;
     let layers = fields.required_integer("num_hidden_layers", 1 << 10)?;
-    let kv_heads = fields.integer("num_key_value_heads", 1 << 10)?.unwrap_or(match family {
-        Family::Llama => query_heads,
-        Family::Mistral => 8,
-        Family::Qwen2 | Family::Qwen3 => 32,
-    });
+    // `null` means one for each query head, a missing field the default of the family.
+    let kv_heads = match (fields.integer("num_key_value_heads", 1 << 10)?, family) {
+        (Some(heads), _) => heads,
+        (None, Family::Llama) => query_heads,
+        (None, _) if object.contains_key("num_key_value_heads") => query_heads,
+        (None, Family::Mistral) => 8,
+        (None, Family::Qwen2 | Family::Qwen3) => 32,
+    };
     let head_dim = match (fields.integer("head_dim", 1 << 9)?, family) {
         (Some(width), _) => width,
         (None, Family::Qwen3) => 128,
@@ -180,8 +183,11 @@ fn sliding_window(
                 Some("full_attention") => false,
                 Some("sliding_attention") if window.is_some() => true,
                 Some("sliding_attention") => {
+                    // transformers opens such a folder, but fails at the first token.
                     return Err(ConfigError::Inconsistent(
-                        "layer_types names sliding_attention but no sliding window is in use".into(),
+                        "layer_types names sliding_attention but no sliding window is in use; set sliding_window (and \
+                         use_sliding_window, where the family has it) or name full_attention"
+                            .into(),
                     ));
                 }
                 _ => {
@@ -247,7 +253,8 @@ fn rope(fields: &Fields<'_>, context_length: usize) -> Result<RopeConfig, Config
         Ok::<_, ConfigError>(outside.or(inside).unwrap_or(context_length))
     };
     let scaling = match kind {
-        None | Some("default") => RopeScaling::None,
+        // Dynamic scaling begins beyond max_position_embeddings, which is the context of the model here.
+        None | Some("default" | "dynamic") => RopeScaling::None,
         Some("linear") => RopeScaling::Linear { factor: scaling.required_number("factor")? as f32 },
         Some("llama3") => RopeScaling::Llama3 {
             factor: scaling.required_number("factor")? as f32,
@@ -260,7 +267,7 @@ fn rope(fields: &Fields<'_>, context_length: usize) -> Result<RopeConfig, Config
             return Err(ConfigError::Unsupported {
                 field: scaling.path("rope_type"),
                 found: other.into(),
-                hint: "known types are default, linear, llama3, yarn",
+                hint: "known types are default, dynamic, linear, llama3, yarn",
             });
         }
     };
@@ -361,20 +368,25 @@ impl<'a> Fields<'a> {
         self.integer(field, maximum)?.ok_or_else(|| ConfigError::Missing { field: self.path(field) })
     }
 
-    /// One token id or a list of them.
+    /// One token id or a list of them; −1 stands for none.
     fn token_ids(&self, field: &str) -> Result<Vec<u32>, ConfigError> {
         let id = |value: &Value, field: String| {
             let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
             let expected = "a token id or a list of token ids";
-            id.ok_or_else(|| ConfigError::WrongType { field, found: described(value), expected })
+            match id {
+                None if value.as_i64() == Some(-1) => Ok(None),
+                None => Err(ConfigError::WrongType { field, found: described(value), expected }),
+                id => Ok(id),
+            }
         };
         let path = self.path(field);
         match self.get(field) {
             None => Ok(Vec::new()),
             Some(Value::Array(list)) => {
-                list.iter().enumerate().map(|(index, value)| id(value, format!("{path}[{index}]"))).collect()
+                let ids = list.iter().enumerate().map(|(index, value)| id(value, format!("{path}[{index}]")));
+                ids.filter_map(Result::transpose).collect()
             }
-            Some(value) => Ok(vec![id(value, path)?]),
+            Some(value) => Ok(id(value, path)?.into_iter().collect()),
         }
     }
 }
