@@ -4,7 +4,9 @@
 //! are bounded.
 
 mod environment;
+mod filters;
 mod json;
+mod methods;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -93,9 +95,8 @@ impl ChatTemplate {
     /// Reads `chat_template.jinja`, or the template in `tokenizer_config.json`.
     pub(crate) fn from_hugging_face(files: &TemplateFiles<'_>) -> Result<Option<Self>, ChatError> {
         let TemplateFiles { template, config, special_tokens_map } = *files;
-        let read = |file: SideFile<'_>| {
-            file.json().map_err(|problem| ChatError::Read { file: file.file.into(), problem })
-        };
+        let read =
+            |file: SideFile<'_>| file.json().map_err(|problem| ChatError::Read { file: file.file.into(), problem });
         let problem = |problem: String| ChatError::Read { file: config.file.into(), problem };
         let config = read(config)?;
         let sources = match template {
@@ -147,11 +148,7 @@ impl ChatTemplate {
         }
     }
 
-    fn new(
-        source: String,
-        tool_use: Option<String>,
-        special_tokens: BTreeMap<String, String>,
-    ) -> Result<Self, String> {
+    fn new(source: String, tool_use: Option<String>, special_tokens: BTreeMap<String, String>) -> Result<Self, String> {
         let checked = |source: String| {
             if source.len() > MAXIMUM_SOURCE {
                 return Err(format!("chat template of {} bytes; expected at most {MAXIMUM_SOURCE}", source.len()));

@@ -105,6 +105,8 @@ fn a_template_cannot_run_or_write_without_end() {
         "{% include 'other' %}",
         "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
         "{{ 'x'.replace('', 'y' * 9000000) | list | tojson }}",
+        "{{ 'x'.ljust(10000000000) }}{{ 'x' | center(10000000000) }}",
+        "{{ '\t\t'.expandtabs(10000000000) }}",
     ] {
         let message = render(source).unwrap_err().to_string();
         assert!(message.starts_with("the model's chat template fails: "), "{message}");

@@ -3,11 +3,11 @@
 use std::fmt;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{ValueKind, from_args};
-use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
-use minijinja_contrib::pycompat;
+use minijinja::value::{Rest, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior, Value};
+use minijinja_contrib::globals;
 
-use super::json;
+use super::{filters, json, methods};
 
 /// Deeper than any real template nests.
 const RECURSION: usize = 100;
@@ -19,10 +19,19 @@ pub(super) fn new<'source>() -> Environment<'source> {
     environment.set_syntax(syntax.expect("the delimiters are the usual ones"));
     environment.set_recursion_limit(RECURSION);
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-    environment.set_unknown_method_callback(method);
+    environment.set_unknown_method_callback(methods::call);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
+    environment.add_function("cycler", |items: Rest<Value>| globals::cycler(items.to_vec()));
+    environment.add_function("joiner", globals::joiner);
     environment.add_filter("tojson", json::to_json);
+    environment.add_filter("e", filters::escape);
+    environment.add_filter("escape", filters::escape);
+    environment.add_filter("forceescape", filters::force_escape);
+    environment.add_filter("center", filters::center);
+    environment.add_filter("truncate", filters::truncate);
+    environment.add_filter("urlencode", filters::url_encode);
+    environment.add_filter("wordcount", filters::word_count);
     environment.add_test("sequence", is_sequence);
     environment
 }
@@ -88,70 +97,6 @@ fn strftime_now(format: String) -> Result<String, Error> {
         .map_err(|error| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}")))
 }
 
-/// Methods of Python's values: those of `pycompat`, and a few of its strings that it lacks.
-fn method(state: &mut State<'_, '_>, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
-    let Some(text) = value.as_str() else {
-        return pycompat::unknown_method_callback(state, value, name, arguments);
-    };
-    match name {
-        "removeprefix" => {
-            let (prefix,): (&str,) = from_args(arguments)?;
-            Ok(text.strip_prefix(prefix).unwrap_or(text).into())
-        }
-        "removesuffix" => {
-            let (suffix,): (&str,) = from_args(arguments)?;
-            Ok(text.strip_suffix(suffix).unwrap_or(text).into())
-        }
-        "partition" | "rpartition" => {
-            let (separator,): (&str,) = from_args(arguments)?;
-            if separator.is_empty() {
-                return Err(Error::new(ErrorKind::InvalidOperation, "empty separator"));
-            }
-            let (parts, whole) = match name {
-                "partition" => (text.split_once(separator), [text, "", ""]),
-                _ => (text.rsplit_once(separator), ["", "", text]),
-            };
-            let parts = parts.map_or(whole, |(before, after)| [before, separator, after]);
-            Ok(parts.into_iter().map(Value::from).collect())
-        }
-        "rsplit" => {
-            let (separator, most): (Option<&str>, Option<i64>) = from_args(arguments)?;
-            let most =
-                most.and_then(|most| usize::try_from(most).ok()).map_or(usize::MAX, |most| most.saturating_add(1));
-            let mut parts: Vec<Value> = match separator {
-                Some("") => return Err(Error::new(ErrorKind::InvalidOperation, "empty separator")),
-                Some(separator) => text.rsplitn(most, separator).map(Value::from).collect(),
-                None => rsplit_whitespace(text, most).map(Value::from).collect(),
-            };
-            parts.reverse();
-            Ok(parts.into())
-        }
-        _ => pycompat::unknown_method_callback(state, value, name, arguments),
-    }
-}
-
-/// The words of a text from its end, at most `most`; the last of so many is all that is left.
-fn rsplit_whitespace(text: &str, most: usize) -> impl Iterator<Item = &str> {
-    let (mut rest, mut left) = (text, most);
-    std::iter::from_fn(move || {
-        rest = rest.trim_end();
-        if rest.is_empty() {
-            return None;
-        }
-        left -= 1;
-        let start = match left {
-            0 => 0,
-            _ => rest
-                .char_indices()
-                .rfind(|(_, character)| character.is_whitespace())
-                .map_or(0, |(at, character)| at + character.len_utf8()),
-        };
-        let word = &rest[start..];
-        rest = &rest[..start];
-        Some(word)
-    })
-}
-
 /// Jinja's: what has a length and is indexed, strings and maps as well.
 fn is_sequence(value: &Value) -> bool {
     matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::String | ValueKind::Bytes)
@@ -170,35 +115,6 @@ mod tests {
         for unfinished in ["{%", "{% generation", "x{%-", "{%%}", "{%-%}", "{%}", "{%}%}"] {
             assert_eq!(without_generation_tags(unfinished), unfinished);
         }
-    }
-
-    #[test]
-    fn strings_as_in_python() {
-        let environment = new();
-        for (expression, expected) in [
-            ("'ab'.removeprefix('a')", "b"),
-            ("'ab'.removeprefix('b')", "ab"),
-            ("'ab'.removesuffix('b')", "a"),
-            ("'a=b=c'.partition('=') | tojson", r#"["a", "=", "b=c"]"#),
-            ("'a=b=c'.rpartition('=') | tojson", r#"["a=b", "=", "c"]"#),
-            ("'abc'.partition('=') | tojson", r#"["abc", "", ""]"#),
-            ("'abc'.rpartition('=') | tojson", r#"["", "", "abc"]"#),
-            ("'a,b,c'.rsplit(',') | tojson", r#"["a", "b", "c"]"#),
-            ("'a,b,c'.rsplit(',', 1) | tojson", r#"["a,b", "c"]"#),
-            ("'a,b,c'.rsplit(',', -1) | tojson", r#"["a", "b", "c"]"#),
-            ("'  a  b c '.rsplit() | tojson", r#"["a", "b", "c"]"#),
-            ("'  a  b c '.rsplit(none, 1) | tojson", r#"["  a  b", "c"]"#),
-            ("'  a  b c '.rsplit(none, 0) | tojson", r#"["  a  b c"]"#),
-            ("'a b'.split() | tojson", r#"["a", "b"]"#),
-            ("('a' is sequence, [] is sequence, {} is sequence, 1 is sequence) | tojson", "[true, true, true, false]"),
-        ] {
-            assert_eq!(
-                environment.render_str(&format!("{{{{ {expression} }}}}"), ()).unwrap(),
-                expected,
-                "{expression}"
-            );
-        }
-        assert!(environment.render_str("{{ 'a'.rsplit('') }}{{ 'a'.partition('') }}", ()).is_err());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter, Serializer};
 const WIDEST_INDENT: usize = 16;
 
 /// The filter: `json.dumps(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`. Unlike Jinja's own
-/// it does not escape HTML.
+/// it does not escape HTML, nor is its result safe from escaping.
 pub(super) fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
     let failed = |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
     let indent: Option<usize> = options.get("indent")?;
@@ -20,6 +20,9 @@ pub(super) fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
     let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
     let sort_keys: Option<bool> = options.get("sort_keys")?;
     options.assert_all_used()?;
+    if holds_undefined(&value) {
+        return Err(Error::new(ErrorKind::BadSerialization, "tojson: an undefined value is no JSON"));
+    }
     let value = if sort_keys == Some(true) { sorted(&value) } else { value };
     let indent = indent.map(|width| " ".repeat(width.min(WIDEST_INDENT)));
     let (between, behind_key) = match &separators {
@@ -40,7 +43,18 @@ pub(super) fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
     let mut bytes = Vec::new();
     value.serialize(&mut Serializer::with_formatter(&mut bytes, formatter)).map_err(failed)?;
     let text = String::from_utf8(bytes).map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
-    Ok(Value::from_safe_string(text))
+    Ok(Value::from(text))
+}
+
+/// Whether `value` or something in it is undefined, which Python refuses to write.
+fn holds_undefined(value: &Value) -> bool {
+    let mut items = value.try_iter().into_iter().flatten();
+    match value.kind() {
+        ValueKind::Undefined => true,
+        ValueKind::Map => items.any(|key| holds_undefined(&value.get_item(&key).unwrap_or_default())),
+        ValueKind::Seq => items.any(|item| holds_undefined(&item)),
+        _ => false,
+    }
 }
 
 /// `value` with the keys of its maps in order, at every depth.
@@ -163,8 +177,11 @@ mod tests {
         for (expression, expected) in cases {
             assert_eq!(render(&format!("{{{{ {expression} }}}}")), expected, "{expression}");
         }
-        for wrong in ["[] | tojson(separators=',')", "[] | tojson(separators=(1, 2))", "[] | tojson(width=2)"] {
-            assert!(environment.render_str(&format!("{{{{ {wrong} }}}}"), ()).is_err(), "{wrong}");
+        let undefined = ["x | tojson", "{'a': x} | tojson", "[{'a': [x]}] | tojson"];
+        let unknown = ["[] | tojson(separators=',')", "[] | tojson(separators=(1, 2))", "[] | tojson(width=2)"];
+        for wrong in undefined.into_iter().chain(unknown) {
+            let rendered = environment.render_str(&format!("{{{{ {wrong} }}}}"), ());
+            assert!(rendered.is_err(), "{wrong}");
         }
     }
 }
