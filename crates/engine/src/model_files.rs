@@ -73,7 +73,26 @@ pub struct ModelSummary {
 /// Why a model cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// There is nothing at the path, or it cannot be read.
+    /// There is nothing at the path.
+    #[error(
+        "{path}: {error}; expected a model folder or a .gguf file on this machine (models of the Hugging Face Hub are not \
+         downloaded)"
+    )]
+    Missing {
+        /// The path.
+        path: String,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// The path is a model in the cache of the Hugging Face Hub, which has a folder for each revision.
+    #[error("{path}: a cache of the Hugging Face Hub; give the folder of a revision in it, {revision}")]
+    HubCache {
+        /// The path.
+        path: String,
+        /// A folder in it, or where they are.
+        revision: String,
+    },
+    /// It cannot be read.
     #[error("{path}: {error}")]
     Read {
         /// The path.
@@ -119,7 +138,10 @@ impl ModelFiles {
     /// When a file is missing, malformed, of an unknown family or type, or when tensors and configuration disagree.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         let shown = path.display().to_string();
-        let metadata = std::fs::metadata(path).map_err(|error| OpenError::Read { path: shown.clone(), error })?;
+        let metadata = std::fs::metadata(path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => OpenError::Missing { path: shown.clone(), error },
+            _ => OpenError::Read { path: shown.clone(), error },
+        })?;
         if metadata.is_dir() {
             return Self::open_folder(path);
         }
@@ -154,6 +176,9 @@ impl ModelFiles {
     fn open_folder(path: &Path) -> Result<Self, OpenError> {
         let config_path = path.join("config.json");
         if !config_path.exists() {
+            if let Some(revision) = revision_of_hub_cache(path) {
+                return Err(OpenError::HubCache { path: path.display().to_string(), revision });
+            }
             return Err(OpenError::NotAModel { path: path.display().to_string() });
         }
         let read =
@@ -320,6 +345,16 @@ impl ModelFiles {
             }
             SideFiles::Gguf { .. } => Ok((None, format!("{}/{name}", self.name))),
         }
+    }
+}
+
+/// A revision in the folder of a model in the cache of the Hugging Face Hub; where they are, when there is not just one.
+fn revision_of_hub_cache(path: &Path) -> Option<String> {
+    let snapshots = path.join("snapshots");
+    let mut revisions = std::fs::read_dir(&snapshots).ok()?.filter_map(Result::ok).map(|entry| entry.path());
+    match (revisions.next(), revisions.next()) {
+        (Some(revision), None) => Some(revision.display().to_string()),
+        _ => Some(snapshots.join("…").display().to_string()),
     }
 }
 

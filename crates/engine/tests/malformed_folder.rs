@@ -75,7 +75,10 @@ fn the_unchanged_folder_opens() {
 #[test]
 fn missing_files() {
     let folder = Folder::new("missing");
-    assert_names(&error_of(&folder.0.join("nothing")), &["nothing", "No such file"]);
+    assert_names(
+        &error_of(&folder.0.join("nothing")),
+        &["nothing", "No such file", "model folder or a .gguf", "not downloaded"],
+    );
     folder.put("notes.txt", "hello");
     assert_names(&error_of(&folder.0.join("notes.txt")), &["notes.txt", "not a model", ".gguf"]);
     folder.remove("tokenizer.json");
@@ -85,6 +88,11 @@ fn missing_files() {
     assert_names(&folder.error(), &["no model.safetensors", "converted"]);
     folder.remove("config.json");
     assert_names(&folder.error(), &["not a model", "config.json"]);
+    let snapshots = folder.0.join("snapshots");
+    for (revision, named) in [("first", "snapshots/first"), ("second", "snapshots/…")] {
+        std::fs::create_dir_all(snapshots.join(revision)).unwrap();
+        assert_names(&folder.error(), &["cache of the Hugging Face Hub", named]);
+    }
     folder.put("empty.gguf", "");
     assert_names(&error_of(&folder.0.join("empty.gguf")), &["empty.gguf", "magic", "ends early"]);
 }

@@ -140,6 +140,8 @@ def test_the_template_sees_every_key_and_variable(tmp_path):
 def test_what_does_not_fit_is_named(engine, tmp_path):
     with pytest.raises(ValueError, match="config.json"):
         iceformer.Engine(tmp_path)
+    with pytest.raises(ValueError, match="a/model: No such file .* a model folder or a .gguf file"):
+        iceformer.Engine("a/model")
     with pytest.raises(ValueError, match="context of 10000000 tokens"):
         iceformer.Engine(REFERENCE, context=10_000_000)
     with pytest.raises(ValueError, match='kv_type is "q4"'):
@@ -163,5 +165,12 @@ def test_what_does_not_fit_is_named(engine, tmp_path):
         engine.generate([{"role": "user", "content": [{"type": "text", "text": "a"}]}])
     with pytest.raises(TypeError, match="neither tokens nor messages"):
         engine.generate([1.5])
+    with pytest.raises(TypeError, match="the prompt is a bytes; decode it to a text first"):
+        engine.generate(b"x")
+    with pytest.raises(TypeError, match="a single message; expected a list"):
+        engine.generate({"role": "user", "content": "a"})
+    for flags in ([True], np.array([5, 1]) == 1):
+        with pytest.raises(TypeError, match="token 0 is (True|False); expected a whole number"):
+            engine.generate(flags)
     with pytest.raises(ValueError, match=r"message 0 has the keys \['text'\]"):
         engine.generate([{"text": "a"}])

@@ -206,6 +206,10 @@ class Engine:
         if isinstance(prompt, str):
             parts: list[Any] = []
         else:
+            if isinstance(prompt, (bytes, bytearray, memoryview)):
+                raise TypeError(f"the prompt is a {type(prompt).__name__}; decode it to a text first")
+            if isinstance(prompt, Mapping):
+                raise TypeError("the prompt is a single message; expected a list of messages")
             # Arrays and tensors of tokens come as lists.
             parts = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
         if parts and all(isinstance(part, Mapping) for part in parts):
@@ -217,6 +221,9 @@ class Engine:
             raise ValueError("tools and template_variables are for messages; write them into the prompt instead")
         if isinstance(prompt, str):
             return self._engine.encode(prompt), False
+        for index, part in enumerate(parts):
+            if isinstance(part, bool):
+                raise TypeError(f"token {index} is {part}; expected a whole number")
         if all(isinstance(part, int) for part in parts):
             return [whole_number(f"token {index}", token, 2**32 - 1) for index, token in enumerate(parts)], False
         raise TypeError("the prompt is a list of neither tokens nor messages; expected a text, tokens or messages")
