@@ -116,7 +116,10 @@ impl ChatTemplate {
         };
         let mut special_tokens = BTreeMap::new();
         let named = [&config, &older].into_iter().filter_map(Value::as_object).flatten();
-        for (name, value) in named.filter(|(name, _)| name.ends_with("_token")) {
+        let named = named.filter(|(name, _)| name.ends_with("_token"));
+        // Some models name tokens of their own there; others list them without names.
+        let own = config.get("extra_special_tokens").and_then(Value::as_object);
+        for (name, value) in named.chain(own.into_iter().flatten()) {
             // A string, or the description of an added token.
             if let Some(text) = value.as_str().or_else(|| value.get("content")?.as_str()) {
                 special_tokens.insert(name.clone(), text.to_owned());

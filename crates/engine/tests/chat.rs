@@ -74,6 +74,9 @@ fn added_tokens_may_be_described() {
     let config =
         json!({ "bos_token": {"content": "<s>", "lstrip": false}, "chat_template": "{{ bos_token }}{{ eos_token }}" });
     assert_eq!(template(config).unwrap().unwrap().render(&[Message::new("user", "hello")], false).unwrap(), "<s>");
+    let config = json!({ "image_token": "<i>", "extra_special_tokens": {"tool": "<t>"},
+        "chat_template": "{{ image_token }}{{ tool }}" });
+    assert_eq!(template(config).unwrap().unwrap().render(&[Message::new("user", "hello")], false).unwrap(), "<i><t>");
 }
 
 #[test]
