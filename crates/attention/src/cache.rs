@@ -19,10 +19,6 @@ use crate::places::Places;
 use crate::segment::{SEGMENT_KEYS, Segment};
 use crate::strided::StridedView;
 
-/// Keys from which an int8 cache takes the channel mean that it centres keys on. Their originals are kept, so the mean
-/// does not depend on how the keys came (at once, in chunks, one by one).
-const MEAN_KEYS: usize = 64;
-
 /// Element type of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyValueType {
@@ -95,7 +91,7 @@ struct Head {
     segments: Vec<Segment>,
     /// Int8 only: what is subtracted from every key. `[key_dim]`
     mean: Vec<f32>,
-    /// Int8 only: the first keys as they came, at most [`MEAN_KEYS`]. `[keys][key_dim]`
+    /// Int8 only: the first keys as they came, at most [`KeyValueCache::MEAN_KEYS`]. `[keys][key_dim]`
     first_keys: Vec<f32>,
     /// Where the keys lie.
     places: Places,
@@ -264,6 +260,11 @@ pub struct KeyValueCache {
 }
 
 impl KeyValueCache {
+    /// Keys from which an int8 cache takes the channel mean that it centres keys on. Their originals are kept, so the mean
+    /// does not depend on how the keys came (at once, in chunks, one by one); what was attended to before all of them were
+    /// there does.
+    pub const MEAN_KEYS: usize = 64;
+
     /// An empty cache.
     ///
     /// # Panics
@@ -330,8 +331,8 @@ impl KeyValueCache {
             }
             let mut row = Vec::new();
             let mut first = 0;
-            if kind == KeyValueType::Int8 && before < MEAN_KEYS && tokens > 0 {
-                first = tokens.min(MEAN_KEYS - before);
+            if kind == KeyValueType::Int8 && before < KeyValueCache::MEAN_KEYS && tokens > 0 {
+                first = tokens.min(KeyValueCache::MEAN_KEYS - before);
                 for token in 0..first {
                     head.first_keys.extend_from_slice(keys.row(index, token, &mut row));
                 }
@@ -396,7 +397,7 @@ impl KeyValueCache {
             for index in len..self.len.min(len.next_multiple_of(SEGMENT_KEYS)) {
                 head.write_value(index, &zeros, shape.padded_value_dim());
             }
-            if kind == KeyValueType::Int8 && len < MEAN_KEYS {
+            if kind == KeyValueType::Int8 && len < KeyValueCache::MEAN_KEYS {
                 head.first_keys.truncate(len * shape.key_dim);
                 head.centre_first_keys(shape);
             }
@@ -506,7 +507,7 @@ impl KeyValueCache {
     /// Whether the keys held will read the same after further appends. Those of an int8 cache do once the channel mean
     /// is settled.
     pub(crate) fn keys_are_final(&self) -> bool {
-        self.kind != KeyValueType::Int8 || self.len >= MEAN_KEYS
+        self.kind != KeyValueType::Int8 || self.len >= KeyValueCache::MEAN_KEYS
     }
 
     /// The search index of method `dci` over these keys, kept from call to call.

@@ -5,8 +5,10 @@
 //! same pass, those behind it too. A session that goes on from a part of what it holds must not keep tokens that a new
 //! session would read beside others, or its answer would depend on what it was asked before.
 
-/// Keys from which an int8 cache takes the mean: `MEAN_KEYS` of `attention/src/cache.rs`.
-pub(crate) const MEAN_KEYS: usize = 64;
+use iceformer_attention::KeyValueCache;
+
+/// Keys from which an int8 cache takes the mean.
+pub(crate) const MEAN_KEYS: usize = KeyValueCache::MEAN_KEYS;
 
 /// For each of the first [`MEAN_KEYS`] tokens held, the tokens held after the pass that read it; 0 where some of those
 /// that gave the mean are gone.
