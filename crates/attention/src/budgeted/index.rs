@@ -63,6 +63,10 @@ pub(super) struct HeadClusters {
     calibrations: Vec<Calibration>,
     /// Budget and clustered keys at the last measurement.
     calibrated: (f32, usize),
+    /// Units of [`REGION_KEYS`] keys that there were, clustered or not, at the last call …
+    units: usize,
+    /// … and at the last measurement.
+    tried_at: usize,
 }
 
 /// Keys that every query to come sees whole, so that regions may be merged over them.
@@ -74,9 +78,9 @@ struct Settled {
     large: usize,
 }
 
-/// Where clusters do not pay for a head, it is tried again on half of its keys when those have become so many times
-/// more than it was tried on.
-const RETRY: usize = 4;
+/// Where clusters do not pay for a head, it is tried again, on half of its keys, when there are so many times as many as
+/// when it was last tried: the more keys, the tighter their clusters.
+const RETRY: usize = 2;
 
 /// Consecutive keys in clusters.
 pub(super) struct Region {
@@ -179,6 +183,7 @@ impl ClusterIndex {
         let mut built: Vec<(usize, Range<usize>, Option<Region>)> = Vec::new();
         for (index, head) in self.heads.iter_mut().enumerate() {
             // Never fewer: queries at earlier positions may follow.
+            head.units = total;
             let wanted = head.wanted(total).max(head.keys() / REGION_KEYS);
             head.settled.small = head.settled.small.max(settled.min(wanted));
             if many {
@@ -273,7 +278,7 @@ impl HeadClusters {
         match units {
             _ if self.calibrations.is_empty() => total.min(units.max(FIRST_REGIONS)),
             _ if self.may_pay() => total,
-            _ if total >= RETRY * units => total / 2,
+            _ if total >= RETRY * self.tried_at => (total / 2).max(units),
             _ => units,
         }
     }
@@ -314,6 +319,7 @@ impl HeadClusters {
 
     /// Takes measurements of every query head of the group, made now at `budget`.
     pub fn take(&mut self, budget: f32, measured: Vec<Calibration>) {
+        self.tried_at = self.units;
         if self.is_stale(budget) {
             self.calibrations.clear();
             self.calibrated = (budget, self.keys());
@@ -517,6 +523,19 @@ impl Summaries {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_hopeless_head_is_tried_again_at_twice_the_keys() {
+        let mut head = HeadClusters { units: 7, ..HeadClusters::default() };
+        assert_eq!(head.wanted(7), FIRST_REGIONS);
+        head.take(0.05, vec![Calibration { samples: 1, rows: 6, ..Calibration::default() }]);
+        assert_eq!([8, 13, 14, 20].map(|total| head.wanted(total)), [0, 0, 7, 10]);
+        head.units = 14;
+        head.take(0.05, vec![Calibration { samples: 1, rows: 6, ..Calibration::default() }]);
+        assert_eq!([20, 27, 28].map(|total| head.wanted(total)), [0, 0, 14]);
+        head.take(0.02, vec![Calibration { samples: 4, rows: 24, limit: 0.01, ..Calibration::default() }]);
+        assert_eq!(head.wanted(15), 15, "it pays");
+    }
 
     #[test]
     fn regions_cover_all_keys_in_order() {
