@@ -231,9 +231,9 @@ impl ArrayScratch {
 
 impl Attention {
     /// Attention on arrays. Writes `output`, contiguous `[batch, tokens, query_heads, value_dim]`, and calls `proceed`
-    /// between chunks of queries, and between entries of a batch that have their own masks, so that a long call can be stopped. The result does not depend on the number of
-    /// threads. Positions, masks and heads are as in [`run`](Self::run); an entry sees the
-    /// keys that both `self.mask` and its range in [`Arrays::key_ranges`] have.
+    /// between chunks of queries, and between entries of a batch that have their own masks, so that a long call can be
+    /// stopped. The result does not depend on the number of threads. Positions, masks and heads are as in
+    /// [`run`](Self::run); an entry sees the keys that both `self.mask` and its range in [`Arrays::key_ranges`] have.
     ///
     /// With few queries (a decode step) every method answers exactly: reading all keys once is less work than packing
     /// or indexing them for a single use.

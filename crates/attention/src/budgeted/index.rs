@@ -182,8 +182,8 @@ impl ClusterIndex {
         let settled = (settled.saturating_sub(FIRST_KEYS) / REGION_KEYS).min(total);
         let mut built: Vec<(usize, Range<usize>, Option<Region>)> = Vec::new();
         for (index, head) in self.heads.iter_mut().enumerate() {
-            // Never fewer: queries at earlier positions may follow.
             head.units = total;
+            // Never fewer: queries at earlier positions may follow.
             let wanted = head.wanted(total).max(head.keys() / REGION_KEYS);
             head.settled.small = head.settled.small.max(settled.min(wanted));
             if many {
