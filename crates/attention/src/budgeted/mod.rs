@@ -115,11 +115,11 @@ fn run_step<T: FromF32>(
         false => (cache.len(), cache.len()),
     };
     // A region that a window sees in part is computed: there they stay small beside it.
-    let window = call.attention.mask.window.unwrap_or(usize::MAX);
-    let settled = if window >= REGIONS_OF_WINDOW * index::LARGEST_OF_FEW { settled } else { 0 };
-    let many = call.tokens() >= MANY_TOKENS && call.attention.mask.window.is_none();
-    let passed = if call.attention.mask.causal { len.saturating_sub(NEAR_KEYS) } else { len };
     let mask = &call.attention.mask;
+    let holds_regions = |window: usize| window >= REGIONS_OF_WINDOW * index::LARGEST_OF_FEW;
+    let settled = if mask.window.is_none_or(holds_regions) { settled } else { 0 };
+    let many = call.tokens() >= MANY_TOKENS && mask.window.is_none();
+    let passed = if mask.causal { len.saturating_sub(NEAR_KEYS) } else { len };
     let is_padded = mask.keys.as_ref().is_some_and(|keys| keys.start > 0 || keys.end < len);
     guard.note_call(passed, mask.window.is_some() || is_padded);
     // What is decoded goes on with one matter for a while: tokens some way apart tell more.
@@ -144,11 +144,11 @@ fn run_step<T: FromF32>(
 
     let budgeted = Budgeted { call: *call, settings: *settings, index: &index };
     let plan = Plan::new(call);
-    let mut tasks = (0..plan.tasks()).map(|task| plan.task(task, cache.len()));
-    if tasks.all(|task| budgeted.is_exact(&task)) {
+    let tasks = || (0..plan.tasks()).map(|task| plan.task(task, cache.len()));
+    if tasks().all(|task| budgeted.is_exact(&task)) {
         let mut report = exact::run(call, output, team, scratch);
-        for task in (0..plan.tasks()).map(|task| plan.task(task, cache.len())) {
-            let fell_back = budgeted.rows_fallen_back(&task);
+        for task in tasks() {
+            let fell_back = tile::rows_fallen_back(&task, &budgeted.far_regions(&task));
             let heads = &mut report.heads[task.kv_head * call.group()..][..call.group()];
             heads.iter_mut().for_each(|head| head.fallback_rows += fell_back);
         }

@@ -95,12 +95,6 @@ impl<'a> Budgeted<'a> {
         regions.filter(|(_, region)| is_far(region.keys())).map(|(number, _)| number).collect()
     }
 
-    /// Rows of each head of `task` that have clusters and make no use of them, counted with the first range of keys.
-    pub fn rows_fallen_back(&self, task: &Task) -> u64 {
-        let is_first = task.keys.start == 0;
-        if is_first && !self.far_regions(task).is_empty() { task.tokens.len() as u64 } else { 0 }
-    }
-
     /// Whether `task` has no cluster to make use of.
     pub fn is_exact(&self, task: &Task) -> bool {
         !self.pays(task) || self.far_regions(task).is_empty()
@@ -158,7 +152,7 @@ impl<'a> Budgeted<'a> {
             self.accumulate_near(tile, task, &[], seen);
             for report in reports.iter_mut() {
                 (report.evaluated_keys, report.kept_keys) = (report.allowed_keys, report.allowed_keys);
-                report.fallback_rows = if regions.is_empty() { 0 } else { report.rows };
+                report.fallback_rows = rows_fallen_back(task, &regions);
             }
             return;
         }
@@ -483,6 +477,13 @@ impl Work<'_> {
     pub fn value_scale(&self) -> f32 {
         std::f32::consts::SQRT_2 * self.head().value_spread(self.regions)
     }
+}
+
+/// Rows of each head of a task that makes no use of `regions`, its clusters, where it has any: counted with the first range
+/// of keys.
+pub(super) fn rows_fallen_back(task: &Task, regions: &[usize]) -> u64 {
+    let is_first = task.keys.start == 0;
+    if is_first && !regions.is_empty() { task.tokens.len() as u64 } else { 0 }
 }
 
 /// `‖a − b‖`
