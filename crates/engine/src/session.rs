@@ -177,6 +177,11 @@ impl Session {
         self.caches.iter().map(KeyValueCache::bytes).sum()
     }
 
+    /// Bytes of what the methods keep beside the caches.
+    pub fn index_bytes(&self) -> usize {
+        self.caches.iter().map(KeyValueCache::index_bytes).sum()
+    }
+
     /// Wall time spent so far, by kind of work.
     pub fn times(&self) -> PartTimes {
         self.state.times()

@@ -1,12 +1,12 @@
 //! `bench prompt`: a whole prompt through a whole model, and tokens after it.
 
-use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::Instant;
 
-use iceformer_attention::{HeadReport, KeyValueCache, KeyValueType, Method, ThreadTeam};
+use iceformer_attention::{HeadReport, Method, ThreadTeam};
 use iceformer_engine::{
-    Cancel, Cancelled, Decoder, Family, LayerTensor, LogitsFor, ModelConfig, ModelFiles, PartTimes, RandomWeights,
-    RopeConfig, RopeScaling, TensorName,
+    Decoder, Family, LayerTensor, ModelConfig, ModelFiles, PartTimes, RandomWeights, RopeConfig, RopeScaling, Session,
+    SessionSettings, TensorName,
 };
 use iceformer_kernels::InstructionSet;
 use iceformer_kernels::ceilings::process_cpu_seconds;
@@ -36,20 +36,10 @@ struct Measured {
     peak_resident_bytes: Option<u64>,
 }
 
-/// What runs: how tokens are read and kept.
-struct Run<'a> {
-    decoder: &'a Decoder,
-    team: &'a ThreadTeam,
-    kv_type: KeyValueType,
-    method: Method,
-    chunk: usize,
-    cancel: Cancel,
-}
-
 /// Runs the measurement.
 pub fn run(arguments: &PromptArguments) -> anyhow::Result<Outcome> {
     let &PromptArguments { tokens, generate, kv_type, chunk, .. } = arguments;
-    let team = ThreadTeam::new(arguments.threads.unwrap_or_else(ThreadTeam::available));
+    let team = Arc::new(ThreadTeam::new(arguments.threads.unwrap_or_else(ThreadTeam::available)));
     let start = Instant::now();
     let method = arguments.method.method()?;
     let (name, weight_type, decoder) = match (&arguments.model, arguments.shape) {
@@ -76,12 +66,15 @@ pub fn run(arguments: &PromptArguments) -> anyhow::Result<Outcome> {
         }
     };
     let load_seconds = start.elapsed().as_secs_f64();
-    let run = Run { decoder: &decoder, team: &team, kv_type, method, chunk, cancel: Cancel::default() };
-    let _guard = interrupt::guard(run.cancel.clone());
+    let decoder = Arc::new(decoder);
+    let settings = SessionSettings { context: None, chunk, key_value_type: kv_type, method };
 
     let (mut measured, mut ceilings) = (Vec::new(), Vec::new());
     for _ in 0..arguments.repeat {
-        let Ok(figures) = run.measure(tokens, generate) else { return Ok(Outcome::Interrupted) };
+        let mut session = Session::new(Arc::clone(&decoder), Arc::clone(&team), &settings)?;
+        let _guard = interrupt::guard(session.cancel());
+        let Some(figures) = measure(&mut session, tokens, generate)? else { return Ok(Outcome::Interrupted) };
+        drop(session);
         measured.push(figures);
         // Behind the prompt, so that the memory it takes is not part of the first repeat's peak.
         ceilings.push(measure::measure_ceilings(&team)?);
@@ -150,50 +143,47 @@ pub fn run(arguments: &PromptArguments) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-impl Run<'_> {
-    /// Reads `tokens` tokens, then `generate` one by one.
-    fn measure(&self, tokens: usize, generate: usize) -> Result<Measured, Cancelled> {
-        let config = self.decoder.config();
-        let token = |index: usize| (index * 7919 % config.vocabulary) as u32;
-        let prompt: Vec<u32> = (0..tokens).map(token).collect();
-        let mut caches = self.decoder.caches(self.kv_type);
-        let mut state = self.decoder.state(self.chunk.min(tokens));
-        state.set_method(self.method);
-        let watch = |_| if self.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+/// Reads `tokens` tokens, then `generate` one by one; `None` when Ctrl-C stopped it.
+fn measure(session: &mut Session, tokens: usize, generate: usize) -> anyhow::Result<Option<Measured>> {
+    let vocabulary = session.decoder().config().vocabulary;
+    let token = |index: usize| (index * 7919 % vocabulary) as u32;
+    let prompt: Vec<u32> = (0..tokens).map(token).collect();
+    let cancel = session.cancel();
 
-        // As a session reads a prompt.
-        let (wall, cpu) = (Instant::now(), process_cpu_seconds());
-        for (index, part) in prompt.chunks(self.chunk).enumerate() {
-            let is_last = index * self.chunk + part.len() == tokens;
-            let wanted = if is_last { LogitsFor::Last } else { LogitsFor::None };
-            self.decoder.forward(part, wanted, &mut caches, &mut state, self.team, watch)?;
-        }
-        let (prompt_cpu, prompt_wall) = (process_cpu_seconds() - cpu, wall.elapsed().as_secs_f64());
-        let (prompt_times, prompt_report) = (state.times(), state.report());
-
-        let (wall, cpu) = (Instant::now(), process_cpu_seconds());
-        for index in 0..generate {
-            let next = [token(tokens + index)];
-            self.decoder.forward(&next, LogitsFor::Last, &mut caches, &mut state, self.team, watch)?;
-        }
-        let (decode_cpu, decode_wall) = (process_cpu_seconds() - cpu, wall.elapsed().as_secs_f64());
-        let cache_bytes: usize = caches.iter().map(KeyValueCache::bytes).sum();
-        // Query heads that share a key/value head read its keys together.
-        let keys = (config.layers * config.query_heads * (tokens + generate)) as f64;
-        let allowed = (state.report().allowed_keys - prompt_report.allowed_keys) as f64;
-        Ok(Measured {
-            prompt_cpu,
-            prompt_wall,
-            prompt_times,
-            decode_cpu,
-            decode_wall,
-            cache_bytes,
-            index_bytes: caches.iter().map(KeyValueCache::index_bytes).sum(),
-            prompt_report,
-            decode_cache_bytes: cache_bytes as f64 * allowed / keys,
-            peak_resident_bytes: peak_resident_bytes(),
-        })
+    let (wall, cpu) = (Instant::now(), process_cpu_seconds());
+    let outcome = session.read(&prompt, |_, _| {});
+    if cancel.is_cancelled() {
+        return Ok(None);
     }
+    outcome?;
+    let (prompt_cpu, prompt_wall) = (process_cpu_seconds() - cpu, wall.elapsed().as_secs_f64());
+    let (prompt_times, prompt_report) = (session.times(), session.report());
+
+    let (wall, cpu) = (Instant::now(), process_cpu_seconds());
+    for index in 0..generate {
+        let outcome = session.read(&[token(tokens + index)], |_, _| {});
+        if cancel.is_cancelled() {
+            return Ok(None);
+        }
+        outcome?;
+    }
+    let (decode_cpu, decode_wall) = (process_cpu_seconds() - cpu, wall.elapsed().as_secs_f64());
+    let config = session.decoder().config();
+    // Query heads that share a key/value head read its keys together.
+    let keys = (config.layers * config.query_heads * (tokens + generate)) as f64;
+    let allowed = (session.report().allowed_keys - prompt_report.allowed_keys) as f64;
+    Ok(Some(Measured {
+        prompt_cpu,
+        prompt_wall,
+        prompt_times,
+        decode_cpu,
+        decode_wall,
+        cache_bytes: session.cache_bytes(),
+        index_bytes: session.index_bytes(),
+        prompt_report,
+        decode_cache_bytes: session.cache_bytes() as f64 * allowed / keys,
+        peak_resident_bytes: peak_resident_bytes(),
+    }))
 }
 
 /// Refuses a model that memory does not hold beside its cache.
