@@ -5,9 +5,10 @@
 
 use std::arch::x86_64::*;
 
+use super::PAGE_KEYS;
+use super::ahead::NextBlock;
 use super::softmax::{BrainRow, exp2};
 use super::tile::MicroTile;
-use super::{PAGE_KEYS, fetch_ahead};
 use crate::amx::{Elements, PRODUCT_ROWS, Product, ROW_BYTES, TILE_ROWS, Tiles};
 
 /// Pages of keys between one softmax and the next: their scores, weights, keys and values lie in the caches next to the
@@ -72,21 +73,26 @@ struct Ahead {
     ranges: [(*const u8, usize); 2],
     /// Bytes of each to ask for at a time.
     share: usize,
+    next: NextBlock,
 }
 
 impl Ahead {
     /// Asks in `times` times for as many `pages` as this block has, after the first of the tiles that says where.
     fn new(elements: Elements, micro_tiles: &[(usize, MicroTile<'_>)], pages: usize, times: usize) -> Self {
-        let nothing = Self { ranges: [(std::ptr::null(), 0); 2], share: 0 };
-        let Some((tile, (keys, values))) = micro_tiles.iter().find_map(|(_, tile)| Some((tile, tile.ahead?))) else {
+        let nothing = Self { ranges: [(std::ptr::null(), 0); 2], share: 0, next: NextBlock::default() };
+        let Some((tile, next)) = micro_tiles.iter().find_map(|(_, tile)| Some((tile, tile.ahead?))) else {
             return nothing;
         };
         let element_bytes = if elements == Elements::Bf16 { 2 } else { 1 };
         let bytes = |width: usize| width * PAGE_KEYS * pages * element_bytes;
         let (key_bytes, value_bytes) = (bytes(tile.key_dim), bytes(tile.value_dim));
         Self {
-            ranges: [(tile.keys.wrapping_offset(keys), key_bytes), (tile.values.wrapping_offset(values), value_bytes)],
+            ranges: [
+                (tile.keys.wrapping_offset(next.keys), key_bytes),
+                (tile.values.wrapping_offset(next.values), value_bytes),
+            ],
             share: key_bytes.max(value_bytes).div_ceil(times.max(1)).next_multiple_of(64),
+            next,
         }
     }
 
@@ -95,7 +101,7 @@ impl Ahead {
         for (start, left) in &mut self.ranges {
             let bytes = self.share.min(*left);
             for offset in (0..bytes).step_by(64) {
-                fetch_ahead(*start, offset as isize);
+                self.next.fetch(*start, offset as isize);
             }
             *start = start.wrapping_add(bytes);
             *left -= bytes;

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::clusters_bf16::pairs;
 use super::softmax::{BrainRow, exp2, largest_score};
 use super::tile::MicroTile;
-use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead, pages_at_once};
+use super::{MAX_BLOCK_KEYS, PAGE_KEYS, pages_at_once};
 
 /// bf16 queries, keys and values for `rows` (1 to 6) rows.
 ///
@@ -73,15 +73,15 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile
         let steps = tile.key_dim / 2;
         let keys = tile.keys.cast::<__m512i>().add(page * steps);
         let queries = tile.queries.cast::<i32>();
-        let key_ahead = tile.ahead.map_or(0, |(keys, _)| keys);
+        let ahead = tile.ahead.unwrap_or_default();
         let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
-        for step in 0..steps {
+        let add_products = |step: usize, sums: &mut [[__m512; PANELS]; ROWS]| {
             let mut lanes = [_mm512_setzero_si512(); PANELS];
             for (panel, lanes) in lanes.iter_mut().enumerate() {
                 let source = keys.add(panel * steps + step);
                 *lanes = _mm512_loadu_si512(source);
                 if AHEAD {
-                    fetch_ahead(keys.add(step * PANELS + panel), key_ahead);
+                    ahead.fetch_key(keys.add(step * PANELS + panel));
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
@@ -90,6 +90,23 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile
                     *sum = _mm512_dpbf16_ps(*sum, pairs(lanes), query);
                 }
             }
+        };
+        let mut step = 0;
+        // Few sums: those of odd steps apart, lest each product wait for the one before.
+        if ROWS * PANELS <= 4 {
+            let mut odd = [[_mm512_setzero_ps(); PANELS]; ROWS];
+            while step + 1 < steps {
+                add_products(step, &mut sums);
+                add_products(step + 1, &mut odd);
+                step += 2;
+            }
+            for (sum, odd) in sums.as_flattened_mut().iter_mut().zip(odd.as_flattened()) {
+                *sum = _mm512_add_ps(*sum, *odd);
+            }
+        }
+        while step < steps {
+            add_products(step, &mut sums);
+            step += 1;
         }
         for (row, sums) in sums.iter().enumerate() {
             for (panel, sum) in sums.iter().enumerate() {
@@ -148,7 +165,7 @@ unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: b
     unsafe {
         let values = tile.values.cast::<i32>().add(column);
         let weights = tile.weights.cast::<i32>();
-        let value_ahead = tile.ahead.map_or(0, |(_, values)| values);
+        let ahead = tile.ahead.unwrap_or_default();
         let output = tile.output.add(column);
         let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
         for (row, sums) in sums.iter_mut().enumerate() {
@@ -164,7 +181,7 @@ unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: b
                 let source = values.add(pair * tile.value_dim + panel * PAGE_KEYS);
                 *lanes = _mm512_loadu_si512(source.cast());
                 if AHEAD {
-                    fetch_ahead(source, value_ahead);
+                    ahead.fetch_value(source);
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {

@@ -2,7 +2,7 @@
 //! on machines without (fast) BF16 or VNNI dot products.
 
 use super::tile::MicroTile;
-use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead, widened};
+use super::{MAX_BLOCK_KEYS, PAGE_KEYS, widened};
 use crate::simd::exponential::exp2;
 use crate::simd::{Operation, Simd, map_in_place};
 use crate::softmax::soft_cap;
@@ -151,7 +151,7 @@ unsafe fn scores<S: Simd, const ROWS: usize, const VECTORS: usize, const AHEAD: 
             },
         );
         let queries = tile.queries.cast::<f32>();
-        let key_ahead = tile.ahead.map_or(0, |(keys, _)| keys);
+        let ahead = tile.ahead.unwrap_or_default();
         let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
         for channel in 0..tile.key_dim {
             let mut keys = [simd.splat(0.0); VECTORS];
@@ -159,7 +159,7 @@ unsafe fn scores<S: Simd, const ROWS: usize, const VECTORS: usize, const AHEAD: 
                 let source = source.add(channel * PAGE_KEYS);
                 *keys = load(simd, source);
                 if AHEAD {
-                    fetch_ahead(source, key_ahead);
+                    ahead.fetch_key(source);
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
@@ -272,7 +272,7 @@ unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: usize, cons
     // `column + VECTORS · LANES <= value_dim`.
     unsafe {
         let values = tile.values.cast::<f32>().add(column);
-        let value_ahead = tile.ahead.map_or(0, |(_, values)| values);
+        let ahead = tile.ahead.unwrap_or_default();
         let mut sums = decayed_output::<S, ROWS, VECTORS>(simd, tile, decay, column);
         for key in 0..tile.pages * PAGE_KEYS {
             let source = values.add(key * tile.value_dim);
@@ -280,7 +280,7 @@ unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: usize, cons
             for (vector, values) in values.iter_mut().enumerate() {
                 *values = load(simd, source.add(vector * S::LANES));
                 if AHEAD {
-                    fetch_ahead(source.add(vector * S::LANES), value_ahead);
+                    ahead.fetch_value(source.add(vector * S::LANES));
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {

@@ -10,7 +10,37 @@ use std::arch::x86_64::*;
 
 use super::softmax::{exp2, largest_score};
 use super::tile::{MicroTile, NOTHING_SEEN, WEIGHT_STEPS};
-use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead, pages_at_once};
+use super::{MAX_BLOCK_KEYS, PAGE_KEYS, pages_at_once};
+
+/// How many times as large as another the largest value of a block may be: a 512th of it is then the step of a weight.
+const MOST_UNEVEN: f32 = 64.0;
+
+/// Writes to `factors` the share of each scale in the largest, in steps of a weight. Returns what one step of a weighted
+/// value is worth, and whether the scales are of much the same size. Both slices are `[pages · 16]`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn scale_values(scales: &[f32], factors: &mut [f32]) -> (f32, bool) {
+    let scales = scales.as_chunks::<PAGE_KEYS>().0;
+    let (mut largest, mut smallest) = (_mm512_setzero_si512(), _mm512_set1_epi32(-1));
+    for scales in scales {
+        // SAFETY: sixteen f32.
+        let bits = unsafe { _mm512_loadu_si512(scales.as_ptr().cast()) };
+        // Sizes are ordered as their bits are, with ∞ and what is no number above all others. A scale of zero, which is that
+        // of a value of zeros or of none at all, is above them too once its bits are one less.
+        largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(i32::MAX)));
+        smallest = _mm512_min_epu32(smallest, _mm512_sub_epi32(bits, _mm512_set1_epi32(1)));
+    }
+    let largest = f32::from_bits(_mm512_reduce_max_epi32(largest) as u32);
+    // A NaN or ∞ among the scales must show in every row's output.
+    let largest = if largest.is_finite() { largest } else { f32::NAN };
+    let smallest = _mm512_reduce_min_epu32(smallest);
+    let is_even = smallest >= f32::INFINITY.to_bits() || f32::from_bits(smallest + 1) * MOST_UNEVEN >= largest;
+    let inverse = _mm512_set1_ps(if largest > 0.0 { WEIGHT_STEPS / largest } else { 0.0 });
+    for (factors, scales) in factors.as_chunks_mut::<PAGE_KEYS>().0.iter_mut().zip(scales) {
+        // SAFETY: sixteen f32 each.
+        unsafe { _mm512_storeu_ps(factors.as_mut_ptr(), _mm512_mul_ps(_mm512_loadu_ps(scales.as_ptr()), inverse)) }
+    }
+    (largest / WEIGHT_STEPS, is_even)
+}
 
 /// Runs `rows` (1 to 6) rows.
 ///
@@ -80,19 +110,19 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile
         let steps = tile.key_dim / 4;
         let keys = tile.keys.cast::<__m512i>().add(page * steps);
         let queries = tile.queries.cast::<i32>();
-        let key_ahead = tile.ahead.map_or(0, |(keys, _)| keys);
+        let ahead = tile.ahead.unwrap_or_default();
         let mut sums = [[_mm512_setzero_si512(); PANELS]; ROWS];
         for (row, sums) in sums.iter_mut().enumerate() {
             // Keys are stored with an offset of 128; starting here takes it out again.
             *sums = [_mm512_set1_epi32(*tile.query_offsets.add(row)); PANELS];
         }
-        for step in 0..steps {
+        let add_products = |step: usize, sums: &mut [[__m512i; PANELS]; ROWS]| {
             let mut lanes = [_mm512_setzero_si512(); PANELS];
             for (panel, lanes) in lanes.iter_mut().enumerate() {
                 let source = keys.add(panel * steps + step);
                 *lanes = _mm512_loadu_si512(source);
                 if AHEAD {
-                    fetch_ahead(keys.add(step * PANELS + panel), key_ahead);
+                    ahead.fetch_key(keys.add(step * PANELS + panel));
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
@@ -101,6 +131,23 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile
                     *sum = _mm512_dpbusd_epi32(*sum, lanes, query);
                 }
             }
+        };
+        let mut step = 0;
+        // Few sums: those of odd steps apart, lest each product wait for the one before.
+        if ROWS * PANELS <= 4 {
+            let mut odd = [[_mm512_setzero_si512(); PANELS]; ROWS];
+            while step + 1 < steps {
+                add_products(step, &mut sums);
+                add_products(step + 1, &mut odd);
+                step += 2;
+            }
+            for (sum, odd) in sums.as_flattened_mut().iter_mut().zip(odd.as_flattened()) {
+                *sum = _mm512_add_epi32(*sum, *odd);
+            }
+        }
+        while step < steps {
+            add_products(step, &mut sums);
+            step += 1;
         }
         for panel in 0..PANELS {
             let scales = _mm512_loadu_ps(tile.key_scales.add((page + panel) * PAGE_KEYS));
@@ -217,7 +264,7 @@ unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: b
     unsafe {
         let values = tile.values.add(2 * column);
         let weights = tile.weights.cast::<i32>();
-        let value_ahead = tile.ahead.map_or(0, |(_, values)| values);
+        let ahead = tile.ahead.unwrap_or_default();
         let output = tile.output.add(column);
         let mut sums = [[_mm512_setzero_si512(); PANELS]; ROWS];
         for pair in 0..tile.pages * PAGE_KEYS / 2 {
@@ -226,7 +273,7 @@ unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: b
                 let bytes = values.add(2 * (pair * tile.value_dim + panel * PAGE_KEYS));
                 *lanes = _mm512_cvtepi8_epi16(_mm256_loadu_si256(bytes.cast()));
                 if AHEAD && panel % 2 == 0 {
-                    fetch_ahead(bytes, value_ahead);
+                    ahead.fetch_value(bytes);
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {

@@ -13,6 +13,7 @@
 //! [`AttentionTile`] is the tiled attention of FlashAttention (Dao et al. 2022) cut to a CPU's caches: block after
 //! block of keys and values stays in the second-level cache while all rows of the tile pass over it, six at a time.
 
+mod ahead;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
@@ -33,8 +34,7 @@ mod tile;
 mod transpose;
 mod widened;
 
-#[cfg(target_arch = "x86_64")]
-use crate::InstructionSet;
+pub use ahead::fetch;
 pub use block::KeyBlock;
 pub use clusters::{ClusterQueries, ClusterSummaries, PANEL_CLUSTERS};
 pub use masses::{add_squared_errors, largest, masses_in_place, sum_of_squared_errors, sums_up_to};
@@ -57,33 +57,4 @@ pub const MICRO_ROWS: usize = 6;
 #[cfg(target_arch = "x86_64")]
 const fn pages_at_once(rows: usize) -> usize {
     if rows <= 4 { 1 } else { 4 }
-}
-
-/// Asks the memory for the cache lines of `values`, which will be needed soon.
-#[inline]
-pub fn fetch<T>(values: &[T]) {
-    for offset in (0..size_of_val(values)).step_by(64) {
-        fetch_ahead(values.as_ptr(), offset as isize);
-    }
-}
-
-/// Asks for the cache line `offset` bytes from `address`. Only a hint: any address may be given. A Xeon decodes 5 to 15 %
-/// faster where lines come to the second-level cache, as its first level waits for sixteen lines at most; a Zen 4 decodes
-/// 8 % faster where they come to the first.
-#[inline(always)]
-pub(crate) fn fetch_ahead<T>(address: *const T, offset: isize) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
-        let address = address.cast::<i8>().wrapping_offset(offset);
-        // SAFETY: a prefetch never faults, whatever the address; SSE is part of x86-64.
-        unsafe {
-            match InstructionSet::is_intel() {
-                true => _mm_prefetch::<_MM_HINT_T1>(address),
-                false => _mm_prefetch::<_MM_HINT_T0>(address),
-            }
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (address, offset);
 }

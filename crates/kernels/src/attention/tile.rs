@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
+use super::ahead::{NextBlock, fetch};
 use super::block::KeyBlock;
 use super::clusters::WeightedClusters;
 use super::expand::expand;
 use super::float::FloatMicroTile;
-use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE, fetch_ahead, queries};
+use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE, queries};
 #[cfg(target_arch = "x86_64")]
 use super::{amx as amx_kernel, bf16 as bf16_kernel, int8 as int8_kernel};
 #[cfg(target_arch = "x86_64")]
@@ -102,8 +103,6 @@ const PRODUCT_ROWS: usize = MICRO_ROWS;
 
 /// Largest int16 weight.
 pub(super) const WEIGHT_STEPS: f32 = 32_767.0;
-/// How many times as large as another the largest value of a block may be: a 512th of it is then the step of a weight.
-const MOST_UNEVEN: f32 = 64.0;
 
 /// Smallest running maximum: finite, so that a row that has seen nothing yet never computes −∞ − −∞, and no logit's.
 pub(super) const NOTHING_SEEN: f32 = f32::MIN;
@@ -135,8 +134,8 @@ pub(super) struct MicroTile<'a> {
     pub values_are_even: bool,
     /// What scores are soft-capped to, in their unit (f32 only); 0: nothing.
     pub soft_cap: f32,
-    /// Where the next block's keys and values lie, to be fetched meanwhile: byte offsets from this block's. One micro-tile of a block does it.
-    pub ahead: Option<(isize, isize)>,
+    /// Where the next block's keys and values lie, to be fetched meanwhile. One micro-tile of a block does it.
+    pub ahead: Option<NextBlock>,
     /// First key of the first page, and what each row sees, when some row does not see all of the pages.
     pub mask: Option<(usize, &'a [(usize, usize)])>,
 }
@@ -364,8 +363,12 @@ impl AttentionTile {
                 unsafe { amx_kernel::widen(values, &mut self.brain_values) };
                 (keys.as_ptr(), key_scales.as_ptr(), self.brain_values.as_ptr().cast())
             }
+            #[cfg(target_arch = "x86_64")]
             (Arithmetic::Int8, KeyBlock::Int8 { keys, key_scales, values, value_scales }) => {
-                (value_step, values_are_even) = self.scale_values(value_scales);
+                self.value_factors.resize(value_scales.len(), 0.0);
+                // SAFETY: a level is only in use when this machine has it.
+                (value_step, values_are_even) =
+                    unsafe { int8_kernel::scale_values(value_scales, &mut self.value_factors) };
                 value_factors = self.value_factors.as_ptr();
                 (keys.as_ptr(), key_scales.as_ptr(), values.as_ptr().cast())
             }
@@ -382,14 +385,17 @@ impl AttentionTile {
         // Only where the block is used in place: an expanded one is read by `expand`.
         let mut ahead = next.filter(|_| is_in_place).map(|next| {
             let (next_keys, next_values) = next.addresses();
-            (next_keys.wrapping_sub(keys.addr()) as isize, next_values.wrapping_sub(values.addr()) as isize)
+            NextBlock::new(
+                next_keys.wrapping_sub(keys.addr()) as isize,
+                next_values.wrapping_sub(values.addr()) as isize,
+            )
         });
         if ahead.is_some()
             && let Some(KeyBlock::Int8 { key_scales, value_scales, .. }) = next
         {
             // The walk over a block fetches the lines of the next one's keys and values alone.
             for scales in [key_scales, value_scales] {
-                scales.iter().step_by(16).for_each(|scale| fetch_ahead(scale, 0));
+                fetch(scales);
             }
         }
         let micro_rows = if amx { PRODUCT_ROWS } else { MICRO_ROWS };
@@ -467,28 +473,6 @@ impl AttentionTile {
             // SAFETY: the pointers hold for the rows beside them, and `begin` checked the instruction set.
             unsafe { amx_kernel::micro_tiles(elements, &together) }
         }
-    }
-
-    /// Fills `value_factors` and returns what one step of a weighted int8 value is worth, and whether the values are of
-    /// much the same size.
-    fn scale_values(&mut self, scales: &[f32]) -> (f32, bool) {
-        // A NaN or ∞ among the scales must show in every row's output.
-        let largest = queries::largest_size(scales);
-        let inverse = if largest > 0.0 { WEIGHT_STEPS / largest } else { 0.0 };
-        self.value_factors.resize(scales.len(), 0.0);
-        // Sixteen minima, so that the loop runs in vectors: one after the other they would take a tenth of a decode step.
-        let mut smallest = [f32::INFINITY; PAGE_KEYS];
-        let pages = self.value_factors.as_chunks_mut::<PAGE_KEYS>().0.iter_mut().zip(scales.as_chunks::<PAGE_KEYS>().0);
-        for (factors, scales) in pages {
-            for ((factor, scale), smallest) in factors.iter_mut().zip(scales).zip(&mut smallest) {
-                *factor = scale * inverse;
-                // A scale of zero is that of a value of zeros, or of none at all.
-                let size = if *scale > 0.0 { *scale } else { f32::INFINITY };
-                *smallest = if size < *smallest { size } else { *smallest };
-            }
-        }
-        let smallest = smallest.into_iter().fold(f32::INFINITY, f32::min);
-        (largest / WEIGHT_STEPS, smallest * MOST_UNEVEN >= largest)
     }
 
     /// Its micro-tiles, by number.

@@ -5,7 +5,7 @@
 
 use super::float::{decayed_output, store, store_output};
 use super::tile::MicroTile;
-use super::{MAX_BLOCK_KEYS, PAGE_KEYS, fetch_ahead};
+use super::{MAX_BLOCK_KEYS, PAGE_KEYS};
 use crate::simd::Simd;
 
 /// The numbers at `source`: `LANES` pairs of brain floats.
@@ -30,14 +30,14 @@ pub(super) unsafe fn scores<S: Simd, const ROWS: usize, const AHEAD: bool>(
     unsafe {
         let source = tile.keys.cast::<u16>().add(key / PAGE_KEYS * PAGE_KEYS * tile.key_dim + 2 * (key % PAGE_KEYS));
         let queries = tile.queries.cast::<f32>();
-        let key_ahead = tile.ahead.map_or(0, |(keys, _)| keys);
+        let ahead = tile.ahead.unwrap_or_default();
         // Sums of the even and of the odd channels apart: twice as many additions that do not wait for one another.
         let mut sums = [[simd.splat(0.0); 2]; ROWS];
         for pair in 0..tile.key_dim / 2 {
             let source = source.add(2 * PAGE_KEYS * pair);
             let (even, odd) = load_pairs(simd, source);
             if AHEAD {
-                fetch_ahead(source, key_ahead);
+                ahead.fetch_key(source);
             }
             for (row, [even_sum, odd_sum]) in sums.iter_mut().enumerate() {
                 let query = queries.add(row * tile.key_dim + 2 * pair);
@@ -65,7 +65,7 @@ pub(super) unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: 
     // SAFETY: values are `[pages · 8][value_dim]` pairs, output rows `value_dim` f32; a row of scores has `pages · 16`.
     unsafe {
         let values = tile.values.cast::<u16>().add(2 * column);
-        let value_ahead = tile.ahead.map_or(0, |(_, values)| values);
+        let ahead = tile.ahead.unwrap_or_default();
         let mut sums = decayed_output::<S, ROWS, VECTORS>(simd, tile, decay, column);
         for pair in 0..tile.pages * PAGE_KEYS / 2 {
             let source = values.add(2 * pair * tile.value_dim);
@@ -74,7 +74,7 @@ pub(super) unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: 
                 let source = source.add(2 * vector * S::LANES);
                 *values = load_pairs(simd, source);
                 if AHEAD {
-                    fetch_ahead(source, value_ahead);
+                    ahead.fetch_value(source);
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
