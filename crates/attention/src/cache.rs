@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::{PoisonError, RwLock};
 
 use bytemuck::Pod;
+use iceformer_kernels::HugePageArena;
 use iceformer_kernels::attention::{KEY_DIM_MULTIPLE, KeyBlock, PAGE_KEYS, VALUE_DIM_MULTIPLE, fetch};
 use iceformer_kernels::rows::add_scaled;
 
@@ -207,7 +208,7 @@ impl Head {
         let first = keys.start.max(moved.start);
         let numbers = first / SEGMENT_KEYS..moved.end.min(keys.end.max(first)).max(first).div_ceil(SEGMENT_KEYS);
         let in_order = |number: usize| {
-            let mut segment = Segment::new(kind, shape.padded_key_dim(), shape.padded_value_dim());
+            let mut segment = Segment::new(kind, shape);
             for slot in 0..SEGMENT_KEYS {
                 let index = number * SEGMENT_KEYS + slot;
                 // What lies before the first stays as it is, sorted or not.
@@ -255,6 +256,8 @@ pub struct KeyValueCache {
     /// Slots before this one may hold values from before [`clear`](Self::clear).
     stale: usize,
     heads: Vec<Head>,
+    /// Memory of the segments.
+    arena: HugePageArena,
     search_index: RwLock<Option<DciIndex>>,
     clusters: RwLock<ClusterIndex>,
 }
@@ -275,7 +278,17 @@ impl KeyValueCache {
         let head =
             || Head { segments: Vec::new(), mean: mean.clone(), first_keys: Vec::new(), places: Places::default() };
         let heads = (0..shape.kv_heads).map(|_| head()).collect();
-        Self { shape, kind, len: 0, stale: 0, heads, search_index: RwLock::default(), clusters: RwLock::default() }
+        let arena = HugePageArena::default();
+        Self {
+            shape,
+            kind,
+            len: 0,
+            stale: 0,
+            heads,
+            arena,
+            search_index: RwLock::default(),
+            clusters: RwLock::default(),
+        }
     }
 
     /// An empty cache, with the memory of `earlier` where that fits.
@@ -319,16 +332,18 @@ impl KeyValueCache {
         assert_eq!((key_dim, value_dim), (shape.key_dim, shape.value_dim), "keys or values of another width");
         assert_eq!(tokens, value_tokens, "values for another number of tokens than keys");
         let (kind, before) = (self.kind, self.len);
-        let (padded_key_dim, padded_value_dim) = (shape.padded_key_dim(), shape.padded_value_dim());
+        let padded_value_dim = shape.padded_value_dim();
         let after = before + tokens;
         let segments = after.div_ceil(SEGMENT_KEYS);
+        for head in &mut self.heads {
+            while head.segments.len() < segments {
+                head.segments.push(Segment::in_arena(kind, shape, &mut self.arena));
+            }
+        }
         // A stale value in a page in use would still meet a weight of zero, and NaN · 0 is NaN.
         let cleared = after..self.stale.min(after.next_multiple_of(PAGE_KEYS));
         let zeros = if cleared.is_empty() { Vec::new() } else { vec![0.0; padded_value_dim] };
         let append_head = |index: usize, head: &mut Head| {
-            while head.segments.len() < segments {
-                head.segments.push(Segment::new(kind, padded_key_dim, padded_value_dim));
-            }
             let mut row = Vec::new();
             let mut first = 0;
             if kind == KeyValueType::Int8 && before < KeyValueCache::MEAN_KEYS && tokens > 0 {
@@ -550,8 +565,7 @@ impl KeyValueCache {
         buffer: &'a mut Option<Segment>,
     ) -> KeyBlock<'a> {
         let shape = self.shape;
-        let buffer =
-            buffer.get_or_insert_with(|| Segment::new(self.kind, shape.padded_key_dim(), shape.padded_value_dim()));
+        let buffer = buffer.get_or_insert_with(|| Segment::new(self.kind, shape));
         for slot in 0..keys {
             let (segment, from) = self.place(head, first + slot);
             buffer.copy_slot(slot, segment, from, shape);

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use iceformer_kernels::AlignedBuffer;
 use iceformer_kernels::attention::KeyBlock;
+use iceformer_kernels::{AlignedBuffer, HugePageArena};
 
 use crate::page;
 use crate::{CacheShape, KeyValueType};
@@ -13,25 +13,39 @@ pub(crate) const SEGMENT_KEYS: usize = 256;
 
 /// [`SEGMENT_KEYS`] keys and values of one head, in pages.
 pub(crate) enum Segment {
-    F32 { keys: AlignedBuffer<f32>, values: AlignedBuffer<f32> },
-    Bf16 { keys: AlignedBuffer<u16>, values: AlignedBuffer<u16> },
-    Int8 { keys: AlignedBuffer<u8>, key_scales: Vec<f32>, values: AlignedBuffer<i8>, value_scales: Vec<f32> },
+    F32 {
+        keys: AlignedBuffer<f32>,
+        values: AlignedBuffer<f32>,
+    },
+    Bf16 {
+        keys: AlignedBuffer<u16>,
+        values: AlignedBuffer<u16>,
+    },
+    Int8 {
+        keys: AlignedBuffer<u8>,
+        key_scales: AlignedBuffer<f32>,
+        values: AlignedBuffer<i8>,
+        value_scales: AlignedBuffer<f32>,
+    },
 }
 
 impl Segment {
-    /// All zeros; widths are the padded ones.
-    pub(crate) fn new(kind: KeyValueType, key_dim: usize, value_dim: usize) -> Self {
-        let (keys, values) = (SEGMENT_KEYS * key_dim, SEGMENT_KEYS * value_dim);
+    /// All zeros, in memory of its own.
+    pub(crate) fn new(kind: KeyValueType, shape: CacheShape) -> Self {
+        Self::in_arena(kind, shape, &mut HugePageArena::default())
+    }
+
+    /// All zeros, in memory of `arena`.
+    pub(crate) fn in_arena(kind: KeyValueType, shape: CacheShape, arena: &mut HugePageArena) -> Self {
+        let (keys, values) = (SEGMENT_KEYS * shape.padded_key_dim(), SEGMENT_KEYS * shape.padded_value_dim());
         match kind {
-            KeyValueType::F32 => Self::F32 { keys: AlignedBuffer::zeroed(keys), values: AlignedBuffer::zeroed(values) },
-            KeyValueType::Bf16 => {
-                Self::Bf16 { keys: AlignedBuffer::zeroed(keys), values: AlignedBuffer::zeroed(values) }
-            }
+            KeyValueType::F32 => Self::F32 { keys: arena.zeroed(keys), values: arena.zeroed(values) },
+            KeyValueType::Bf16 => Self::Bf16 { keys: arena.zeroed(keys), values: arena.zeroed(values) },
             KeyValueType::Int8 => Self::Int8 {
-                keys: AlignedBuffer::zeroed(keys),
-                key_scales: vec![0.0; SEGMENT_KEYS],
-                values: AlignedBuffer::zeroed(values),
-                value_scales: vec![0.0; SEGMENT_KEYS],
+                keys: arena.zeroed(keys),
+                key_scales: arena.zeroed(SEGMENT_KEYS),
+                values: arena.zeroed(values),
+                value_scales: arena.zeroed(SEGMENT_KEYS),
             },
         }
     }
@@ -41,7 +55,7 @@ impl Segment {
             Self::F32 { keys, values } => keys.bytes() + values.bytes(),
             Self::Bf16 { keys, values } => keys.bytes() + values.bytes(),
             Self::Int8 { keys, key_scales, values, value_scales } => {
-                keys.bytes() + values.bytes() + 4 * (key_scales.len() + value_scales.len())
+                keys.bytes() + values.bytes() + key_scales.bytes() + value_scales.bytes()
             }
         }
     }

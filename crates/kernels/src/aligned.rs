@@ -2,22 +2,51 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::arena::HugePageLines;
+
 /// One cache line. Vectors of it give 64-byte aligned storage without an allocator of our own.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
-struct CacheLine([u8; 64]);
+pub(crate) struct CacheLine([u8; 64]);
 
 /// A zero-initialised buffer of plain numbers, 64-byte aligned, so that a 512-bit load never crosses a line.
-#[derive(Clone)]
 pub struct AlignedBuffer<T> {
-    lines: Vec<CacheLine>,
+    lines: Lines,
     length: usize,
     element: std::marker::PhantomData<T>,
 }
 
+/// Where a buffer lies.
+enum Lines {
+    Own(Vec<CacheLine>),
+    HugePage(HugePageLines),
+}
+
+impl Lines {
+    fn all(&self) -> &[CacheLine] {
+        match self {
+            Self::Own(lines) => lines,
+            Self::HugePage(lines) => lines,
+        }
+    }
+
+    fn all_mut(&mut self) -> &mut [CacheLine] {
+        match self {
+            Self::Own(lines) => lines,
+            Self::HugePage(lines) => lines,
+        }
+    }
+}
+
 impl<T> Default for AlignedBuffer<T> {
     fn default() -> Self {
-        Self { lines: Vec::new(), length: 0, element: std::marker::PhantomData }
+        Self { lines: Lines::Own(Vec::new()), length: 0, element: std::marker::PhantomData }
+    }
+}
+
+impl<T> Clone for AlignedBuffer<T> {
+    fn clone(&self) -> Self {
+        Self { lines: Lines::Own(self.lines.all().to_vec()), length: self.length, element: self.element }
     }
 }
 
@@ -29,18 +58,32 @@ impl<T: Pod> AlignedBuffer<T> {
         buffer
     }
 
+    /// The first `length` elements of `lines`.
+    pub(crate) fn in_huge_page(lines: HugePageLines, length: usize) -> Self {
+        Self { lines: Lines::HugePage(lines), length, element: std::marker::PhantomData }
+    }
+
     /// Makes the buffer `length` elements long. New elements are zero, or what an earlier, longer use left.
     pub fn grow(&mut self, length: usize) {
         let lines = (length * size_of::<T>()).div_ceil(size_of::<CacheLine>());
-        if lines > self.lines.len() {
-            self.lines.resize(lines, CacheLine::zeroed());
+        if lines > self.lines.all().len() {
+            if let Lines::HugePage(shorter) = &self.lines {
+                self.lines = Lines::Own(shorter.to_vec());
+            }
+            if let Lines::Own(own) = &mut self.lines {
+                own.resize(lines, CacheLine::zeroed());
+            }
         }
         self.length = length;
     }
 
     /// Bytes held in memory.
     pub fn bytes(&self) -> usize {
-        self.lines.capacity() * size_of::<CacheLine>()
+        let lines = match &self.lines {
+            Lines::Own(lines) => lines.capacity(),
+            Lines::HugePage(lines) => lines.len(),
+        };
+        lines * size_of::<CacheLine>()
     }
 }
 
@@ -48,13 +91,13 @@ impl<T: Pod> std::ops::Deref for AlignedBuffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        &bytemuck::cast_slice(&self.lines)[..self.length]
+        &bytemuck::cast_slice(self.lines.all())[..self.length]
     }
 }
 
 impl<T: Pod> std::ops::DerefMut for AlignedBuffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.length]
+        &mut bytemuck::cast_slice_mut(self.lines.all_mut())[..self.length]
     }
 }
 

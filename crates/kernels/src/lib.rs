@@ -8,6 +8,7 @@ pub mod add;
 mod aligned;
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod arena;
 pub mod attention;
 pub mod ceilings;
 mod elementwise;
@@ -24,6 +25,7 @@ pub mod softmax;
 mod thread_team;
 
 pub use aligned::AlignedBuffer;
+pub use arena::HugePageArena;
 pub use half;
 pub use instruction_set::InstructionSet;
 pub use rounding::{brain_bits, nearest_integer};

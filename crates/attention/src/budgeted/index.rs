@@ -426,7 +426,7 @@ impl SortedKeys {
     fn new(cache: &KeyValueCache, head: usize, keys: Range<usize>, order: &[u32]) -> Self {
         let shape = cache.shape();
         let first_segment = keys.start / SEGMENT_KEYS;
-        let new_segment = |_| Segment::new(cache.kind(), shape.padded_key_dim(), shape.padded_value_dim());
+        let new_segment = |_| Segment::new(cache.kind(), shape);
         let mut segments: Vec<_> = (first_segment..keys.end.div_ceil(SEGMENT_KEYS)).map(new_segment).collect();
         let mut places = vec![0; keys.len()];
         for (slot, &member) in keys.clone().zip(order) {
