@@ -93,6 +93,11 @@ pub fn generate(
         if text.is_empty() { ControlFlow::Continue(()) } else { on_text(&text) }
     };
     while settings.max_tokens.is_none_or(|most| generation.tokens.len() < most) {
+        // All that was generated is read by now, and the context takes no more.
+        if session.tokens().len() == session.context() {
+            generation.finish = Finish::Context;
+            break;
+        }
         let token = sampler.sample(session.logits(), session.tokens())?;
         generation.tokens.push(token);
         if !settings.ignore_end && end_tokens.contains(&token) {
@@ -114,10 +119,6 @@ pub fn generate(
         }
         match session.read(&[token], |_, _| {}) {
             Ok(()) => {}
-            Err(SessionError::TooLong { .. }) => {
-                generation.finish = Finish::Context;
-                break;
-            }
             Err(SessionError::Cancelled(_)) => {
                 generation.finish = Finish::Cancelled;
                 break;

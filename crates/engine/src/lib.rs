@@ -41,6 +41,7 @@ pub use random_weights::{RandomRows, RandomWeights};
 pub use sampler::{Sampler, SamplerError, SamplerSettings};
 pub use session::{Cancel, Session, SessionError, SessionSettings};
 pub use stop::{StopStrings, Stopped};
+pub use text::printable;
 pub use tokenizer::{TextStream, Tokenizer, TokenizerError};
 pub use weight_source::{WeightRows, WeightSource};
 pub use weights::{LayerTensor, TensorError, TensorInfo, TensorName, TensorView};

@@ -17,7 +17,7 @@ pub(crate) fn quoted(text: &str) -> String {
 }
 
 /// `text` with control characters escaped, for names that are shown as they are.
-pub(crate) fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars()
         .flat_map(|character| {
             let escaped = character.is_control().then(|| character.escape_debug());

@@ -296,6 +296,18 @@ pub enum TensorError {
         /// Types that are supported.
         supported: &'static str,
     },
+    /// The files hold more layers than the configuration tells of.
+    #[error("{file}: tensor {} belongs to none of the {layers} layers that {field} tells of", quoted(.name))]
+    MoreLayers {
+        /// File that holds it.
+        file: String,
+        /// Name in the file.
+        name: String,
+        /// Layers of the configuration.
+        layers: usize,
+        /// Where the number of layers stands.
+        field: &'static str,
+    },
     /// The model has no such tensor: a bias of a model without biases, a layer behind the last.
     #[error("a {family} model of this shape has no tensor {name:?}")]
     NotInModel {

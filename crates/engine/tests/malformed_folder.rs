@@ -315,6 +315,22 @@ fn an_output_layer_of_its_own_counts() {
     assert_names(&folder.error(), &["lm_head.weight", "[63, 8]", "[64, 8]"]);
 }
 
+/// A model cut short would answer, and answer nonsense.
+#[test]
+fn layers_that_the_configuration_does_not_tell_of() {
+    let folder = Folder::new("more-layers");
+    let mut shapes = tiny_shapes(64);
+    for name in ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.1.mlp.up_proj.weight"] {
+        shapes.insert(name.into(), vec![16, 8]);
+    }
+    folder.put("model.safetensors", safetensors_of(&shapes));
+    let parts = ["model.safetensors", "model.layers.1.mlp.up_proj.weight", "none of the 1 layers", "num_hidden_layers"];
+    assert_names(&folder.error(), &parts);
+    shapes.remove(parts[1]);
+    folder.put("model.safetensors", safetensors_of(&shapes));
+    ModelFiles::open(&folder.0).unwrap();
+}
+
 /// Folders saved from the base class of transformers: it has no output layer, which then must be tied.
 #[test]
 fn tensors_without_the_prefix_of_the_model() {

@@ -159,9 +159,12 @@ fn limits_are_errors_before_any_work() {
         generate(session, model.tokenizer(), &mut sampler, &until_full, |_| ControlFlow::Continue(()))
     };
     assert!(go(&mut session).is_err(), "nothing was read");
-    session.read(&[1; 50], |_, _| {}).unwrap();
-    let generation = go(&mut session).unwrap();
-    assert_eq!((generation.finish, generation.tokens.len()), (Finish::Context, 1));
+    for (read, generated) in [(50, 0), (48, 2)] {
+        let mut session = model.session(&short).unwrap();
+        session.read(&vec![1; read], |_, _| {}).unwrap();
+        let generation = go(&mut session).unwrap();
+        assert_eq!((generation.finish, generation.tokens.len()), (Finish::Context, generated));
+    }
     let too_long = SessionSettings { context: Some(65_537), ..Default::default() };
     assert_eq!(model.session(&too_long).err(), Some(SessionError::Context { asked: 65_537, model: 65_536 }));
 }

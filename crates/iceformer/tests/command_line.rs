@@ -167,7 +167,8 @@ fn errors_are_one_line_and_exit_with_1() {
     let long = on_reference(&["-p", "one two three four", "--context", "3"]);
     assert_error(&long, 1, &["the prompt has ", " tokens; the context takes 3"]);
     assert!(!stderr(&long).contains("held"), "{}", stderr(&long));
-    assert_error(&on_reference(&["-p", "x", "--chunk", "0"]), 1, &["chunk of 0"]);
+    assert_error(&on_reference(&["-f", "/dev/null", "-p", ""]), 1, &["prompt is empty"]);
+    assert_error(&on_reference(&["-f", "-", "-f", "-"]), 1, &["--file - is given 2 times"]);
     assert_error(&on_reference(&["-p", "x", "--chat"]), 1, &["no chat template"]);
     assert_error(&iceformer(&["inspect", "no/such/model"]), 1, &["no/such/model"]);
     assert_error(&iceformer(&["bench", "linear", "--weights", "q4_k", "--in", "100"]), 1, &["--in 100", "256"]);
@@ -207,6 +208,8 @@ fn damaged_models_are_named() {
 #[test]
 fn wrong_usage_is_one_line_and_exits_with_2() {
     assert_error(&iceformer(&["run", "--threads", "0"]), 2, &["--threads", "1 to 1024"]);
+    assert_error(&iceformer(&["run", "--chunk", "0"]), 2, &["--chunk", "at least 1"]);
+    assert_error(&iceformer(&["run", "--context", "0"]), 2, &["--context", "at least 1"]);
     assert_error(&iceformer(&["run", "--kv-type", "int3"]), 2, &["--kv-type", "f32, bf16, int8"]);
     assert_error(&iceformer(&["run", "--chat", "--no-chat"]), 2, &["--no-chat"]);
     assert_error(&iceformer(&["walk"]), 2, &["walk"]);
@@ -620,6 +623,7 @@ fn a_full_disk_and_endless_files_are_named() {
         &["run", "-p", "Once", "-n", "1", "-q", "--json"],
         &["inspect", model.to_str().unwrap()],
         &["inspect", model.to_str().unwrap(), "--json"],
+        &["run", "--help"],
         &["eval", "needle", "--tasks", "single", "--lengths", "400", "--cases", "1", "--methods", "exact", "-q"],
     ] {
         let output = std::process::Command::new(assert_cmd::cargo::cargo_bin("iceformer"))
@@ -651,6 +655,25 @@ fn a_closed_reader_is_no_error() {
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
+}
+
+#[test]
+fn a_report_is_written_though_nobody_reads_the_lines() {
+    let folder = tempfile::tempdir().unwrap();
+    let page = folder.path().join("page.html");
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("iceformer"))
+        .args(["eval", "needle", "--tasks", "single", "--lengths", "400", "--cases", "2", "--methods", "exact", "-q"])
+        .args(["--json", "--report", page.to_str().unwrap()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
+    let page = std::fs::read_to_string(page).unwrap();
+    assert!(page.contains("interrupted: cases are missing"), "{page}");
 }
 
 #[cfg(unix)]

@@ -72,7 +72,29 @@ impl TensorTable {
 
     /// Checks that every tensor the configuration asks for is there, in a type and shape the engine can use.
     pub(crate) fn check(&self, config: &ModelConfig) -> Result<(), TensorError> {
-        TensorName::all(config).try_for_each(|name| self.find(config, name).map(|_| ()))
+        TensorName::all(config).try_for_each(|name| self.find(config, name).map(|_| ()))?;
+        // A model cut short by a wrong number of layers would answer, and answer nonsense.
+        match self.tensors.iter().find(|(name, _)| self.layer_of(name).is_some_and(|layer| layer >= config.layers)) {
+            None => Ok(()),
+            Some((name, tensor)) => Err(TensorError::MoreLayers {
+                file: self.file_of(Some(tensor)),
+                name: printable(name),
+                layers: config.layers,
+                field: match self.layout {
+                    Layout::HuggingFace => "num_hidden_layers of config.json",
+                    Layout::Gguf => "block_count",
+                },
+            }),
+        }
+    }
+
+    /// The layer that a tensor of this name is of.
+    fn layer_of(&self, name: &str) -> Option<usize> {
+        let numbered = match self.layout {
+            Layout::HuggingFace => name.strip_prefix("model.").unwrap_or(name).strip_prefix("layers.")?,
+            Layout::Gguf => name.strip_prefix("blk.")?,
+        };
+        numbered.split_once('.')?.0.parse().ok()
     }
 
     fn find(

@@ -47,6 +47,7 @@ impl PageFile {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         folder.metadata()?;
         let mut builder = tempfile::Builder::new();
+        builder.prefix(".iceformer-report-");
         // Temporary files are private, but a report is to be read by whom the folder lets.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));

@@ -153,10 +153,10 @@ pub struct MachineArguments {
     #[arg(long, default_value = "int8", value_name = "TYPE", value_parser = kv_type)]
     pub kv_type: KeyValueType,
     /// Most tokens of prompt and answer together [default: what the model is made for].
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
     pub context: Option<usize>,
     /// Tokens of the prompt that go through the layers together.
-    #[arg(long, default_value = "512", value_name = "TOKENS")]
+    #[arg(long, default_value = "512", value_name = "TOKENS", value_parser = at_least_one)]
     pub chunk: usize,
 }
 
@@ -339,6 +339,10 @@ pub struct PromptArguments {
 
 pub fn threads(text: &str) -> Result<usize, String> {
     number(text, 1, 1024)
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|number| *number > 0).ok_or_else(|| "expected a whole number of at least 1".into())
 }
 
 /// Sizes of measurements: bounded so that products of them do not overflow.

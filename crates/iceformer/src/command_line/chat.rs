@@ -6,6 +6,7 @@ use std::time::Instant;
 use anyhow::Context;
 use iceformer_engine::{Finish, GenerationSettings, Message, Model, Sampler};
 
+use super::report::per_second;
 use super::run::{Plan, read, stream};
 use super::text::{rate, seconds};
 use super::{Outcome, interrupt};
@@ -19,19 +20,27 @@ pub fn run(plan: &Plan, model: &Model) -> anyhow::Result<Outcome> {
     let settings = GenerationSettings { chat: true, ..plan.generation.clone() };
     let mut messages = plan.messages();
     let mut input = std::io::stdin().lock();
-    say("Ctrl-C stops an answer, Ctrl-D ends the chat.\n");
+    let guide = |text: &str| {
+        if !plan.quiet {
+            say(text);
+        }
+    };
+    guide("Ctrl-C stops an answer, Ctrl-D ends the chat.\n");
     loop {
-        say("\n> ");
-        let mut line = String::new();
-        if input.read_line(&mut line)? == 0 {
-            say("\n");
-            return Ok(Outcome::Done);
-        }
-        let line = line.trim();
-        if line.is_empty() {
-            continue;
-        }
-        messages.push(Message { role: "user".into(), content: line.into() });
+        guide("\n> ");
+        let line = match next_line(&mut input).context("standard input")? {
+            Line::End => {
+                guide("\n");
+                return Ok(Outcome::Done);
+            }
+            Line::NotText => {
+                say("error: standard input: the line is not UTF-8; type it again\n");
+                continue;
+            }
+            Line::Text(line) if line.is_empty() => continue,
+            Line::Text(line) => line,
+        };
+        messages.push(Message { role: "user".into(), content: line });
         let tokens = model.tokenizer().encode(&template.render(&messages, true)?, false)?;
 
         let _guard = interrupt::guard(session.cancel());
@@ -55,14 +64,15 @@ pub fn run(plan: &Plan, model: &Model) -> anyhow::Result<Outcome> {
         let decode_seconds = start.elapsed().as_secs_f64();
         messages.push(Message { role: "assistant".into(), content: generation.text });
         if !plan.quiet {
-            let per_second = generation.tokens.len() as f64 / decode_seconds.max(1e-9);
+            // The first token needs no pass through the layers.
+            let passes = session.tokens().len() - tokens.len();
             say(&format!(
                 "[{} tokens kept, {} read in {}; {} generated, {} tokens/s{}]\n",
                 kept,
                 tokens.len() - kept,
                 seconds(read_seconds),
                 generation.tokens.len(),
-                rate(per_second),
+                per_second(passes, decode_seconds).map_or_else(|| "–".into(), rate),
                 match generation.finish {
                     Finish::Length => "; ended at --max-tokens",
                     Finish::Context => "; the context is full",
@@ -73,8 +83,38 @@ pub fn run(plan: &Plan, model: &Model) -> anyhow::Result<Outcome> {
     }
 }
 
+/// What a user typed.
+#[derive(Debug, PartialEq)]
+enum Line {
+    Text(String),
+    /// A terminal can send half a character, as when one is deleted byte by byte.
+    NotText,
+    End,
+}
+
+fn next_line(input: &mut impl BufRead) -> std::io::Result<Line> {
+    let mut line = Vec::new();
+    if input.read_until(b'\n', &mut line)? == 0 {
+        return Ok(Line::End);
+    }
+    Ok(std::str::from_utf8(&line).map_or(Line::NotText, |line| Line::Text(line.trim().to_owned())))
+}
+
 /// Writes to standard error, where the conversation's own text does not go.
 fn say(text: &str) {
     let mut error = std::io::stderr().lock();
     let _ = error.write_all(text.as_bytes()).and_then(|()| error.flush());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_a_character_is_no_end_of_the_chat() {
+        let mut input = &b" caf\xc3\xa9 \n\xc3\n\nlast"[..];
+        let lines = std::array::from_fn(|_| next_line(&mut input).unwrap());
+        let text = |text: &str| Line::Text(text.to_owned());
+        assert_eq!(lines, [text("caf\u{e9}"), Line::NotText, text(""), text("last"), Line::End]);
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use iceformer_engine::{ModelConfig, ModelFiles, RopeScaling, TensorInfo};
+use iceformer_engine::{ModelConfig, ModelFiles, RopeScaling, TensorInfo, printable};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -125,7 +125,8 @@ impl Inspection {
     fn table(&self, config: &ModelConfig) -> String {
         let mut table = String::new();
         let mut row = |name: &str, value: String| {
-            let _ = writeln!(table, "{name:16}{value}");
+            // Some values come from the files.
+            let _ = writeln!(table, "{name:16}{}", printable(&value));
         };
         row("name", self.name.clone());
         let files = if self.files == 1 { "1 file".to_owned() } else { format!("{} files", self.files) };
@@ -151,7 +152,8 @@ impl Inspection {
             let told: Vec<_> = tokenizer.iter().map(|(name, value)| format!("{name} {}", text(value))).collect();
             row("tokenizer", told.join(", "));
         }
-        let chat_template = self.chat_template.as_ref().map(|template| format!("{} characters", template.len()));
+        let chat_template =
+            self.chat_template.as_ref().map(|template| format!("{} characters", template.chars().count()));
         let unusable = self.chat_template_error.as_ref().map(|error| format!("unusable: {error}"));
         row("chat template", chat_template.or(unusable).unwrap_or_else(|| "none".into()));
         for (name, value) in &self.metadata {

@@ -123,9 +123,6 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
         Eval::Agreement(arguments) => agreement(arguments, &driver, &texts, &mut told),
     };
     told.progress.finish();
-    if let Some(failure) = told.failure {
-        return Err(failure);
-    }
     let interrupted = match outcome {
         Ok(()) => false,
         Err(EvaluationError::Cancelled) => true,
@@ -144,6 +141,10 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
         let title = format!("{}: {}", what.name(), files.summary().name);
         let html = page::html(&title, &facts, &told.results);
         file.write(&html).with_context(|| format!("--report {}", path.display()))?;
+    }
+    // The page holds what was done, also where the reader of standard output went away.
+    if let Some(failure) = told.failure {
+        return Err(failure);
     }
     close(&told.results, common)?;
     Ok(if interrupted { Outcome::Interrupted } else { Outcome::Done })
