@@ -38,24 +38,36 @@ class MaskPattern:
         self.ranges = ranges
         self._build = build
         self._tensor: torch.Tensor | None = None
+        self._version = 0
 
     def tensor(self) -> torch.Tensor:
         """The mask written out, `[batch, 1, tokens, keys]`, for who needs it so."""
         if self._tensor is None:
             self._tensor = self.write_out()
+            if not torch.compiler.is_compiling():
+                self._version = self._tensor._version
         return self._tensor
+
+    def is_changed(self) -> bool:
+        """Whether `tensor()` was changed in place since it was written out: it counts then, and not the pattern."""
+        return self._tensor is not None and self._tensor._version != self._version
 
     def write_out(self) -> torch.Tensor:
         """The same, made anew."""
         assert self._build is not None
-        return self._build()
+        if torch.compiler.is_compiling():
+            return self._build()
+        with torch.inference_mode(False):
+            # Inference tensors would not tell when they are changed.
+            written = self._build()
+            return written.clone() if written.is_inference() else written
 
 
 class ToldMask(torch.Tensor):
     """A `MaskPattern` in the shape of the 4-D boolean mask that it stands for.
 
     `generate()` and some models look at a mask, slice it or make it contiguous. Metadata costs nothing; whatever
-    touches the numbers gets the mask written out, a plain tensor.
+    touches the numbers gets the mask written out, a plain tensor. Once that is changed in place, it is the mask.
     """
 
     pattern: MaskPattern
@@ -95,7 +107,8 @@ class ToldMask(torch.Tensor):
 def pattern_of(attention_mask: MaskPattern | torch.Tensor | None) -> MaskPattern | torch.Tensor | None:
     """The pattern that a mask stands for, or the mask itself."""
     if isinstance(attention_mask, ToldMask):
-        return attention_mask.pattern
+        pattern = attention_mask.pattern
+        return pattern.tensor() if pattern.is_changed() else pattern
     if not isinstance(attention_mask, torch.Tensor) or torch.compiler.is_compiling():
         return attention_mask
     pattern, version = getattr(attention_mask, "iceformer_pattern", (None, None))
