@@ -1,11 +1,14 @@
 """Masks that are told rather than written out, where they are changed or copied."""
 
+import copy
+import gc
+import pickle
 import warnings
 
 import iceformer.transformers as hook
 import pytest
 import torch
-from iceformer._masks import pattern_of
+from iceformer._masks import _PATTERNS, pattern_of
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +77,34 @@ def test_changes_of_told_masks_count(mode, change):
             change(numbers)
             assert_counts(mask, numbers)
         assert not isinstance(pattern_of(mask), hook.MaskPattern)
+
+
+def pickled(mask):
+    return pickle.loads(pickle.dumps(mask))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("compiled", [False, True], ids=["told", "written"])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_copies_of_masks(mode, compiled, copied):
+    if compiled:
+        torch.compile(torch.nn.Identity(), backend="eager")
+    with mode():
+        mask = told_mask()
+        assert isinstance(mask, hook.ToldMask) != compiled
+        copy_of_it, numbers = copied(mask), mask.clone()
+        assert_counts(copy_of_it, numbers)
+        set_item(copy_of_it)
+        set_item(numbers)
+        assert_counts(copy_of_it, numbers)
+
+
+def test_patterns_go_with_their_masks():
+    torch.compile(torch.nn.Identity(), backend="eager")
+    gc.collect()
+    before = len(_PATTERNS)
+    mask = told_mask()
+    assert pattern_of(mask) is _PATTERNS[mask][0] and len(_PATTERNS) == before + 1
+    del mask
+    gc.collect()
+    assert len(_PATTERNS) == before

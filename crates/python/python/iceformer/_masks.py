@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import masking_utils
 
 from iceformer import _operator
@@ -111,18 +112,20 @@ def pattern_of(attention_mask: MaskPattern | torch.Tensor | None) -> MaskPattern
         return pattern.tensor() if pattern.is_changed() else pattern
     if not isinstance(attention_mask, torch.Tensor) or torch.compiler.is_compiling():
         return attention_mask
-    pattern, version = getattr(attention_mask, "iceformer_pattern", (None, None))
+    pattern, version = _PATTERNS.get(attention_mask, (None, None))
     # Numbers changed in place are no longer those of the pattern.
     return attention_mask if pattern is None or version != attention_mask._version else pattern
 
 
+#: The patterns of masks that were written out, and their versions then. No attributes of the tensors: copies would take
+#: them along, and pickles could not.
+_PATTERNS = WeakTensorKeyDictionary()
+
+
 def _written_with(pattern: MaskPattern) -> torch.Tensor:
-    """The mask written out, a plain tensor that has its pattern at hand."""
-    with torch.inference_mode(False):
-        # Inference tensors would not tell when they are changed.
-        written = pattern.write_out()
-    if not written.is_inference():
-        written.iceformer_pattern = (pattern, written._version)  # type: ignore[attr-defined]
+    """The mask written out, a plain tensor whose pattern `pattern_of` finds."""
+    written = pattern.write_out()
+    _PATTERNS[written] = (pattern, written._version)
     return written
 
 
