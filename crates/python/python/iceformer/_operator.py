@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 
 from iceformer import _arrays, _core
 from iceformer._attention import options
+
+#: The report of the last attention call of each thread, as `last`; see `iceformer.transformers.last_report`.
+reports = threading.local()
 
 
 def padding_ranges(padding: torch.Tensor | None) -> list[tuple[int, int]] | None:
@@ -64,6 +68,8 @@ def attention(
     `padding` is `[batch, keys]`, True where a key is none; `offset` is added to `first_position`; for `window`,
     `soft_cap` and `budget` 0 stands for none. The rest is as in `iceformer.attention`.
     """
+    # A graph that runs has no report to give, and one of an earlier call would be taken for its own.
+    reports.last = None
     first = first_position + (0 if offset is None else int(offset))
     try:
         key_ranges = padding_ranges(padding)
@@ -147,4 +153,4 @@ def eager(
     return torch.matmul(weights, values).transpose(1, 2).contiguous()
 
 
-__all__ = ["attention", "eager", "padding_ranges", "run"]
+__all__ = ["attention", "eager", "padding_ranges", "reports", "run"]

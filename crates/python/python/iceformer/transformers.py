@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import numbers
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -97,7 +96,7 @@ class Settings:
 
 _default = Settings.from_environment()
 _settings: ContextVar[Settings | None] = ContextVar("iceformer_settings", default=None)
-_reports = threading.local()
+_reports = _operator.reports
 _collectors: ContextVar[list[tuple[int | None, _core.Report]] | None] = ContextVar("iceformer_reports", default=None)
 _warned: set[str] = set()
 
