@@ -51,6 +51,11 @@ def test_embeddings(model, texts, wanted, settings, least):
             assert (np.argsort(-ours, kind="stable")[:10] == order[:10]).all()
 
 
+def test_model_kwargs_may_be_none(model):
+    found = iceformer.sentence_transformers.load(MODEL, device="cpu", model_kwargs=None)
+    assert found[0].auto_model.config._attn_implementation == model[0].auto_model.config._attn_implementation
+
+
 def test_what_takes_no_attention_implementation_is_refused():
     import transformers as tf
 

@@ -36,7 +36,7 @@ def load(name: str, **settings: Any) -> SentenceTransformer:
 
     if settings.get("backend", "torch") != "torch":
         raise ValueError(f'backend is {settings["backend"]!r}; expected "torch": the others bring their own attention')
-    arguments = {**settings.pop("model_kwargs", {}), "attn_implementation": _hook.NAME}
+    arguments = {**(settings.pop("model_kwargs", None) or {}), "attn_implementation": _hook.NAME}
     model = SentenceTransformer(name, model_kwargs=arguments, **settings)
     return check(model)
 
