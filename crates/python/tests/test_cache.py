@@ -75,6 +75,21 @@ def test_sizes_that_no_machine_has(sizes):
         iceformer.KeyValueCache(*sizes)
 
 
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"kv_heads": 2.0}, TypeError, "kv_heads is a float; expected a whole number"),
+        ({"kv_heads": -1}, ValueError, "kv_heads is -1; expected 1 or more"),
+        ({"key_dim": "4"}, TypeError, "key_dim is a str; expected a whole number"),
+        ({"value_dim": 4.0}, TypeError, "value_dim is a float; expected a whole number"),
+        ({"kv_type": None}, TypeError, 'kv_type is None; expected "auto"'),
+    ],
+)
+def test_settings_of_other_types_are_named(settings, error, message):
+    with pytest.raises(error, match=message):
+        iceformer.KeyValueCache(**{"kv_heads": 1, "key_dim": 4, **settings})
+
+
 def test_what_does_not_fit_is_named():
     queries, keys, values = sequence()
     cache = iceformer.KeyValueCache(kv_heads=2, key_dim=32, value_dim=16)

@@ -157,6 +157,10 @@ def test_what_does_not_fit_is_named(engine, tmp_path):
             engine.generate("a", **settings)
     with pytest.raises(TypeError, match="max_tokens is a float; expected a whole number"):
         engine.generate("a", max_tokens=1.5)
+    with pytest.raises(TypeError, match="temperature is '1'; expected a number"):
+        engine.generate("a", temperature="1")
+    with pytest.raises(TypeError, match='kv_type is None; expected "auto"'):
+        iceformer.Engine(REFERENCE, kv_type=None)
     with pytest.raises(ValueError, match="context is -1; expected 0 or more"):
         iceformer.Engine(REFERENCE, context=-1)
     with pytest.raises(ValueError, match="token 1 is -1; expected 0 or more"):
@@ -174,3 +178,17 @@ def test_what_does_not_fit_is_named(engine, tmp_path):
             engine.generate(flags)
     with pytest.raises(ValueError, match=r"message 0 has the keys \['text'\]"):
         engine.generate([{"text": "a"}])
+
+
+def test_tokens_that_are_none_have_no_text(engine):
+    with pytest.raises(ValueError, match="token 0 is -1; expected 0 or more"):
+        engine.decode([-1])
+    with pytest.raises(TypeError, match="token 1 is a float; expected a whole number"):
+        engine.decode([1, 1.0])
+    with pytest.raises(TypeError, match="tokens is 5; expected a list of tokens"):
+        engine.decode(5)
+    assert engine.decode([]) == "" and isinstance(engine.decode([4095]), str)
+    # The same that `generate` says.
+    for read in (engine.decode, engine.generate):
+        with pytest.raises(ValueError, match="token 4096 is not below the model's vocabulary of 4096"):
+            read([4096])

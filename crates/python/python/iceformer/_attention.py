@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from iceformer import _arrays, _core
@@ -26,19 +26,17 @@ def options(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Checked settings as the native half takes them."""
-    if window is not None and operator.index(window) < 1:
-        raise ValueError(f"window is {window}; expected at least 1, or None for no window")
     return {
-        "method": method,
-        "budget": None if budget is None else float(budget),
+        "method": choice("method", method, METHODS),
+        "budget": None if budget is None else real_number("budget", budget),
         "causal": bool(causal),
-        "window": None if window is None else whole_number("window", window),
-        "scale": float(scale),
+        "window": None if window is None else whole_number("window", window, least=1),
+        "scale": real_number("scale", scale),
         "first_position": whole_number("first_position", first_position),
         "key_ranges": key_ranges,
-        "soft_cap": None if soft_cap is None else float(soft_cap),
+        "soft_cap": None if soft_cap is None else real_number("soft_cap", soft_cap),
         "sinks": sinks,
-        "kv_type": kv_type,
+        "kv_type": choice("kv_type", kv_type, KV_TYPES),
         "threads": thread_count(threads),
     }
 
@@ -47,14 +45,37 @@ def options(
 MOST = 2**48
 
 
-def whole_number(name: str, value: Any, most: int = MOST) -> int:
-    """`value`, when it is a whole number from 0 to `most`."""
+#: What errors say is expected.
+METHODS = '"auto", "exact", "budgeted" or "dci"'
+KV_TYPES = '"auto", "f32", "bf16" or "int8"'
+
+
+def choice(name: str, value: Any, expected: str) -> str:
+    """`value`, when it is a text; which one is checked by the native half."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}; expected {expected}")
+    return value
+
+
+def real_number(name: str, value: Any) -> float:
+    """`value`, when it is a number, as are arrays and tensors of one element; texts are none."""
+    try:
+        if not isinstance(value, (str, bytes, bytearray)):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        # Arrays and tensors of several numbers raise each their own.
+        pass
+    raise TypeError(f"{name} is {value!r}; expected a number")
+
+
+def whole_number(name: str, value: Any, most: int = MOST, least: int = 0) -> int:
+    """`value`, when it is a whole number from `least` to `most`."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is a {type(value).__name__}; expected a whole number") from None
-    if not 0 <= number <= most:
-        raise ValueError(f"{name} is {number}; expected {'0 or more' if number < 0 else f'at most {most}'}")
+    if not least <= number <= most:
+        raise ValueError(f"{name} is {number}; expected {f'{least} or more' if number < least else f'at most {most}'}")
     return number
 
 
@@ -74,6 +95,7 @@ def thread_count(threads: int | None) -> int:
 
 def _key_ranges(key_lengths: Any, batch: int, keys: int) -> list[tuple[int, int]]:
     """First and one-past-last key of each entry of the batch."""
+    key_lengths = _as_list("key_lengths", key_lengths, "a length or (start, end) for each entry of the batch")
     if len(key_lengths) != batch:
         raise ValueError(f"key_lengths has {len(key_lengths)} entries for a batch of {batch}; expected one for each")
     ranges = []
@@ -81,7 +103,12 @@ def _key_ranges(key_lengths: Any, batch: int, keys: int) -> list[tuple[int, int]
         pair = entry if isinstance(entry, (tuple, list)) else (0, entry)
         if len(pair) != 2:
             raise ValueError(f"key_lengths[{index}] is {entry!r}; expected a length or (start, end)")
-        start, end = (operator.index(bound) for bound in pair)
+        try:
+            start, end = (operator.index(bound) for bound in pair)
+        except TypeError:
+            raise TypeError(
+                f"key_lengths[{index}] is {entry!r}; expected a length or (start, end) of whole numbers"
+            ) from None
         if not 0 <= start <= end <= keys:
             raise ValueError(f"key_lengths[{index}] is {entry!r}; expected 0 <= start <= end <= {keys}, the keys given")
         ranges.append((start, end))
@@ -165,9 +192,9 @@ def attention(
         window=window,
         scale=scale,
         first_position=first_position,
-        key_ranges=None if key_lengths is None else _key_ranges(_as_list(key_lengths), batch, key_count),
+        key_ranges=None if key_lengths is None else _key_ranges(key_lengths, batch, key_count),
         soft_cap=soft_cap,
-        sinks=None if sinks is None else [float(sink) for sink in _as_list(sinks)],
+        sinks=None if sinks is None else _sinks(sinks),
         kv_type=kv_type,
         threads=threads,
     )
@@ -177,8 +204,17 @@ def attention(
     return (result, report) if return_report else result
 
 
-def _as_list(values: Any) -> list[Any]:
-    return values.tolist() if hasattr(values, "tolist") else list(values)
+def _sinks(sinks: Any) -> list[float]:
+    listed = _as_list("sinks", sinks, "a number for each query head")
+    return [real_number(f"sinks[{head}]", sink) for head, sink in enumerate(listed)]
+
+
+def _as_list(name: str, values: Any, expected: str) -> list[Any]:
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    # A text would come apart into letters.
+    if isinstance(listed, (str, bytes)) or not isinstance(listed, Iterable):
+        raise TypeError(f"{name} is {values!r}; expected {expected}")
+    return list(listed)
 
 
 def _one_type(**arrays: Any) -> str:
@@ -212,7 +248,9 @@ class KeyValueCache:
     """
 
     def __init__(self, kv_heads: int, key_dim: int, value_dim: int | None = None, kv_type: str = "auto") -> None:
-        self._cache = _core.Cache(kv_heads, key_dim, key_dim if value_dim is None else value_dim, kv_type)
+        kv_heads, key_dim = whole_number("kv_heads", kv_heads, least=1), whole_number("key_dim", key_dim, least=1)
+        value_dim = key_dim if value_dim is None else whole_number("value_dim", value_dim, least=1)
+        self._cache = _core.Cache(kv_heads, key_dim, value_dim, choice("kv_type", kv_type, KV_TYPES))
 
     def __copy__(self) -> KeyValueCache:
         raise TypeError("a KeyValueCache cannot be copied: both would append to the same keys")

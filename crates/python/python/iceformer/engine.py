@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from iceformer import _core
-from iceformer._attention import thread_count, whole_number
+from iceformer._attention import KV_TYPES, METHODS, choice, real_number, thread_count, whole_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -132,6 +132,8 @@ class Engine:
         if context is not None:
             context = whole_number("context", context)
         chunk = whole_number("chunk", chunk)
+        kv_type, method = choice("kv_type", kv_type, KV_TYPES), choice("method", method, METHODS)
+        budget = None if budget is None else real_number("budget", budget)
         self._engine = _core.Engine(os.fspath(model), count, context, chunk, kv_type, method, budget, progress)
 
     @overload
@@ -187,11 +189,11 @@ class Engine:
             "max_tokens": None if max_tokens is None else whole_number("max_tokens", max_tokens),
             "stop": [stop] if isinstance(stop, str) else list(stop),
             "ignore_end": ignore_end,
-            "temperature": temperature,
+            "temperature": real_number("temperature", temperature),
             "top_k": whole_number("top_k", top_k),
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
+            "top_p": real_number("top_p", top_p),
+            "min_p": real_number("min_p", min_p),
+            "repetition_penalty": real_number("repetition_penalty", repetition_penalty),
             "seed": whole_number("seed", seed, 2**64 - 1),
         }
         pieces = Stream(self._engine.generate(tokens, chat, request), progress)
@@ -233,8 +235,20 @@ class Engine:
         return self._engine.encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of `tokens`."""
-        return self._engine.decode(list(tokens))
+        """Text of `tokens`.
+
+        Raises:
+            TypeError: When a token is no whole number.
+            ValueError: When a token is negative or not in the model's vocabulary.
+        """
+        if not isinstance(tokens, Iterable):
+            raise TypeError(f"tokens is {tokens!r}; expected a list of tokens")
+        checked = [whole_number(f"token {index}", token) for index, token in enumerate(tokens)]
+        size = self._engine.vocabulary_size
+        for token in checked:
+            if token >= size:
+                raise ValueError(f"token {token} is not below the model's vocabulary of {size}")
+        return self._engine.decode(checked)
 
     @property
     def context(self) -> int:
