@@ -213,6 +213,15 @@ def test_nan_and_infinity_show_where_sdpa_shows_them(tokens, poison, operand):
     assert (found[finite] - wanted[finite]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("operand", [1, 2])
+def test_nan_shows_in_every_row_that_sees_it(operand):
+    arrays = inputs(batch=1, tokens=64, keys=64)
+    arrays[operand][:, :, 40, 3] = float("nan")
+    found = iceformer.attention(*arrays, causal=True)
+    # Rows before may be reached by it.
+    assert found[:, :, 40:, 3].isnan().all()
+
+
 def test_threads_of_python():
     arrays = [inputs(tokens=tokens, keys=200, seed=tokens) for tokens in (1, 7, 200)]
     wanted = [iceformer.attention(*triple, causal=True) for triple in arrays]

@@ -166,8 +166,10 @@ def attention(
 
     Returns:
         `[batch, query_heads, tokens, value_dim]` in the library and type of `queries`: a view of memory in the order
-        `[batch, tokens, query_heads, value_dim]`. A query that sees no key gets zeros. NaN and infinity go where SDPA
-        lets them go, and packed as int8 to whatever shares a scale with them.
+        `[batch, tokens, query_heads, value_dim]`. A query that sees no key gets zeros. A NaN in a key or
+        value makes at least the rows that see it NaN; an infinity makes them NaN or infinite, unless it makes the logit
+        of its key −∞, which hides the key. Either may also reach nearby rows that do not see it, and packed as
+        int8 whatever shares a scale with it.
 
     Raises:
         TypeError: For other types of arrays or numbers.
