@@ -161,6 +161,18 @@ def test_packed_types(kv_type, tolerance):
     assert error < tolerance
 
 
+def test_large_logits_of_bfloat16_keep_their_precision_in_f32():
+    queries, keys, values = inputs(batch=1, tokens=64, keys=512, width=128, dtype=torch.bfloat16)
+    arrays = (8 * queries, keys, values)
+    wanted = expected(*arrays)
+    theirs = torch.nn.functional.scaled_dot_product_attention(*arrays, enable_gqa=True)
+    errors = [
+        (found.double() - wanted).abs().max()
+        for found in (theirs, iceformer.attention(*arrays, kv_type="f32"), iceformer.attention(*arrays))
+    ]
+    assert errors[1] <= 1.5 * errors[0] and errors[2] <= 10 * errors[0], errors
+
+
 def test_a_budget_leaves_room_for_rounding():
     arrays = inputs(batch=1, tokens=512, keys=5500)
     # Each query looks for a key of its own.

@@ -157,10 +157,12 @@ def attention(
         soft_cap: Logits become `soft_cap · tanh(logit / soft_cap)`, as in Gemma 2.
         sinks: `[query_heads]`, one more logit for each head that takes its share of the softmax and has no value.
         kv_type: What keys and values are packed in: `"f32"`, `"bf16"`, `"int8"`, or `"auto"`: bf16 for bfloat16 on
-            a machine that is fast at it, else f32, so that nothing is rounded. With method budgeted, 512 queries and
-            enough keys, `"auto"` is the type that the machine is fastest with (int8, or bf16 with AMX) where some
-            rows show that rounding leaves most of the budget; the report's `rounded_rows` tells. A call of up to four
-            queries (a decode step) reads them in place.
+            a machine that is fast at it, else f32, so that no key or value is rounded. With keys in bf16, queries are
+            rounded to it too, after `scale` is applied to them: where logits are large (a standard deviation of 8) the
+            largest error of a bfloat16 result is then several times that of SDPA, which `"f32"` avoids. With method
+            budgeted, 512 queries and enough keys, `"auto"` is the type that the machine is fastest with (int8, or bf16
+            with AMX) where some rows show that rounding leaves most of the budget; the report's `rounded_rows` tells.
+            A call of up to four queries (a decode step) reads keys and values in place, and rounds nothing.
         threads: Threads to use; all cores that the process may use unless given.
         return_report: Whether to return `(output, Report)`.
 
