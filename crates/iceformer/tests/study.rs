@@ -1,25 +1,16 @@
 //! `iceformer study` and `iceformer bench attention` from outside.
 
-use std::path::{Path, PathBuf};
-use std::process::Output;
+mod common;
 
+use std::path::{Path, PathBuf};
+
+use common::{iceformer, json_lines, stderr};
 use iceformer_study::Dump;
 use serde_json::Value;
 
-fn iceformer(arguments: &[&str]) -> Output {
-    assert_cmd::Command::cargo_bin("iceformer").unwrap().args(arguments).output().unwrap()
-}
-
-fn stderr(output: &Output) -> &str {
-    std::str::from_utf8(&output.stderr).unwrap()
-}
-
 /// The JSON lines of an output.
 fn lines(arguments: &[&str]) -> Vec<Value> {
-    let output = iceformer(&[arguments, &["--json"]].concat());
-    assert!(output.status.success(), "{}", stderr(&output));
-    let text = std::str::from_utf8(&output.stdout).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    json_lines(&iceformer(&[arguments, &["--json"]].concat()))
 }
 
 #[track_caller]

@@ -1,0 +1,58 @@
+//! The program, run as a user would, and what it printed.
+#![allow(dead_code, missing_docs)]
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use serde_json::Value;
+
+pub fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/reference")
+}
+
+pub fn iceformer(arguments: &[&str]) -> Output {
+    with_input(arguments, "")
+}
+
+pub fn with_input(arguments: &[&str], input: &str) -> Output {
+    assert_cmd::Command::cargo_bin("iceformer").unwrap().args(arguments).write_stdin(input).output().unwrap()
+}
+
+pub fn on_reference(arguments: &[&str]) -> Output {
+    let model = model();
+    iceformer(&[&["run", "--model", model.to_str().unwrap()], arguments].concat())
+}
+
+pub fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+pub fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
+}
+
+pub fn json(output: &Output) -> Value {
+    assert!(output.status.success(), "{}", stderr(output));
+    serde_json::from_str(stdout(output)).unwrap()
+}
+
+/// Asserts one `error: ` line that holds `parts`, and the exit code.
+#[track_caller]
+pub fn assert_error(output: &Output, code: i32, parts: &[&str]) {
+    let told = stderr(output);
+    assert_eq!(output.status.code(), Some(code), "{told}");
+    assert!(told.starts_with("error: ") && told.lines().count() == 1, "{told}");
+    assert!(stdout(output).is_empty());
+    for part in parts {
+        assert!(told.contains(part), "{part:?} is not in {told}");
+    }
+}
+
+pub fn json_lines(output: &Output) -> Vec<Value> {
+    assert!(output.status.success(), "{}", stderr(output));
+    stdout(output).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+pub fn records<'a>(lines: &'a [Value], record: &str) -> Vec<&'a Value> {
+    lines.iter().filter(|line| line["record"] == record).collect()
+}
