@@ -106,9 +106,9 @@ fn attention_on_a_dump_is_measured_layer_by_layer() {
         }
     }
 
-    let one = ["--layer", "2", "--queries", "1", "--mask", "full", "--tile-noise", "0.05"];
+    let one = ["--layer", "2", "--queries", "1", "--mask", "full", "--tokens", "900", "--tile-noise", "0.05"];
     let measured = lines(&[&from[..], &one, &ONCE].concat());
-    assert_eq!((measured.len(), measured[0]["allowed_keys"].as_u64()), (1, Some(600)));
+    assert_eq!((measured.len(), measured[0]["allowed_keys"].as_u64()), (1, Some(5400)));
     assert_eq!(measured[0]["samples"], 6, "all rows there are");
     assert_eq!(measured[0]["tile_noise"], 0.05);
 }
@@ -152,6 +152,11 @@ fn bad_dumps_and_settings_are_told_in_one_line() {
     assert_eq!(usage.status.code(), Some(2));
     assert_eq!(iceformer(&["bench", "attention", "--layer", "1"]).status.code(), Some(2));
     assert_eq!(iceformer(&["bench", "attention", "--from", name, "--tile-noise", "-1"]).status.code(), Some(2));
+    // A dump of its own length has no repeated keys.
+    for command in [&["bench", "attention", "--from", name][..], &["study", "replay", name]] {
+        let output = iceformer(&[command, &["--tile-noise", "0.5"]].concat());
+        assert!(output.status.code() == Some(2) && stderr(&output).contains("--tokens"), "{}", stderr(&output));
+    }
 }
 
 #[test]

@@ -238,10 +238,10 @@ pub struct AttentionArguments {
     #[arg(long, value_name = "DUMP", conflicts_with_all = ["generator", "heads", "kv_heads", "head_dim"])]
     pub from: Option<PathBuf>,
     /// Layer of the dump, counted from 0 [default: each in turn, then all together].
-    #[arg(long, requires = "from", requires = "from", value_name = "L")]
+    #[arg(long, requires = "from", value_name = "L")]
     pub layer: Option<usize>,
     /// Noise on the repeated keys and values of a dump, in standard deviations of each channel.
-    #[arg(long, requires = "from", default_value = "0", value_name = "SHARE", value_parser = noise, allow_negative_numbers = true)]
+    #[arg(long, requires_all = ["from", "tokens"], default_value = "0", value_name = "SHARE", value_parser = noise, allow_negative_numbers = true)]
     pub tile_noise: f32,
     /// Keys in the cache [default: 8192, or as many as the dump has].
     #[arg(long, value_parser = size)]

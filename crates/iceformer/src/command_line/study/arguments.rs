@@ -67,7 +67,7 @@ pub struct ReplayArguments {
     #[arg(long, value_name = "N", value_parser = size)]
     pub tokens: Option<usize>,
     /// Noise on the repeated keys and values, in standard deviations of each channel.
-    #[arg(long, default_value = "0", value_name = "SHARE", value_parser = noise, allow_negative_numbers = true)]
+    #[arg(long, requires = "tokens", default_value = "0", value_name = "SHARE", value_parser = noise, allow_negative_numbers = true)]
     pub tile_noise: f32,
     /// Shares of the far keys to keep, with commas between.
     #[arg(long, default_value = "0.1", value_name = "SHARES", value_delimiter = ',', value_parser = share)]
