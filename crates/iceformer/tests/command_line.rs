@@ -5,7 +5,7 @@ mod common;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Output, Stdio};
 
-use common::{assert_error, iceformer, json, model, on_reference, stderr, stdout, with_input};
+use common::{assert_error, iceformer, json, model, on_reference, stderr, stdout, unread, with_input};
 use serde_json::Value;
 
 #[test]
@@ -330,15 +330,7 @@ fn a_full_disk_and_endless_files_are_named() {
 
 #[test]
 fn a_closed_reader_is_no_error() {
-    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("iceformer"))
-        .args(["run", "-p", "Once upon a time", "-n", "200", "-q"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    drop(child.stdout.take());
-    let output = child.wait_with_output().unwrap();
+    let output = unread(&["run", "-p", "Once upon a time", "-n", "200", "-q"]);
     assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
 }
 

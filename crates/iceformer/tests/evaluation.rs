@@ -2,9 +2,7 @@
 
 mod common;
 
-use std::process::Stdio;
-
-use common::{assert_error, iceformer, json_lines, records, stderr, stdout};
+use common::{assert_error, iceformer, json_lines, records, stderr, stdout, unread};
 use serde_json::Value;
 
 #[test]
@@ -262,16 +260,9 @@ fn what_eval_cannot_do_is_told_in_one_line() {
 fn a_report_is_written_though_nobody_reads_the_lines() {
     let folder = tempfile::tempdir().unwrap();
     let page = folder.path().join("page.html");
-    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("iceformer"))
-        .args(["eval", "needle", "--tasks", "single", "--lengths", "400", "--cases", "2", "--methods", "exact", "-q"])
-        .args(["--json", "--report", page.to_str().unwrap()])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    drop(child.stdout.take());
-    let output = child.wait_with_output().unwrap();
+    let needle =
+        ["eval", "needle", "--tasks", "single", "--lengths", "400", "--cases", "2", "--methods", "exact", "-q"];
+    let output = unread(&[&needle[..], &["--json", "--report", page.to_str().unwrap()]].concat());
     assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
     let page = std::fs::read_to_string(page).unwrap();
     assert!(page.contains("interrupted: cases are missing"), "{page}");

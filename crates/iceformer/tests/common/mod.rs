@@ -2,7 +2,7 @@
 #![allow(dead_code, missing_docs)]
 
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -16,6 +16,19 @@ pub fn iceformer(arguments: &[&str]) -> Output {
 
 pub fn with_input(arguments: &[&str], input: &str) -> Output {
     assert_cmd::Command::cargo_bin("iceformer").unwrap().args(arguments).write_stdin(input).output().unwrap()
+}
+
+/// What comes of it when nobody reads standard output.
+pub fn unread(arguments: &[&str]) -> Output {
+    let mut child = Command::new(assert_cmd::cargo::cargo_bin("iceformer"))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    child.wait_with_output().unwrap()
 }
 
 pub fn on_reference(arguments: &[&str]) -> Output {
