@@ -278,14 +278,13 @@ impl KeyValueCache {
         let head =
             || Head { segments: Vec::new(), mean: mean.clone(), first_keys: Vec::new(), places: Places::default() };
         let heads = (0..shape.kv_heads).map(|_| head()).collect();
-        let arena = HugePageArena::default();
         Self {
             shape,
             kind,
             len: 0,
             stale: 0,
             heads,
-            arena,
+            arena: HugePageArena::default(),
             search_index: RwLock::default(),
             clusters: RwLock::default(),
         }

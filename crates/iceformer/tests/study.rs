@@ -15,13 +15,7 @@ fn lines(arguments: &[&str]) -> Vec<Value> {
 
 #[track_caller]
 fn assert_error(arguments: &[&str], parts: &[&str]) {
-    let output = iceformer(arguments);
-    let told = stderr(&output);
-    assert_eq!(output.status.code(), Some(1), "{told}");
-    assert!(told.starts_with("error: ") && told.lines().count() == 1, "{told}");
-    for part in parts {
-        assert!(told.contains(part), "{part:?} is not in {told}");
-    }
+    common::assert_error(&iceformer(arguments), 1, parts);
 }
 
 /// A dump of the reference model on the first tokens of the built-in novel.

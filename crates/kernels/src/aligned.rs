@@ -9,6 +9,11 @@ use crate::arena::HugePageLines;
 #[repr(C, align(64))]
 pub(crate) struct CacheLine([u8; 64]);
 
+/// Cache lines of `length` elements.
+pub(crate) fn lines_of<T>(length: usize) -> usize {
+    (length * size_of::<T>()).div_ceil(size_of::<CacheLine>())
+}
+
 /// A zero-initialised buffer of plain numbers, 64-byte aligned, so that a 512-bit load never crosses a line.
 pub struct AlignedBuffer<T> {
     lines: Lines,
@@ -65,7 +70,7 @@ impl<T: Pod> AlignedBuffer<T> {
 
     /// Makes the buffer `length` elements long. New elements are zero, or what an earlier, longer use left.
     pub fn grow(&mut self, length: usize) {
-        let lines = (length * size_of::<T>()).div_ceil(size_of::<CacheLine>());
+        let lines = lines_of::<T>(length);
         if lines > self.lines.all().len() {
             if let Lines::HugePage(shorter) = &self.lines {
                 self.lines = Lines::Own(shorter.to_vec());

@@ -6,7 +6,7 @@ use bytemuck::Pod;
 use memmap2::MmapOptions;
 
 use crate::AlignedBuffer;
-use crate::aligned::CacheLine;
+use crate::aligned::{CacheLine, lines_of};
 
 /// Bytes of a huge page.
 const HUGE_PAGE: usize = 2 << 20;
@@ -27,7 +27,7 @@ pub struct HugePageArena {
 impl HugePageArena {
     /// `length` zeros.
     pub fn zeroed<T: Pod>(&mut self, length: usize) -> AlignedBuffer<T> {
-        let lines = (length * size_of::<T>()).div_ceil(size_of::<CacheLine>());
+        let lines = lines_of::<T>(length);
         let bytes = lines * size_of::<CacheLine>();
         self.taken += bytes;
         // What does not fit well would leave much of a page unused.

@@ -63,23 +63,21 @@ pub fn run(plan: &Plan, model: &Model) -> anyhow::Result<Outcome> {
         let generation = stream(&mut session, model, &mut sampler, &settings, true)?;
         let decode_seconds = start.elapsed().as_secs_f64();
         messages.push(Message { role: "assistant".into(), content: generation.text });
-        if !plan.quiet {
-            // The first token needs no pass through the layers.
-            let passes = session.tokens().len() - tokens.len();
-            say(&format!(
-                "[{} tokens kept, {} read in {}; {} generated, {} tokens/s{}]\n",
-                kept,
-                tokens.len() - kept,
-                seconds(read_seconds),
-                generation.tokens.len(),
-                per_second(passes, decode_seconds).map_or_else(|| "–".into(), rate),
-                match generation.finish {
-                    Finish::Length => "; ended at --max-tokens",
-                    Finish::Context => "; the context is full",
-                    _ => "",
-                }
-            ));
-        }
+        // The first token needs no pass through the layers.
+        let passes = session.tokens().len() - tokens.len();
+        guide(&format!(
+            "[{} tokens kept, {} read in {}; {} generated, {} tokens/s{}]\n",
+            kept,
+            tokens.len() - kept,
+            seconds(read_seconds),
+            generation.tokens.len(),
+            per_second(passes, decode_seconds).map_or_else(|| "–".into(), rate),
+            match generation.finish {
+                Finish::Length => "; ended at --max-tokens",
+                Finish::Context => "; the context is full",
+                _ => "",
+            }
+        ));
     }
 }
 

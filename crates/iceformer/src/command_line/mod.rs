@@ -43,13 +43,7 @@ pub fn main() -> ExitCode {
     match execute(arguments) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted) => ExitCode::from(130),
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            // One line, whatever a file put into the message.
-            let message = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
-            let _ = writeln!(std::io::stderr(), "error: {message}");
-            ExitCode::FAILURE
-        }
+        Err(error) => failed(&error),
     }
 }
 
@@ -69,12 +63,9 @@ fn execute(arguments: Arguments) -> anyhow::Result<Outcome> {
 /// Prints help, version, or what is wrong with the arguments in one line.
 fn usage(error: &clap::Error) -> ExitCode {
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
-        return match error.print() {
-            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-                let _ = writeln!(std::io::stderr(), "error: standard output: {error}");
-                ExitCode::FAILURE
-            }
-            _ => ExitCode::SUCCESS,
+        return match error.print().context("standard output") {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failed(&error),
         };
     }
     let rendered = error.render().to_string();
@@ -87,6 +78,17 @@ fn usage(error: &clap::Error) -> ExitCode {
     let told = if told.starts_with("error: ") { told } else { "error: a command is missing".to_owned() };
     let _ = writeln!(std::io::stderr(), "{told} (see --help)");
     ExitCode::from(2)
+}
+
+/// Tells what went wrong; a reader of standard output that went away early is nothing wrong.
+fn failed(error: &anyhow::Error) -> ExitCode {
+    if is_broken_pipe(error) {
+        return ExitCode::SUCCESS;
+    }
+    // One line, whatever a file put into the message.
+    let message = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
+    let _ = writeln!(std::io::stderr(), "error: {message}");
+    ExitCode::FAILURE
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

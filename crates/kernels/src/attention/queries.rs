@@ -10,7 +10,7 @@ const LANES: usize = 16;
 /// The largest absolute value; NaN where one is no number or infinite. Sizes are ordered as their bits are, with infinity
 /// and what is no number above all others. Sixteen running maxima, so that the loop runs in vectors.
 #[inline(always)]
-pub(super) fn largest_size(values: &[f32]) -> f32 {
+fn largest_size(values: &[f32]) -> f32 {
     let mut maxima = [0_i32; LANES];
     let (chunks, rest) = values.as_chunks::<LANES>();
     for chunk in chunks.iter().map(<[f32; LANES]>::as_slice).chain([rest]) {

@@ -95,7 +95,7 @@ def thread_count(threads: int | None) -> int:
 
 def _key_ranges(key_lengths: Any, batch: int, keys: int) -> list[tuple[int, int]]:
     """First and one-past-last key of each entry of the batch."""
-    key_lengths = _as_list("key_lengths", key_lengths, "a length or (start, end) for each entry of the batch")
+    key_lengths = as_list("key_lengths", key_lengths, "a length or (start, end) for each entry of the batch")
     if len(key_lengths) != batch:
         raise ValueError(f"key_lengths has {len(key_lengths)} entries for a batch of {batch}; expected one for each")
     ranges = []
@@ -209,11 +209,12 @@ def attention(
 
 
 def _sinks(sinks: Any) -> list[float]:
-    listed = _as_list("sinks", sinks, "a number for each query head")
+    listed = as_list("sinks", sinks, "a number for each query head")
     return [real_number(f"sinks[{head}]", sink) for head, sink in enumerate(listed)]
 
 
-def _as_list(name: str, values: Any, expected: str) -> list[Any]:
+def as_list(name: str, values: Any, expected: str) -> list[Any]:
+    """`values` as a list; what is none, or a text, is an error that says what is `expected`."""
     listed = values.tolist() if hasattr(values, "tolist") else values
     # A text would come apart into letters.
     if isinstance(listed, (str, bytes)) or not isinstance(listed, Iterable):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from iceformer import _core
-from iceformer._attention import KV_TYPES, METHODS, choice, real_number, thread_count, whole_number
+from iceformer._attention import KV_TYPES, METHODS, as_list, choice, real_number, thread_count, whole_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -241,9 +241,8 @@ class Engine:
             TypeError: When a token is no whole number.
             ValueError: When a token is negative or not in the model's vocabulary.
         """
-        if not isinstance(tokens, Iterable):
-            raise TypeError(f"tokens is {tokens!r}; expected a list of tokens")
-        checked = [whole_number(f"token {index}", token) for index, token in enumerate(tokens)]
+        listed = as_list("tokens", tokens, "a list of tokens")
+        checked = [whole_number(f"token {index}", token) for index, token in enumerate(listed)]
         size = self._engine.vocabulary_size
         for token in checked:
             if token >= size:
