@@ -8,8 +8,8 @@ use iceformer_kernels::{AlignedBuffer, HugePageArena};
 use crate::page;
 use crate::{CacheShape, KeyValueType};
 
-/// Keys of one segment: 16 pages.
-pub(crate) const SEGMENT_KEYS: usize = 256;
+/// Keys of one segment: 32 pages.
+pub(crate) const SEGMENT_KEYS: usize = 512;
 
 /// [`SEGMENT_KEYS`] keys and values of one head, in pages.
 pub(crate) enum Segment {

@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use iceformer_kernels::InstructionSet;
-use iceformer_kernels::attention::{AttentionTile, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, TileShape};
+use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS, PAGE_KEYS, TileShape};
 
 use crate::method::Attention;
 use crate::output::{Output, OutputRows};
@@ -26,6 +26,11 @@ const RANGE_KEYS: usize = 1024;
 /// Bytes of a block's keys and values. They come from the second-level cache for every micro-tile, which the products
 /// outweigh; what a longer block saves is the start and the end of the loops over it.
 const BLOCK_BYTES: usize = 64 * 1024;
+/// Most keys of such a block.
+const MOST_BLOCK_KEYS: usize = 256;
+/// Micro-tiles (a decode step's of a group of heads) that wait for memory rather than for products, so that blocks are
+/// whole segments: the longer the run of lines read in order, the more of them the processor fetches ahead.
+const FEW_MICRO_TILES: usize = 2;
 
 /// Rows that a thread brings together at a time; fewer are not worth waking the team.
 const MERGED_TOKENS: usize = 16;
@@ -336,7 +341,8 @@ impl<'a> HeadKeys<'a> {
     /// Adds the keys of `range` to the micro-tiles of `tile` that `wanted` names. The range starts at a page.
     pub fn accumulate(self, tile: &mut AttentionTile, range: Range<usize>, wanted: impl Fn(usize) -> bool) {
         let Self { cache, kv_head, .. } = self;
-        let block_keys = block_keys(cache);
+        let is_small = tile.micro_tiles().len() <= FEW_MICRO_TILES;
+        let block_keys = if is_small { SEGMENT_KEYS } else { block_keys(cache) };
         // Blocks end where all would that start at a multiple of their size.
         let end_of = |first: usize| range.end.min((first / block_keys + 1) * block_keys);
         let keys_of = |first: usize| (end_of(first) - first).next_multiple_of(PAGE_KEYS);
@@ -363,8 +369,8 @@ pub(crate) fn block_start(cache: &KeyValueCache, first: usize) -> usize {
     first / block_keys(cache) * block_keys(cache)
 }
 
-/// Keys of one block: a divisor of a segment. A line of f32 holds half the keys that one of bf16 does and takes twice
-/// the time, so that its blocks may have twice the bytes.
+/// Keys of a block for a prompt's rows: a divisor of a segment. A line of f32 holds half the keys that one of bf16 does and
+/// takes twice the time, so that its blocks may have twice the bytes.
 fn block_keys(cache: &KeyValueCache) -> usize {
     let shape = cache.shape();
     let width = shape.padded_key_dim() + shape.padded_value_dim();
@@ -372,7 +378,7 @@ fn block_keys(cache: &KeyValueCache) -> usize {
         KeyValueType::F32 | KeyValueType::Bf16 => 2 * width,
         KeyValueType::Int8 => width,
     };
-    let fitting = (BLOCK_BYTES / bytes).clamp(64, MAX_BLOCK_KEYS);
+    let fitting = (BLOCK_BYTES / bytes).clamp(64, MOST_BLOCK_KEYS);
     1 << fitting.ilog2()
 }
 

@@ -135,6 +135,34 @@ fn windows_padding_and_offsets() {
     }
 }
 
+/// Few rows read keys in longer blocks than a prompt's.
+#[test]
+fn few_queries_see_windows_across_long_blocks() {
+    let windows = [5, 500, 513, 700].map(|window| Mask { causal: true, window: Some(window), keys: None });
+    let padded = [17..1_090, 500..1_030, 512..513].map(|keys| Mask { causal: true, window: None, keys: Some(keys) });
+    for mask in windows.into_iter().chain(padded) {
+        for tokens in [1, 2, 3] {
+            case(tokens, 1_100, 4, (1, 32, 80), mask.clone()).check(tokens as u64);
+        }
+    }
+}
+
+/// The sums of a block of int8 values hold the largest there are, whatever the number of rows.
+#[test]
+fn equal_largest_values_of_long_blocks_are_their_own_mean() {
+    let team = ThreadTeam::new(1);
+    for (tokens, sign) in [(1, 1.0), (1, -1.0), (2, 1.0), (3, -1.0), (20, 1.0)] {
+        let case = case(tokens, 1_100, 4, (1, 16, 16), Mask::default());
+        let mut data = case.data(7);
+        data.keys.fill(0.25);
+        data.values.fill(sign);
+        for kind in KeyValueType::ALL {
+            let (output, _) = case.run(&data, &case.cache(&data, kind, 1_100, &team), &team);
+            assert_close(&output, &vec![sign.into(); output.len()], 1e-3, format!("{tokens} tokens, {}", kind.name()));
+        }
+    }
+}
+
 #[test]
 fn more_queries_than_keys_and_no_keys() {
     let mut longer = case(40, 10, 2, (2, 16, 16), Mask::default());

@@ -70,7 +70,9 @@ impl NextBlock {
         self.level.fetch(key, self.keys);
     }
 
-    /// Asks for the line of the next block's values that corresponds to `value` of this one.
+    /// Asks for the line of the next block's values that corresponds to `value` of this one. A kernel that walks over some
+    /// columns of all values and then over the next ones asks for lines in the order of memory all the same, as many in each
+    /// walk: the processor fetches more lines ahead where they follow one another.
     #[inline(always)]
     pub fn fetch_value<T>(self, value: *const T) {
         self.level.fetch(value, self.values);

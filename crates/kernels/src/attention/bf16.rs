@@ -163,9 +163,11 @@ unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: b
     // SAFETY: values are `[pages · 8][value_dim]` pairs, output rows `value_dim` f32, and
     // `column + PANELS · 16 <= value_dim`; a row of weights has `pages · 8` pairs.
     unsafe {
+        let pairs_of_keys = tile.pages * PAGE_KEYS / 2;
         let values = tile.values.cast::<i32>().add(column);
         let weights = tile.weights.cast::<i32>();
         let ahead = tile.ahead.unwrap_or_default();
+        let lines = tile.values.cast::<i32>().add(pairs_of_keys * column);
         let output = tile.output.add(column);
         let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
         for (row, sums) in sums.iter_mut().enumerate() {
@@ -175,13 +177,13 @@ unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: b
                 *sum = _mm512_mul_ps(before, decay);
             }
         }
-        for pair in 0..tile.pages * PAGE_KEYS / 2 {
+        for pair in 0..pairs_of_keys {
             let mut lanes = [_mm512_setzero_si512(); PANELS];
             for (panel, lanes) in lanes.iter_mut().enumerate() {
                 let source = values.add(pair * tile.value_dim + panel * PAGE_KEYS);
                 *lanes = _mm512_loadu_si512(source.cast());
                 if AHEAD {
-                    ahead.fetch_value(source);
+                    ahead.fetch_value(lines.add((pair * PANELS + panel) * PAGE_KEYS));
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {

@@ -271,16 +271,18 @@ unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: usize, cons
     // SAFETY: values are `[pages · 16][value_dim]` f32, output rows `value_dim` f32, and
     // `column + VECTORS · LANES <= value_dim`.
     unsafe {
+        let keys = tile.pages * PAGE_KEYS;
         let values = tile.values.cast::<f32>().add(column);
         let ahead = tile.ahead.unwrap_or_default();
+        let lines = tile.values.cast::<f32>().add(keys * column);
         let mut sums = decayed_output::<S, ROWS, VECTORS>(simd, tile, decay, column);
-        for key in 0..tile.pages * PAGE_KEYS {
+        for key in 0..keys {
             let source = values.add(key * tile.value_dim);
             let mut values = [simd.splat(0.0); VECTORS];
             for (vector, values) in values.iter_mut().enumerate() {
                 *values = load(simd, source.add(vector * S::LANES));
                 if AHEAD {
-                    ahead.fetch_value(source.add(vector * S::LANES));
+                    ahead.fetch_value(lines.add((key * VECTORS + vector) * S::LANES));
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {

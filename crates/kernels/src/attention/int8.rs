@@ -2,7 +2,7 @@
 //!
 //! Weights relative to the largest of their row *and block* are rounded to 15 bits, finer than bf16 would, and the
 //! scales of the values are folded into them first; so values stay the integers they are stored as, and a block's sum
-//! is exact in 32 bits: 256 keys · 32767 · 127 < 2³¹. Where values are of very different sizes the largest product of
+//! is exact in 32 bits: 512 keys · 32767 · 127 < 2³¹. Where values are of very different sizes the largest product of
 //! weight and scale of each row takes the place of the block's, lest a large value that a row does not see leave it
 //! without digits.
 
@@ -11,6 +11,8 @@ use std::arch::x86_64::*;
 use super::softmax::{exp2, largest_score};
 use super::tile::{MicroTile, NOTHING_SEEN, WEIGHT_STEPS};
 use super::{MAX_BLOCK_KEYS, PAGE_KEYS, pages_at_once};
+
+const _: () = assert!(MAX_BLOCK_KEYS * WEIGHT_STEPS as usize * 127 < 1 << 31);
 
 /// How many times as large as another the largest value of a block may be: a 512th of it is then the step of a weight.
 const MOST_UNEVEN: f32 = 64.0;
@@ -262,18 +264,20 @@ unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: b
     // SAFETY: values are `[pages · 8][value_dim]` pairs of i8, output rows `value_dim` f32, and
     // `column + PANELS · 16 <= value_dim`; a row of weights has `pages · 8` pairs.
     unsafe {
+        let pairs_of_keys = tile.pages * PAGE_KEYS / 2;
         let values = tile.values.add(2 * column);
         let weights = tile.weights.cast::<i32>();
         let ahead = tile.ahead.unwrap_or_default();
+        let lines = tile.values.add(2 * pairs_of_keys * column);
         let output = tile.output.add(column);
         let mut sums = [[_mm512_setzero_si512(); PANELS]; ROWS];
-        for pair in 0..tile.pages * PAGE_KEYS / 2 {
+        for pair in 0..pairs_of_keys {
             let mut lanes = [_mm512_setzero_si512(); PANELS];
             for (panel, lanes) in lanes.iter_mut().enumerate() {
                 let bytes = values.add(2 * (pair * tile.value_dim + panel * PAGE_KEYS));
                 *lanes = _mm512_cvtepi8_epi16(_mm256_loadu_si256(bytes.cast()));
                 if AHEAD && panel % 2 == 0 {
-                    ahead.fetch_value(bytes);
+                    ahead.fetch_value(lines.add(2 * (pair * PANELS + panel) * PAGE_KEYS));
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {

@@ -48,7 +48,7 @@ pub const KEY_DIM_MULTIPLE: usize = 4;
 /// The value width in a page is a multiple of this.
 pub const VALUE_DIM_MULTIPLE: usize = 16;
 /// Most keys of one block.
-pub const MAX_BLOCK_KEYS: usize = 256;
+pub const MAX_BLOCK_KEYS: usize = 512;
 /// Query rows of a micro-tile: 6 rows × 4 vectors fill 24 of 32 registers with sums.
 pub const MICRO_ROWS: usize = 6;
 /// Pages whose scores a micro-tile of `rows` rows computes side by side. Up to four rows (a decode step of a group of

@@ -64,17 +64,18 @@ pub(super) unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: 
 ) {
     // SAFETY: values are `[pages · 8][value_dim]` pairs, output rows `value_dim` f32; a row of scores has `pages · 16`.
     unsafe {
+        let pairs_of_keys = tile.pages * PAGE_KEYS / 2;
         let values = tile.values.cast::<u16>().add(2 * column);
         let ahead = tile.ahead.unwrap_or_default();
+        let lines = tile.values.cast::<u16>().add(2 * pairs_of_keys * column);
         let mut sums = decayed_output::<S, ROWS, VECTORS>(simd, tile, decay, column);
-        for pair in 0..tile.pages * PAGE_KEYS / 2 {
+        for pair in 0..pairs_of_keys {
             let source = values.add(2 * pair * tile.value_dim);
             let mut values = [(simd.splat(0.0), simd.splat(0.0)); VECTORS];
             for (vector, values) in values.iter_mut().enumerate() {
-                let source = source.add(2 * vector * S::LANES);
-                *values = load_pairs(simd, source);
+                *values = load_pairs(simd, source.add(2 * vector * S::LANES));
                 if AHEAD {
-                    ahead.fetch_value(source);
+                    ahead.fetch_value(lines.add(2 * (pair * VECTORS + vector) * S::LANES));
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
