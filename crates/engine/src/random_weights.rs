@@ -1,5 +1,6 @@
 //! Random weights of any shape and type: measurements need no model file.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
@@ -104,8 +105,8 @@ impl WeightRows for RandomRows {
         self.columns
     }
 
-    fn row_bytes(&self, index: usize) -> &[u8] {
+    fn row_bytes(&self, index: usize) -> Cow<'_, [u8]> {
         let length = self.pool.len() / ROWS;
-        &self.pool[index % ROWS * length..][..length]
+        Cow::Borrowed(&self.pool[index % ROWS * length..][..length])
     }
 }

@@ -141,6 +141,7 @@ fn read_header(source: &FileSource, index: usize) -> Result<BTreeMap<String, Sto
             source: index,
             type_name,
             weight_type,
+            recoded: None,
             shape: info.shape.iter().map(|&length| length as u64).collect(),
             start: data + start as u64,
             bytes: (end - start) as u64,

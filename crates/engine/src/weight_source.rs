@@ -1,5 +1,7 @@
 //! Where a decoder's weights come from: model files, or random numbers for measurements.
 
+use std::borrow::Cow;
+
 use iceformer_kernels::linear::WeightType;
 
 use crate::config::ModelConfig;
@@ -15,7 +17,7 @@ pub trait WeightRows: Sync {
     /// Input features.
     fn columns(&self) -> usize;
     /// Bytes of row `index`.
-    fn row_bytes(&self, index: usize) -> &[u8];
+    fn row_bytes(&self, index: usize) -> Cow<'_, [u8]>;
 }
 
 /// Gives a decoder its configuration and weights, tensor by tensor.
@@ -52,7 +54,7 @@ impl WeightRows for TensorView {
         self.columns()
     }
 
-    fn row_bytes(&self, index: usize) -> &[u8] {
+    fn row_bytes(&self, index: usize) -> Cow<'_, [u8]> {
         self.row_bytes(index)
     }
 }

@@ -2,7 +2,9 @@
 
 mod table;
 
-use iceformer_kernels::linear::WeightType;
+use std::borrow::Cow;
+
+use iceformer_kernels::linear::{RecodedType, WeightType};
 
 use crate::config::{Family, ModelConfig};
 use crate::file_map::FileBytes;
@@ -192,8 +194,11 @@ impl TensorName {
 #[derive(Debug)]
 pub struct TensorView {
     weight_type: WeightType,
+    /// How the file holds the weights, where that is not `weight_type` itself.
+    recoded: Option<RecodedType>,
     rows: usize,
     columns: usize,
+    /// Bytes of a row in the file.
     row_length: usize,
     bytes: FileBytes,
     /// Head width, where rows stand in the interleaved order of llama.cpp.
@@ -204,17 +209,21 @@ impl TensorView {
     /// `bytes` must be as long as the shape takes; that was checked when the file was opened.
     pub(crate) fn new(
         weight_type: WeightType,
+        recoded: Option<RecodedType>,
         rows: usize,
         columns: usize,
         bytes: FileBytes,
         interleaved: Option<usize>,
     ) -> Self {
-        let row_length = columns / weight_type.block_weights() * weight_type.block_bytes();
+        let row_length = match recoded {
+            Some(kind) => columns / kind.block_weights() * kind.block_bytes(),
+            None => columns / weight_type.block_weights() * weight_type.block_bytes(),
+        };
         debug_assert_eq!(rows * row_length, bytes.len());
-        Self { weight_type, rows, columns, row_length, bytes, interleaved }
+        Self { weight_type, recoded, rows, columns, row_length, bytes, interleaved }
     }
 
-    /// How the weights are stored.
+    /// How the weights are computed, and stored but for types that come as another.
     pub fn weight_type(&self) -> WeightType {
         self.weight_type
     }
@@ -229,15 +238,16 @@ impl TensorView {
         self.columns
     }
 
-    /// The bytes of row `index` in the file's own format. Rows of queries and keys come in Hugging Face's order, where
+    /// The bytes of row `index` in the format of [`weight_type`](Self::weight_type). Rows of queries and keys come in Hugging Face's order, where
     /// number `i` of a head is rotated with number `i + head_dim / 2`, whatever the file's order.
     ///
     /// # Panics
     /// When `index` is not below [`rows`](Self::rows).
-    pub fn row_bytes(&self, index: usize) -> &[u8] {
+    pub fn row_bytes(&self, index: usize) -> Cow<'_, [u8]> {
         assert!(index < self.rows, "row {index} of a tensor with {} rows", self.rows);
         let stored = self.interleaved.map_or(index, |head_dim| interleaved_position(index, head_dim));
-        &self.bytes[stored * self.row_length..][..self.row_length]
+        let row = &self.bytes[stored * self.row_length..][..self.row_length];
+        self.recoded.map_or(Cow::Borrowed(row), |kind| Cow::Owned(kind.recode(row)))
     }
 }
 

@@ -12,6 +12,7 @@ mod float;
 mod int8;
 mod packed;
 mod plan;
+mod recoded;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -27,6 +28,7 @@ use activations::RowTiles;
 use packed::PANEL;
 use plan::{Part, Plan};
 
+pub use recoded::RecodedType;
 pub use weight_type::WeightType;
 
 /// What is wrong with weights given to [`LinearWeights::pack`].
@@ -95,17 +97,18 @@ const PARALLEL_ROWS: usize = 8;
 
 impl LinearWeights {
     /// Packs the rows given by `row_bytes(index)`, each the bytes of one row in the file's format, in parallel.
-    /// Rows come from a function so that a caller may reorder or join tensors without a copy. f16 weights are
+    /// Rows come from a function so that a caller may reorder, join or rewrite tensors
+    /// without a copy of them all. f16 weights are
     /// rounded to bf16.
     ///
     /// # Errors
     /// When the row length is no whole number of blocks, a row has another number of bytes than its shape takes, or
     /// the system has no memory left.
-    pub fn pack<'a>(
+    pub fn pack<R: AsRef<[u8]>>(
         weight_type: WeightType,
         out_features: usize,
         in_features: usize,
-        row_bytes: impl Fn(usize) -> &'a [u8] + Sync,
+        row_bytes: impl Fn(usize) -> R + Sync,
         team: &ThreadTeam,
     ) -> Result<Self, PackError> {
         Self::pack_for(InstructionSet::current(), weight_type, out_features, in_features, row_bytes, team)
@@ -118,12 +121,12 @@ impl LinearWeights {
     ///
     /// # Panics
     /// When this machine does not have `level`.
-    pub fn pack_for<'a>(
+    pub fn pack_for<R: AsRef<[u8]>>(
         level: InstructionSet,
         weight_type: WeightType,
         out_features: usize,
         in_features: usize,
-        row_bytes: impl Fn(usize) -> &'a [u8] + Sync,
+        row_bytes: impl Fn(usize) -> R + Sync,
         team: &ThreadTeam,
     ) -> Result<Self, PackError> {
         assert!(level <= InstructionSet::detected(), "this machine has no {}", level.name());
@@ -132,10 +135,12 @@ impl LinearWeights {
             weight_type: weight_type.name(),
             block: weight_type.block_weights(),
         })?;
-        let wrong = (0..out_features).find(|&row| row_bytes(row).len() != expected);
-        if let Some(row) = wrong {
-            let given = row_bytes(row).len();
-            return Err(PackError::ByteLength { row, given, expected, in_features, weight_type: weight_type.name() });
+        let wrong_length =
+            |row, given| PackError::ByteLength { row, given, expected, in_features, weight_type: weight_type.name() };
+        // Before memory is asked for.
+        if let Some(given) = (out_features > 0).then(|| row_bytes(0).as_ref().len()).filter(|given| *given != expected)
+        {
+            return Err(wrong_length(0, given));
         }
         let panel_bytes = packed::panel_bytes(weight_type, in_features);
         let panels = out_features.div_ceil(PANEL);
@@ -146,6 +151,8 @@ impl LinearWeights {
             weight_type: weight_type.name(),
         };
         let bytes = panels.checked_mul(panel_bytes).ok_or_else(no_memory)?;
+        // The first row of another length than its own, with that.
+        let wrong = Mutex::new(None);
         let mut packed = match bytes {
             0 => None,
             _ => Some(MmapOptions::new().len(bytes).map_anon().map_err(|_| no_memory())?),
@@ -157,9 +164,19 @@ impl LinearWeights {
             team.run_chunks(memory, panel_bytes, |panel, bytes, _| {
                 let first = panel * PANEL;
                 for row in first..out_features.min(first + PANEL) {
-                    packed::pack_row(weight_type, row_bytes(row), row - first, bytes);
+                    let stored = row_bytes(row);
+                    let stored = stored.as_ref();
+                    if stored.len() == expected {
+                        packed::pack_row(weight_type, stored, row - first, bytes);
+                    } else {
+                        let mut wrong = wrong.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                        *wrong = wrong.filter(|&(first, _)| first < row).or(Some((row, stored.len())));
+                    }
                 }
             });
+        }
+        if let Some((row, given)) = wrong.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
+            return Err(wrong_length(row, given));
         }
         Ok(Self { weight_type, level, out_features, in_features, panel_bytes, packed })
     }

@@ -64,6 +64,11 @@ MODELS = {
         False,
     ),
     "qwen3-q5_k_m-as-q5_1": (Qwen3ForCausalLM, Qwen3Config(**EVEN, head_dim=32), "MOSTLY_Q5_K_M", False),
+    # Types that are computed as another.
+    "qwen2-tied-q2_k": (Qwen2ForCausalLM, Qwen2Config(**WIDE, tie_word_embeddings=True), "MOSTLY_Q2_K", True),
+    "llama-tied-q3_k": (LlamaForCausalLM, LlamaConfig(**WIDE, tie_word_embeddings=True), "MOSTLY_Q3_K_M", True),
+    "qwen3-iq4_nl": (Qwen3ForCausalLM, Qwen3Config(**EVEN, head_dim=32), "MOSTLY_IQ4_NL", True),
+    "llama-tied-iq4_xs": (LlamaForCausalLM, LlamaConfig(**WIDE, tie_word_embeddings=True), "MOSTLY_IQ4_XS", True),
 }
 
 

@@ -66,6 +66,7 @@ fn add(table: &mut TensorTable, source: FileSource, header: &Header) -> Result<(
             source: table.sources.len(),
             type_name: tensor.kind.name,
             weight_type: tensor.kind.weight_type,
+            recoded: tensor.kind.recoded,
             shape: tensor.shape.clone(),
             start: tensor.start,
             bytes: tensor.bytes,

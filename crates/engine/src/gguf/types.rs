@@ -1,6 +1,6 @@
 //! Element types of tensors.
 
-use iceformer_kernels::linear::WeightType;
+use iceformer_kernels::linear::{RecodedType, WeightType};
 
 /// An element type of GGML.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -8,8 +8,10 @@ pub(crate) struct TensorType {
     pub(crate) name: &'static str,
     pub(crate) block_weights: u64,
     pub(crate) block_bytes: u64,
-    /// `None` for types that the engine does not compute with; their tensors can still be listed.
+    /// The type that the engine computes with; `None` where there is none: such tensors can still be listed.
     pub(crate) weight_type: Option<WeightType>,
+    /// How the file holds the weights, where that is not `weight_type` itself.
+    pub(crate) recoded: Option<RecodedType>,
 }
 
 impl TensorType {
@@ -20,8 +22,22 @@ impl TensorType {
             block_weights: weight_type.block_weights() as u64,
             block_bytes: weight_type.block_bytes() as u64,
             weight_type: Some(weight_type),
+            recoded: None,
         };
-        let listed = |name, block_weights, block_bytes| Self { name, block_weights, block_bytes, weight_type: None };
+        let recoded = |kind: RecodedType| Self {
+            name: kind.name(),
+            block_weights: kind.block_weights() as u64,
+            block_bytes: kind.block_bytes() as u64,
+            weight_type: Some(kind.weight_type()),
+            recoded: Some(kind),
+        };
+        let listed = |name, block_weights, block_bytes| Self {
+            name,
+            block_weights,
+            block_bytes,
+            weight_type: None,
+            recoded: None,
+        };
         Some(match id {
             0 => computed(WeightType::F32),
             1 => computed(WeightType::F16),
@@ -31,8 +47,8 @@ impl TensorType {
             7 => computed(WeightType::Q5_1),
             8 => computed(WeightType::Q8_0),
             9 => listed("q8_1", 32, 40),
-            10 => listed("q2_k", 256, 84),
-            11 => listed("q3_k", 256, 110),
+            10 => recoded(RecodedType::Q2_K),
+            11 => recoded(RecodedType::Q3_K),
             12 => computed(WeightType::Q4_K),
             13 => computed(WeightType::Q5_K),
             14 => computed(WeightType::Q6_K),
@@ -41,10 +57,10 @@ impl TensorType {
             17 => listed("iq2_xs", 256, 74),
             18 => listed("iq3_xxs", 256, 98),
             19 => listed("iq1_s", 256, 50),
-            20 => listed("iq4_nl", 32, 18),
+            20 => recoded(RecodedType::Iq4_Nl),
             21 => listed("iq3_s", 256, 110),
             22 => listed("iq2_s", 256, 82),
-            23 => listed("iq4_xs", 256, 136),
+            23 => recoded(RecodedType::Iq4_Xs),
             24 => listed("i8", 1, 1),
             25 => listed("i16", 1, 2),
             26 => listed("i32", 1, 4),

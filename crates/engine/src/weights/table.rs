@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use iceformer_kernels::linear::WeightType;
+use iceformer_kernels::linear::{RecodedType, WeightType};
 
 use super::{TensorError, TensorInfo, TensorName, TensorView, interleaved_position};
 use crate::config::ModelConfig;
@@ -22,8 +22,10 @@ pub(crate) enum Layout {
 pub(crate) struct StoredTensor {
     pub(crate) source: usize,
     pub(crate) type_name: &'static str,
-    /// `None` for types that the engine does not compute with.
+    /// The type that the engine computes with; `None` where there is none.
     pub(crate) weight_type: Option<WeightType>,
+    /// How the file holds the weights, where that is not `weight_type` itself.
+    pub(crate) recoded: Option<RecodedType>,
     /// Slowest dimension first.
     pub(crate) shape: Vec<u64>,
     pub(crate) start: u64,
@@ -126,13 +128,16 @@ impl TensorTable {
         let weight_type = tensor.weight_type.ok_or_else(|| {
             unsupported(match self.layout {
                 Layout::HuggingFace => "F32, F16 and BF16",
-                Layout::Gguf => "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K",
+                Layout::Gguf => {
+                    "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL and IQ4_XS"
+                }
             })
         })?;
         if name.is_vector() && !matches!(weight_type, WeightType::F32 | WeightType::F16 | WeightType::Bf16) {
             return Err(unsupported("F32, F16 and BF16 for vectors"));
         }
-        if !columns.is_multiple_of(weight_type.block_weights()) {
+        let block_weights = tensor.recoded.map_or(weight_type.block_weights(), RecodedType::block_weights);
+        if !columns.is_multiple_of(block_weights) {
             return Err(unsupported("types whose block length divides the row length"));
         }
         Ok((tensor, weight_type, rows, columns))
@@ -145,7 +150,8 @@ impl TensorTable {
             .bytes(tensor.start..tensor.start + tensor.bytes)
             .map_err(|error| TensorError::Read { file: source.name.clone(), error })?;
         let interleaved = self.is_interleaved(config, name) && !name.is_vector();
-        Ok(TensorView::new(weight_type, rows, columns, bytes, interleaved.then_some(config.head_dim)))
+        let interleaved = interleaved.then_some(config.head_dim);
+        Ok(TensorView::new(weight_type, tensor.recoded, rows, columns, bytes, interleaved))
     }
 
     pub(crate) fn vector(&self, config: &ModelConfig, name: TensorName) -> Result<Vec<f32>, TensorError> {
@@ -153,7 +159,7 @@ impl TensorTable {
             return Err(TensorError::NotAVector(name));
         }
         let view = self.view(config, name)?;
-        let stored = floats(view.weight_type(), view.row_bytes(0));
+        let stored = floats(view.weight_type(), &view.row_bytes(0));
         if !self.is_interleaved(config, name) {
             return Ok(stored);
         }

@@ -97,7 +97,7 @@ impl UnpackedBlock {
     }
 
     /// Writes the block in the file's format.
-    fn write(&self, weight_type: WeightType, block: &mut [u8]) {
+    pub fn write(&self, weight_type: WeightType, block: &mut [u8]) {
         let nibbles = |codes: &[u8], bytes: &mut [u8]| {
             let (low, high) = codes.split_at(codes.len() / 2);
             for ((byte, low), high) in bytes.iter_mut().zip(low).zip(high) {

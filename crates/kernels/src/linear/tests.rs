@@ -185,6 +185,13 @@ fn wrong_shapes_are_refused() {
         pack(32, &[0; 33]),
         PackError::ByteLength { row: 0, given: 33, expected: 34, in_features: 32, weight_type: "q8_0" }
     );
+    // Rows of one panel and of the next.
+    for wrong in [1, 15, 16, 39] {
+        let row_bytes = |index: usize| if index < wrong { &row[..] } else { &row[..33] };
+        let error = LinearWeights::pack(WeightType::Q8_0, 40, 32, row_bytes, &team).map(|_| ()).unwrap_err();
+        let (given, expected, in_features) = (33, 34, 32);
+        assert_eq!(error, PackError::ByteLength { row: wrong, given, expected, in_features, weight_type: "q8_0" });
+    }
     let huge = LinearWeights::pack(WeightType::Q8_0, usize::MAX, 32, |_| &row[..0], &team).map(|_| ());
     assert!(matches!(huge, Err(PackError::ByteLength { row: 0, .. })));
 }
