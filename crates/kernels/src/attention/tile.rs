@@ -310,13 +310,13 @@ impl AttentionTile {
         let (key_elements, value_elements) = match block {
             KeyBlock::F32 { keys, values } => (keys.len(), values.len()),
             KeyBlock::Bf16 { keys, values } => (keys.len(), values.len()),
-            KeyBlock::Int8 { keys, values, key_scales, value_scales } => {
-                assert_eq!(key_scales.len() * key_dim, keys.len(), "one scale for each key");
-                assert_eq!(value_scales.len() * value_dim, values.len(), "one scale for each value");
-                (keys.len(), values.len())
-            }
+            KeyBlock::Int8 { keys, values, .. } => (keys.len(), values.len()),
         };
         let pages = value_elements / (PAGE_KEYS * value_dim);
+        if let KeyBlock::Int8 { key_scales, value_scales, .. } = block {
+            assert_eq!(key_scales.len(), pages * PAGE_KEYS, "one scale for each key");
+            assert_eq!(value_scales.len(), pages * PAGE_KEYS, "one scale for each value");
+        }
         assert_eq!(value_elements, pages * PAGE_KEYS * value_dim, "values are whole pages");
         assert_eq!(key_elements, pages * PAGE_KEYS * key_dim, "as many pages of keys as of values");
         assert!(pages * PAGE_KEYS <= MAX_BLOCK_KEYS, "{pages} pages are more than one block");
@@ -582,5 +582,21 @@ unsafe fn run_micro_tile(
             (Arithmetic::Int8, _) => int8_kernel::micro_tile_rows(rows, tile),
             _ => simd::run(level, FloatMicroTile { tile, rows, brain: stored_as == Arithmetic::Bf16 }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Keys of no width have scales all the same, and the kernels read them.
+    #[test]
+    #[should_panic(expected = "one scale for each key")]
+    fn keys_without_scales_are_refused_whatever_their_width() {
+        let block = KeyBlock::Int8 { keys: &[], key_scales: &[], values: &[0; 256], value_scales: &[1.0; 16] };
+        let mut tile = AttentionTile::default();
+        tile.begin(InstructionSet::current(), TileShape { rows: 1, key_dim: 0, value_dim: 16 }, block);
+        tile.set_row(0, &[], 1.0, (0, 16));
+        tile.accumulate(0, block, None);
     }
 }
