@@ -379,6 +379,23 @@ fn large_values_that_are_not_seen_change_nothing() {
     }
 }
 
+/// Integers of weights are relative to the largest value: one of which 1/32,767 is no number must not turn them over.
+#[test]
+fn values_next_to_nothing_keep_their_sign_and_size() {
+    let team = ThreadTeam::new(1);
+    let case = case(3, 200, 2, (1, 16, 16), Mask { keys: Some(0..150), ..Mask::default() });
+    for (seen, hidden) in [(1e-33, 1e-33), (1e-19, 1e20), (1e-33, 1.0), (1e-30, 1e-36)] {
+        let mut data = case.data(6);
+        data.values.fill(hidden);
+        data.values[..150 * 16].fill(seen);
+        for kind in KeyValueType::ALL {
+            let (output, _) = case.run(&data, &case.cache(&data, kind, 200, &team), &team);
+            let is_fair = |value: &f32| (0.0..=1.02 * seen).contains(value);
+            assert!(output.iter().all(is_fair), "{}, values of {seen} and {hidden}: {}", kind.name(), output[0]);
+        }
+    }
+}
+
 #[test]
 fn ragged_batch_is_each_sequence_alone() {
     let team = ThreadTeam::new(2);

@@ -16,6 +16,10 @@ const _: () = assert!(MAX_BLOCK_KEYS * WEIGHT_STEPS as usize * 127 < 1 << 31);
 
 /// How many times as large as another the largest value of a block may be: a 512th of it is then the step of a weight.
 const MOST_UNEVEN: f32 = 64.0;
+/// What is no more than this counts as nothing: the steps of a weight in it would be infinitely many.
+const LEAST: f32 = 1e-34;
+
+const _: () = assert!(WEIGHT_STEPS / LEAST < f32::INFINITY);
 
 /// Writes to `factors` the share of each scale in the largest, in steps of a weight. Returns what one step of a weighted
 /// value is worth, and whether the scales are of much the same size. Both slices are `[pages · 16]`.
@@ -36,7 +40,7 @@ pub(super) fn scale_values(scales: &[f32], factors: &mut [f32]) -> (f32, bool) {
     let largest = if largest.is_finite() { largest } else { f32::NAN };
     let smallest = _mm512_reduce_min_epu32(smallest);
     let is_even = smallest >= f32::INFINITY.to_bits() || f32::from_bits(smallest + 1) * MOST_UNEVEN >= largest;
-    let inverse = _mm512_set1_ps(if largest > 0.0 { WEIGHT_STEPS / largest } else { 0.0 });
+    let inverse = _mm512_set1_ps(if largest > LEAST { WEIGHT_STEPS / largest } else { 0.0 });
     for (factors, scales) in factors.as_chunks_mut::<PAGE_KEYS>().0.iter_mut().zip(scales) {
         // SAFETY: sixteen f32 each.
         unsafe { _mm512_storeu_ps(factors.as_mut_ptr(), _mm512_mul_ps(_mm512_loadu_ps(scales.as_ptr()), inverse)) }
@@ -239,8 +243,8 @@ unsafe fn round_to_own_largest(tile: &MicroTile<'_>, row: usize, maximum: __m512
             _mm512_storeu_ps(scores.add(page * PAGE_KEYS), scaled);
         }
         let largest = _mm512_reduce_max_ps(largest);
-        // Less than a row of weights can be told from nothing; what is no number stays so by the block's step.
-        if !(largest > f32::MIN_POSITIVE && largest < f32::INFINITY) {
+        // Next to nothing stays what it is in the block's steps; what is no number stays so by the block's step.
+        if !(largest > LEAST && largest < f32::INFINITY) {
             return 1.0;
         }
         let factor = _mm512_set1_ps(WEIGHT_STEPS / largest);
