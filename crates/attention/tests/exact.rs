@@ -396,6 +396,21 @@ fn values_next_to_nothing_keep_their_sign_and_size() {
     }
 }
 
+/// A NaN may carry any bits, which must not reach the integers of a query.
+#[test]
+fn bits_of_a_nan_count_for_nothing_under_a_negative_scale() {
+    let (team, case) = (ThreadTeam::new(1), case(1, 30, 1, (1, 16, 16), Mask::default()));
+    let mut data = case.data(2);
+    data.queries[3] = f32::from_bits(0x7fc0_0080);
+    for kind in KeyValueType::ALL {
+        let (cache, mut output) = (case.cache(&data, kind, 30, &team), [0.0; 16]);
+        let attention = Attention { scale: -0.25, ..case.attention() };
+        let queries = Queries { data: &data.queries, query_heads: 1, first_position: 29 };
+        attention.run(queries, &cache, &mut output, None, &team, &mut AttentionScratch::default());
+        assert!(output.iter().all(|value| value.is_nan()), "{}", kind.name());
+    }
+}
+
 #[test]
 fn ragged_batch_is_each_sequence_alone() {
     let team = ThreadTeam::new(2);

@@ -266,10 +266,11 @@ impl AttentionTile {
                 let level = self.instruction_set.expect("begin was called");
                 let (step, sum) = queries::quantise(level, query, target);
                 target[query.len()..].fill(0);
-                // A negative factor moves into the integers: the row maximum needs a positive step.
+                // A negative factor moves into the integers: the row maximum needs a positive step. What is no number may
+                // have left −128.
                 let sign = if factor < 0.0 { -1 } else { 1 };
                 if sign < 0 {
-                    target.iter_mut().for_each(|value| *value = -*value);
+                    target.iter_mut().for_each(|value| *value = value.wrapping_neg());
                 }
                 self.query_scales[row] = step * factor.abs();
                 self.query_offsets[row] = -128 * sum * sign;
