@@ -405,7 +405,8 @@ impl KeyValueCache {
                 head.restore_order(first..len, kind, shape);
             }
             debug_assert!(head.places.moved().end <= len, "only keys of clusters were moved");
-            head.segments.truncate(len.div_ceil(SEGMENT_KEYS));
+            let dropped = head.segments.drain(len.div_ceil(SEGMENT_KEYS)..);
+            self.arena.returned(dropped.map(|segment| segment.bytes()).sum());
             // A dropped value left in a page in use would still meet a weight of zero, and NaN · 0 is NaN.
             let zeros = vec![0.0; shape.padded_value_dim()];
             for index in len..self.len.min(len.next_multiple_of(SEGMENT_KEYS)) {
@@ -582,5 +583,27 @@ impl KeyValueCache {
         let Head { segments, places, .. } = &self.heads[head];
         let slot = places.slot(index);
         (&segments[slot / SEGMENT_KEYS], slot % SEGMENT_KEYS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A small cache that is cut and grows again, as between two questions on one text, stays in small pages.
+    #[test]
+    fn memory_that_was_cut_off_does_not_count() {
+        let team = ThreadTeam::new(1);
+        let tokens = 3 * SEGMENT_KEYS;
+        for kind in KeyValueType::ALL {
+            let mut cache = KeyValueCache::new(CacheShape { kv_heads: 2, key_dim: 8, value_dim: 16 }, kind);
+            for kept in [0, 1, SEGMENT_KEYS, SEGMENT_KEYS + 1, 2 * SEGMENT_KEYS] {
+                let (keys, values) = (vec![1.0; tokens * 2 * 8], vec![1.0; tokens * 2 * 16]);
+                cache.append(&keys, &values, &team);
+                assert_eq!(cache.arena.held(), cache.bytes(), "{}", kind.name());
+                cache.truncate(kept);
+                assert_eq!(cache.arena.held(), cache.bytes(), "{} cut to {kept}", kind.name());
+            }
+        }
     }
 }

@@ -18,8 +18,8 @@ const SMALL_BYTES: usize = 8 << 20;
 /// beyond a small page. A huge page is given back once none of its buffers is left.
 #[derive(Default)]
 pub struct HugePageArena {
-    /// Bytes handed out so far.
-    taken: usize,
+    /// Bytes handed out and not returned.
+    held: usize,
     /// The page in use, and how many of its lines are.
     page: Option<(Arc<HugePage>, usize)>,
 }
@@ -29,15 +29,26 @@ impl HugePageArena {
     pub fn zeroed<T: Pod>(&mut self, length: usize) -> AlignedBuffer<T> {
         let lines = lines_of::<T>(length);
         let bytes = lines * size_of::<CacheLine>();
-        self.taken += bytes;
+        self.held += bytes;
         // What does not fit well would leave much of a page unused.
-        if self.taken <= SMALL_BYTES || bytes > HUGE_PAGE / 4 {
+        if self.held <= SMALL_BYTES || bytes > HUGE_PAGE / 4 {
             return AlignedBuffer::zeroed(length);
         }
         match self.carve(lines) {
             Some(lines) => AlignedBuffer::in_huge_page(lines, length),
             None => AlignedBuffer::zeroed(length),
         }
+    }
+
+    /// Notes that buffers of so many bytes were dropped or lie elsewhere by now: what is small stays small however often it
+    /// is cut and grows again.
+    pub fn returned(&mut self, bytes: usize) {
+        self.held = self.held.saturating_sub(bytes);
+    }
+
+    /// Bytes handed out and not [`returned`](Self::returned).
+    pub fn held(&self) -> usize {
+        self.held
     }
 
     /// The next `lines` of the page in use, or of a new one; `None` where the system gives none.
@@ -144,8 +155,23 @@ mod tests {
     }
 
     #[test]
+    fn what_was_returned_does_not_count() {
+        let mut arena = HugePageArena::default();
+        let _kept = arena.zeroed::<u8>(HUGE_PAGE);
+        for _ in 0..100 {
+            let bytes = arena.zeroed::<u8>(HUGE_PAGE / 8).bytes();
+            arena.returned(bytes);
+        }
+        assert!(arena.page.is_none() && arena.held() == HUGE_PAGE, "{} bytes held", arena.held());
+        let buffers: Vec<AlignedBuffer<u8>> = (0..49).map(|_| arena.zeroed(HUGE_PAGE / 8)).collect();
+        assert!(arena.page.is_some(), "{} bytes are many", buffers.len() * HUGE_PAGE / 8);
+        arena.returned(usize::MAX);
+        assert_eq!(arena.held(), 0);
+    }
+
+    #[test]
     fn a_page_is_given_back_with_its_last_buffer() {
-        let mut arena = HugePageArena { taken: SMALL_BYTES, page: None };
+        let mut arena = HugePageArena { held: SMALL_BYTES, page: None };
         let buffers: Vec<AlignedBuffer<u8>> = (0..5).map(|_| arena.zeroed(HUGE_PAGE / 4)).collect();
         let page = Arc::downgrade(&arena.page.as_ref().expect("a page in use").0);
         assert_eq!(page.strong_count(), 2, "the fifth quarter lies in a second page, which the arena holds too");
