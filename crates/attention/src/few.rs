@@ -13,6 +13,7 @@ use iceformer_kernels::softmax::{soft_cap_in_place, softmax_in_place};
 
 use crate::output::Output;
 use crate::strided::FromF32;
+use crate::tiles::Part;
 use crate::{Arrays, Attention, Elements, HeadReport, Report, ThreadTeam};
 
 /// Most query rows of a key/value head: above, packing pays, because the tiled kernel reads each key for six rows.
@@ -66,15 +67,6 @@ struct TaskScratch {
     seen: Vec<Range<usize>>,
     /// Weights of a block of all rows, `[rows][block]`.
     rows: Vec<f32>,
-}
-
-/// Output and log-sum-exp of the rows of a task over its range of keys.
-#[derive(Default)]
-struct Part {
-    /// `[rows][value_dim]`
-    output: Vec<f32>,
-    /// `[rows]`
-    log_sum_exp: Vec<f32>,
 }
 
 impl Part {
