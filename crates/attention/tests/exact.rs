@@ -202,13 +202,13 @@ fn chunks_and_single_tokens_fill_the_same_cache() {
 
 #[test]
 fn truncated_and_refilled_is_as_if_never_longer() {
-    let case = case(5, 333, 4, (2, 48, 48), Mask::causal());
+    let case = case(5, 650, 4, (2, 48, 48), Mask::causal());
     let mut data = case.data(3);
     let team = ThreadTeam::new(2);
     for kind in KeyValueType::ALL {
-        let whole = case.run(&data, &case.cache(&data, kind, 333, &team), &team);
-        for kept in [0, 1, 40, 64, 255, 256, 300, 333] {
-            let mut cache = case.cache(&data, kind, 333, &team);
+        let whole = case.run(&data, &case.cache(&data, kind, 650, &team), &team);
+        for kept in [0, 1, 40, 64, 511, 512, 513, 600, 650] {
+            let mut cache = case.cache(&data, kind, 650, &team);
             // What is dropped must leave nothing behind, not even a NaN.
             cache.append(&[f32::NAN; 3 * 96], &[f32::NAN; 3 * 96], &team);
             cache.truncate(kept);
@@ -219,7 +219,7 @@ fn truncated_and_refilled_is_as_if_never_longer() {
         }
     }
     data.values[20 * 96] = f32::NAN;
-    let mut cache = case.cache(&data, KeyValueType::Bf16, 333, &team);
+    let mut cache = case.cache(&data, KeyValueType::Bf16, 650, &team);
     cache.truncate(20);
     let (output, _) = case.run(&data, &cache, &team);
     assert!(output.iter().all(|value| value.is_finite()), "a dropped NaN shows");

@@ -218,7 +218,7 @@ mod tests {
         let mut random = Random::new(17);
         for (key_dim, value_dim) in [(4, 16), (36, 48), (64, 64), (128, 80)] {
             for rows in 1..=13 {
-                for pages in [1, 2, 3, 5, 16] {
+                for pages in [1, 2, 3, 5, 16, 31, 32] {
                     let keys = pages * PAGE_KEYS;
                     let mut bits = |width: usize| -> Vec<u16> {
                         random.normals(keys * width, 1.0).into_iter().map(brain_bits).collect()
