@@ -35,7 +35,7 @@ pub use generation::{Finish, Generation, GenerationError, GenerationSettings, ge
 pub use gguf::GgufError;
 pub use joined_linear::DecoderError;
 pub use model::{LoadError, Model};
-pub use model_files::{MemoryModel, ModelFiles, ModelSummary, OpenError};
+pub use model_files::{MemoryModel, ModelFiles, ModelSummary, OpenError, TypeSummary};
 pub use observer::{AttentionInputs, AttentionObserver};
 pub use random_weights::{RandomRows, RandomWeights};
 pub use sampler::{Sampler, SamplerError, SamplerSettings};

@@ -64,10 +64,23 @@ pub struct ModelSummary {
     pub bytes: u64,
     /// Number of files with tensors.
     pub files: usize,
-    /// For each element type the number of tensors and their bytes, the largest first.
-    pub types: Vec<(&'static str, usize, u64)>,
+    /// The element types, the one with the most bytes first.
+    pub types: Vec<TypeSummary>,
     /// Other statements of the file, for `inspect`: names and shortened values (GGUF metadata).
     pub metadata: Vec<(String, String)>,
+}
+
+/// The tensors of one element type.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TypeSummary {
+    /// Name of the element type, lower case.
+    pub name: &'static str,
+    /// The type that the engine computes with, which may be larger; `None` where it does not compute with it.
+    pub computed_as: Option<&'static str>,
+    /// Number of tensors.
+    pub tensors: usize,
+    /// Bytes in the files.
+    pub bytes: u64,
 }
 
 /// Why a model cannot be opened.
@@ -251,17 +264,18 @@ impl ModelFiles {
 
     /// What the files hold, in short.
     pub fn summary(&self) -> ModelSummary {
-        let mut types: BTreeMap<&'static str, (usize, u64)> = BTreeMap::new();
+        let mut types: BTreeMap<&'static str, TypeSummary> = BTreeMap::new();
         let (mut parameters, mut bytes) = (0u64, 0u64);
         for tensor in self.tensors() {
-            let entry = types.entry(tensor.weight_type).or_default();
-            entry.0 += 1;
-            entry.1 += tensor.bytes;
+            let TensorInfo { weight_type: name, computed_as, .. } = tensor;
+            let entry = types.entry(name).or_insert(TypeSummary { name, computed_as, tensors: 0, bytes: 0 });
+            entry.tensors += 1;
+            entry.bytes += tensor.bytes;
             bytes += tensor.bytes;
             parameters += tensor.shape.iter().product::<u64>();
         }
-        let mut types: Vec<_> = types.into_iter().map(|(name, (count, bytes))| (name, count, bytes)).collect();
-        types.sort_by_key(|&(name, _, bytes)| (std::cmp::Reverse(bytes), name));
+        let mut types: Vec<_> = types.into_values().collect();
+        types.sort_by_key(|kind| (std::cmp::Reverse(kind.bytes), kind.name));
         let (format, name, metadata) = match &self.side {
             SideFiles::Gguf { version, metadata } => {
                 let stated = metadata.string("general.name").ok().flatten();

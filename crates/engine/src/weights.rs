@@ -265,6 +265,8 @@ pub struct TensorInfo {
     pub name: String,
     /// Name of the element type, lower case.
     pub weight_type: &'static str,
+    /// The type that the engine computes with; `None` where it does not compute with it.
+    pub computed_as: Option<&'static str>,
     /// Shape, slowest dimension first: `[rows, columns]` or `[length]`.
     pub shape: Vec<u64>,
     /// Size in the file, in bytes.

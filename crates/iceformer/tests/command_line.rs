@@ -239,6 +239,23 @@ fn inspect_tells_what_is_in_the_files() {
     assert_eq!(value["tokenizer"]["vocabulary"], 4096);
 }
 
+/// Some types take more memory than their files.
+#[test]
+fn inspect_tells_of_types_that_are_computed_as_another() {
+    let file = "../../testing/golden/parity_gguf/llama-tied-q3_k.gguf";
+    let table = iceformer(&["inspect", file]);
+    assert!(
+        stdout(&table).contains("of q3_k, ") && stdout(&table).contains(", computed as q6_k"),
+        "{}",
+        stdout(&table)
+    );
+    let value = json(&iceformer(&["inspect", file, "--json", "--tensors"]));
+    let kind = &value["types"][0];
+    assert_eq!((kind["name"].as_str(), kind["computed_as"].as_str()), (Some("q3_k"), Some("q6_k")));
+    assert!(value["tensors"].as_array().unwrap().iter().any(|tensor| tensor["computed_as"] == "q6_k"));
+    assert!(iceformer(&["run", "-m", file, "-p", "Once", "--max-tokens", "2", "-q"]).status.success());
+}
+
 #[test]
 fn bench_lines_carry_their_fields() {
     let numbers = |value: &Value, names: &[&str]| {

@@ -67,6 +67,7 @@ impl TensorTable {
         self.tensors.iter().map(|(name, tensor)| TensorInfo {
             name: printable(name),
             weight_type: tensor.type_name,
+            computed_as: tensor.weight_type.map(WeightType::name),
             shape: tensor.shape.clone(),
             bytes: tensor.bytes,
         })

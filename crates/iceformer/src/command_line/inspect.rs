@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use iceformer_engine::{ModelConfig, ModelFiles, RopeScaling, TensorInfo, printable};
+use iceformer_engine::{ModelConfig, ModelFiles, RopeScaling, TensorInfo, TypeSummary, printable};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -36,8 +36,15 @@ struct Inspection {
 #[derive(Serialize)]
 struct TypeCount {
     name: &'static str,
+    computed_as: Option<&'static str>,
     tensors: usize,
     bytes: u64,
+}
+
+impl From<TypeSummary> for TypeCount {
+    fn from(TypeSummary { name, computed_as, tensors, bytes }: TypeSummary) -> Self {
+        Self { name, computed_as, tensors, bytes }
+    }
 }
 
 /// Runs the command.
@@ -69,7 +76,7 @@ pub fn run(arguments: &InspectArguments) -> anyhow::Result<Outcome> {
         bytes: summary.bytes,
         context_length: config.context_length,
         config: describe(config),
-        types: summary.types.into_iter().map(|(name, tensors, bytes)| TypeCount { name, tensors, bytes }).collect(),
+        types: summary.types.into_iter().map(TypeCount::from).collect(),
         tokenizer,
         chat_template,
         chat_template_error,
@@ -118,7 +125,8 @@ fn rope_scaling(scaling: &RopeScaling) -> String {
 }
 
 fn tensor_json(tensor: &TensorInfo) -> Value {
-    json!({ "name": tensor.name, "type": tensor.weight_type, "shape": tensor.shape, "bytes": tensor.bytes })
+    let TensorInfo { name, weight_type, computed_as, shape, bytes } = tensor;
+    json!({ "name": name, "type": weight_type, "computed_as": computed_as, "shape": shape, "bytes": bytes })
 }
 
 impl Inspection {
@@ -145,7 +153,12 @@ impl Inspection {
             row("sliding window", format!("{window} tokens in {layers} of {} layers", config.layers));
         }
         for kind in &self.types {
-            row("tensors", format!("{} of {}, {}", kind.tensors, kind.name, bytes(kind.bytes)));
+            let computed = match kind.computed_as {
+                Some(other) if other == kind.name => String::new(),
+                Some(other) => format!(", computed as {other}"),
+                None => ", not computed with".into(),
+            };
+            row("tensors", format!("{} of {}, {}{computed}", kind.tensors, kind.name, bytes(kind.bytes)));
         }
         let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         if let Value::Object(tokenizer) = &self.tokenizer {

@@ -15,7 +15,7 @@ pub fn facts(
     kv_type: KeyValueType,
 ) -> Vec<(&'static str, String)> {
     let summary = files.summary();
-    let weights: Vec<&str> = summary.types.iter().map(|&(name, _, _)| name).collect();
+    let weights: Vec<&str> = summary.types.iter().map(|kind| kind.name).collect();
     let config = model.decoder().config();
     let threads = model.team().threads();
     vec![
