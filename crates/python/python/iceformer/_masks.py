@@ -201,6 +201,9 @@ def mask(
     Raises:
         ValueError: When `attention_mask` has another number of dimensions than 2 and masks something.
     """
+    if isinstance(q_offset, torch.Tensor):
+        # A static cache's own count, which each layer moves on in place before the mask is read or written out.
+        q_offset = q_offset.clone()
 
     def write_out() -> torch.Tensor:
         written = masking_utils.sdpa_mask(
