@@ -5,7 +5,7 @@ import warnings
 import iceformer.transformers  # noqa: F401, registers the implementation
 import pytest
 import torch
-from models import build, encoders
+from models import build, decoders, encoders
 
 
 @pytest.mark.parametrize("gradients, held", [(False, "iceformer.attention"), (True, "scaled_dot_product")])
@@ -29,3 +29,15 @@ def test_gradients_decide_what_a_graph_holds(gradients, held):
     for names in (operators, [str(node.target) for node in exported.graph.nodes]):
         found = {one for one in ("iceformer.attention", "scaled_dot_product") if any(one in name for name in names)}
         assert found == {held}
+
+
+def test_soft_caps_with_int8_asked_for():
+    torch._dynamo.reset()
+    model = build(*decoders()["gemma2"], "iceformer")
+    ids = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad(), iceformer.transformers.settings(kv_type="int8"):
+        wanted = model(**arguments).logits
+        found = torch.compile(model, backend="aot_eager")(**arguments).logits
+    torch._dynamo.reset()
+    assert (found - wanted).abs().max() < 1e-4

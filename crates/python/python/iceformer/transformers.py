@@ -193,6 +193,7 @@ def attention(
         )
     assert isinstance(pattern, MaskPattern)
     chosen = current_settings()
+    kv_type = "auto" if softcap is not None and chosen.kv_type == "int8" else chosen.kv_type
     if torch.compiler.is_compiling():
         output = _operator.attention(
             query,
@@ -208,7 +209,7 @@ def attention(
             softcap or 0.0,
             chosen.method,
             chosen.budget or 0.0,
-            chosen.kv_type,
+            kv_type,
             chosen.threads or 0,
         )
         return output, None
@@ -226,7 +227,7 @@ def attention(
             key_ranges=pattern.ranges,
             soft_cap=softcap,
             sinks=None if s_aux is None else s_aux.detach().float().tolist(),
-            kv_type="auto" if softcap is not None and chosen.kv_type == "int8" else chosen.kv_type,
+            kv_type=kv_type,
             threads=chosen.threads or torch.get_num_threads(),
         ),
     )
