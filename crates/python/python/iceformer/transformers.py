@@ -183,6 +183,7 @@ def attention(
         pattern = MaskPattern(causal and query.shape[2] > 1, None, 0, None, None, None, None)
     elif isinstance(pattern, torch.Tensor) and not torch.compiler.is_compiling():
         pattern = pattern_of_key_mask(pattern, key.shape[2])
+    query, key, value = _as_autocast_would(query, key, value)
 
     reason = _reason_to_hand_over(query, key, value, pattern, dropout, s_aux, position_bias, more)
     if reason is not None:
@@ -277,6 +278,19 @@ def _look_for_unknown(module: torch.nn.Module, more: dict[str, Any]) -> None:
             f'attention goes without the argument "{name}", which iceformer does not know; where it changes attention, '
             'load the model with attn_implementation="sdpa" or "eager"'
         )
+
+
+def _as_autocast_would(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tensors in autocast's type where they differ, as SDPA takes them there: rotary embeddings and norms leave
+    queries and keys in float32, while values come as their projection makes them."""
+    if query.dtype == key.dtype == value.dtype or not torch.is_autocast_enabled("cpu"):
+        return query, key, value
+    if any(tensor.device.type != "cpu" or tensor.dtype == torch.float64 for tensor in (query, key, value)):
+        return query, key, value
+    narrow = torch.get_autocast_dtype("cpu")
+    return query.to(narrow), key.to(narrow), value.to(narrow)
 
 
 def _reason_to_hand_over(
