@@ -11,13 +11,14 @@ sliding windows, padded on either side, with grouped queries, soft-capped logits
 
 Handed over to torch's SDPA, with one warning for each reason: inputs that need gradients, dropout, additive position
 biases (T5), masks that are no causal, windowed or padding mask (4-D masks of the user's own, packed sequences, image
-tokens, keys that a model selects as DeepSeek V3.2 does), tensors that are not on the CPU or not of float32, float16 or
-bfloat16, `torch.jit.trace`, `torch.vmap` and tensor subclasses. Models whose logits are soft-capped or have sinks,
-which SDPA does not know, are then computed by their definition. While a graph is compiled or exported no warning is
-given; with gradients enabled, as they are unless switched off, a model whose parameters require them gets SDPA in its
-graph: `torch.no_grad()` around `torch.export.export` and around calls of compiled models gets the operator. Attention
-weights asked for (`output_attentions=True`) are an error, and so is a family that computes its attention itself (Bloom,
-MPT, MPNet, DeBERTa, Longformer) or edits its masks (DeepSeek V4, MiniMax M3).
+tokens, keys that a model selects as DeepSeek V3.2 does), tensors that are not on the CPU, not of float32, float16 or
+bfloat16 or (outside of `torch.autocast`) not of one type, `torch.jit.trace`, `torch.vmap` and tensor subclasses. Models
+whose logits are soft-capped or have sinks, which SDPA does not know, are then computed by their definition. While a
+graph is compiled or exported no warning is given; with gradients enabled, as they are unless switched off, a model whose
+parameters require them gets SDPA in its graph: `torch.no_grad()` around `torch.export.export` and around calls of
+compiled models gets the operator. Attention weights asked for (`output_attentions=True`) are an error, and so is a
+family that computes its attention itself (Bloom, MPT, MPNet, DeBERTa, Longformer) or edits its masks (DeepSeek V4,
+MiniMax M3).
 """
 
 from __future__ import annotations
