@@ -1,6 +1,7 @@
 """`iceformer.KeyValueCache` against attention on whole arrays."""
 
 import copy
+import pickle
 
 import iceformer
 import numpy as np
@@ -64,8 +65,8 @@ def test_positions_out_of_range_are_named():
 
 
 def test_a_cache_has_no_copies():
-    for copied in (copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError):
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a KeyValueCache cannot be copied"):
             copied(iceformer.KeyValueCache(1, 8))
 
 

@@ -7,6 +7,8 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from iceformer import _arrays, _core
 from iceformer._core import Report
 
@@ -29,9 +31,9 @@ def options(
     return {
         "method": choice("method", method, METHODS),
         "budget": None if budget is None else real_number("budget", budget),
-        "causal": bool(causal),
+        "causal": truth("causal", causal),
         "window": None if window is None else whole_number("window", window, least=1),
-        "scale": real_number("scale", scale),
+        "scale": finite_number("scale", scale),
         "first_position": whole_number("first_position", first_position),
         "key_ranges": key_ranges,
         "soft_cap": None if soft_cap is None else real_number("soft_cap", soft_cap),
@@ -66,6 +68,28 @@ def real_number(name: str, value: Any) -> float:
         # Arrays and tensors of several numbers raise each their own.
         pass
     raise TypeError(f"{name} is {value!r}; expected a number")
+
+
+def finite_number(name: str, value: Any) -> float:
+    """`value`, when it is a number that float32 has, in which everything is computed."""
+    number = real_number(name, value)
+    if not abs(number) <= _LARGEST:
+        raise ValueError(f"{name} is {number}; expected a finite number of float32, at most {_LARGEST:.3g}")
+    return number
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def truth(name: str, value: Any) -> bool:
+    """`value`, when it is a bool, as are numbers, None, and arrays of one element; a text or a mask is none."""
+    try:
+        if not isinstance(value, (str, bytes, bytearray, list, tuple, dict)):
+            return bool(value)
+    except (TypeError, ValueError, RuntimeError):
+        # Arrays and tensors of several numbers raise each their own.
+        pass
+    raise TypeError(f"{name} is a {type(value).__name__}; expected True or False")
 
 
 def whole_number(name: str, value: Any, most: int = MOST, least: int = 0) -> int:
@@ -168,10 +192,10 @@ def attention(
 
     Returns:
         `[batch, query_heads, tokens, value_dim]` in the library and type of `queries`: a view of memory in the order
-        `[batch, tokens, query_heads, value_dim]`. A query that sees no key gets zeros. A NaN in a key or
-        value makes at least the rows that see it NaN; an infinity makes them NaN or infinite, unless it makes the logit
-        of its key −∞, which hides the key. Either may also reach nearby rows that do not see it, and packed as
-        int8 whatever shares a scale with it.
+        `[batch, tokens, query_heads, value_dim]`, without gradients. A query that sees no key gets zeros. A NaN in a
+        key or value makes at least the rows that see it NaN; an infinity makes them NaN or infinite, unless it makes
+        the logit of its key −∞, which hides the key. Either may also reach nearby rows that do not see it, and packed
+        as int8 whatever shares a scale with it.
 
     Raises:
         TypeError: For other types of arrays or numbers.
@@ -259,6 +283,13 @@ class KeyValueCache:
 
     def __copy__(self) -> KeyValueCache:
         raise TypeError("a KeyValueCache cannot be copied: both would append to the same keys")
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        # What copy.deepcopy and pickle ask for.
+        raise TypeError(
+            "a KeyValueCache cannot be copied or pickled; append the keys and values to a new one, in the process that "
+            "attends to them"
+        )
 
     def append(self, keys: Any, values: Any, *, threads: int | None = None) -> None:
         """Appends `keys` `[kv_heads, tokens, key_dim]` and `values` `[kv_heads, tokens, value_dim]`."""
