@@ -192,3 +192,26 @@ def test_tokens_that_are_none_have_no_text(engine):
     for read in (engine.decode, engine.generate):
         with pytest.raises(ValueError, match="token 4096 is not below the model's vocabulary of 4096"):
             read([4096])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"prompt": None}, "prompt is None; expected a text, tokens or messages"),
+        ({"prompt": 5}, "prompt is 5; expected a text, tokens or messages"),
+        ({"stop": None}, "stop is None; expected a text or a list of texts"),
+        ({"stop": ["a", 5]}, "stop holds 5; expected a text or a list of texts"),
+        ({"ignore_end": "no"}, "ignore_end is a str; expected True or False"),
+        ({"tools": 5}, "tools is 5; expected a list of descriptions"),
+        ({"template_variables": ["x"]}, "template_variables is a list; expected a dictionary"),
+        ({"progress": 5}, "progress is a int; expected a function"),
+    ],
+)
+def test_settings_of_other_types_are_named(engine, settings, message):
+    with pytest.raises(TypeError, match=message):
+        engine.generate(**{"prompt": "Once", "max_tokens": 1, **settings})
+
+
+def test_models_of_other_types_are_named():
+    with pytest.raises(TypeError, match="model is a NoneType; expected the path of a model folder"):
+        iceformer.Engine(None)

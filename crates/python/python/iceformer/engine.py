@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from iceformer import _core
-from iceformer._attention import KV_TYPES, METHODS, as_list, choice, real_number, thread_count, whole_number
+from iceformer._attention import KV_TYPES, METHODS, as_list, choice, real_number, thread_count, truth, whole_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -134,6 +134,9 @@ class Engine:
         chunk = whole_number("chunk", chunk)
         kv_type, method = choice("kv_type", kv_type, KV_TYPES), choice("method", method, METHODS)
         budget = None if budget is None else real_number("budget", budget)
+        if not isinstance(model, (str, os.PathLike)):
+            raise TypeError(f"model is a {type(model).__name__}; expected the path of a model folder or a .gguf file")
+        _check_progress(progress)
         self._engine = _core.Engine(os.fspath(model), count, context, chunk, kv_type, method, budget, progress)
 
     @overload
@@ -181,14 +184,18 @@ class Engine:
         Raises:
             ValueError: When the prompt is empty or does not fit the context, or a setting is out of range.
         """
+        if template_variables is not None and not isinstance(template_variables, Mapping):
+            found = type(template_variables).__name__
+            raise TypeError(f"template_variables is a {found}; expected a dictionary of names and values")
         variables = dict(template_variables or {})
         if tools is not None:
-            variables["tools"] = list(tools)
+            variables["tools"] = as_list("tools", tools, "a list of descriptions of functions")
+        _check_progress(progress)
         tokens, chat = self._encode(prompt, variables)
         request = {
             "max_tokens": None if max_tokens is None else whole_number("max_tokens", max_tokens),
-            "stop": [stop] if isinstance(stop, str) else list(stop),
-            "ignore_end": ignore_end,
+            "stop": _stop_strings(stop),
+            "ignore_end": truth("ignore_end", ignore_end),
             "temperature": real_number("temperature", temperature),
             "top_k": whole_number("top_k", top_k),
             "top_p": real_number("top_p", top_p),
@@ -213,7 +220,7 @@ class Engine:
             if isinstance(prompt, Mapping):
                 raise TypeError("the prompt is a single message; expected a list of messages")
             # Arrays and tensors of tokens come as lists.
-            parts = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+            parts = as_list("prompt", prompt, "a text, tokens or messages")
         if parts and all(isinstance(part, Mapping) for part in parts):
             for index, part in enumerate(parts):
                 _check_message(index, part)
@@ -263,6 +270,21 @@ class Engine:
     def threads(self) -> int:
         """Threads in use."""
         return self._engine.threads
+
+
+def _stop_strings(stop: Any) -> list[str]:
+    expected = "a text or a list of texts"
+    listed = [stop] if isinstance(stop, str) else as_list("stop", stop, expected)
+    for text in listed:
+        if not isinstance(text, str):
+            raise TypeError(f"stop holds {text!r}; expected {expected}")
+    return listed
+
+
+def _check_progress(progress: Any) -> None:
+    # Else it would fail in the middle of the work.
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is a {type(progress).__name__}; expected a function of two numbers, done and total")
 
 
 def _check_message(index: int, message: Mapping[str, Any]) -> None:
