@@ -1,5 +1,5 @@
-"""Attention under `torch.autocast`, where rotary embeddings and norms leave queries and keys in float32 and values come in
-the narrow type."""
+"""Attention under `torch.autocast`, where rotary embeddings and norms leave queries and keys in float32 and values come
+in the narrow type."""
 
 import warnings
 

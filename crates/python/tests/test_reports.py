@@ -1,4 +1,7 @@
-"""What `last_report` tells of calls that run inside compiled graphs."""
+"""What `last_report` tells of calls that run inside compiled graphs, and which threads a block of settings reaches."""
+
+import contextvars
+import threading
 
 import iceformer.transformers as hook
 import pytest
@@ -38,3 +41,19 @@ def test_exported_programs_have_no_report():
         assert hook.last_report() is not None
         exported(**arguments)
     assert hook.last_report() is None
+
+
+def test_blocks_go_with_their_context():
+    seen = []
+
+    def look():
+        seen.append(hook.current_settings().kv_type)
+
+    def started(target, *arguments):
+        thread = threading.Thread(target=target, args=arguments)
+        thread.start()
+        thread.join()
+
+    with hook.settings(kv_type="int8"):
+        started(contextvars.copy_context().run, look)
+    assert seen == ["int8"]

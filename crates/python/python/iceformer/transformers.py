@@ -14,8 +14,8 @@ biases (T5), masks that are no causal, windowed or padding mask (4-D masks of th
 tokens, keys that a model selects as DeepSeek V3.2 does), tensors that are not on the CPU, not of float32, float16 or
 bfloat16 or (outside of `torch.autocast`) not of one type, `torch.jit.trace`, `torch.vmap` and tensor subclasses. Models
 whose logits are soft-capped or have sinks, which SDPA does not know, are then computed by their definition. While a
-graph is compiled or exported no warning is given; with gradients enabled, as they are unless switched off, a model whose
-parameters require them gets SDPA in its graph: `torch.no_grad()` around `torch.export.export` and around calls of
+graph is compiled or exported no warning is given; with gradients enabled, as they are unless switched off, a model
+whose parameters require them gets SDPA in its graph: `torch.no_grad()` around `torch.export.export` and around calls of
 compiled models gets the operator. Attention weights asked for (`output_attentions=True`) are an error, and so is a
 family that computes its attention itself (Bloom, MPT, MPNet, DeBERTa, Longformer) or edits its masks (DeepSeek V4,
 MiniMax M3).
@@ -111,7 +111,10 @@ def current_settings() -> Settings:
 
 @contextlib.contextmanager
 def settings(**changes: Any) -> Iterator[Settings]:
-    """Changes settings inside a block: `with iceformer.transformers.settings(method="budgeted", budget=0.02):`"""
+    """Changes settings inside a block: `with iceformer.transformers.settings(method="budgeted", budget=0.02):`
+
+    A thread started inside (to stream what `generate()` gives) has those of the process still: call `configure`, or run
+    it with `contextvars.copy_context().run`."""
     changed = replace(current_settings(), **changes)
     changed.check()
     token = _settings.set(changed)
@@ -138,7 +141,8 @@ def last_report() -> _core.Report | None:
 
 @contextlib.contextmanager
 def collect_reports() -> Iterator[list[tuple[int | None, _core.Report]]]:
-    """Collects `(layer index, report)` of every attention call inside a `with` block."""
+    """Collects `(layer index, report)` of every attention call inside a `with` block, of the thread that it is in (see
+    `settings`)."""
     reports: list[tuple[int | None, _core.Report]] = []
     token = _collectors.set(reports)
     try:
