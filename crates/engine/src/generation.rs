@@ -72,6 +72,10 @@ pub enum GenerationError {
 
 /// Continues what `session` holds. `on_text` gets pieces of the text as they are final and may stop the generation.
 ///
+/// The session has read all tokens of the generation but the last, of which nothing depends on logits any more; all of them
+/// where it ends with [`Finish::Context`]. To go on from there, read the last one first: `session.read` of what
+/// [`Session::tokens`] lacks.
+///
 /// # Errors
 /// When nothing was read before, or the logits hold no number. Cancelling is no error but a [`Finish`].
 pub fn generate(

@@ -90,8 +90,10 @@ pub enum SessionError {
         /// Size of the vocabulary.
         vocabulary: usize,
     },
-    /// Generation was asked for before anything was read.
-    #[error("nothing was read yet; read a prompt before generating")]
+    /// Generation was asked for where the logits after the last token are not known.
+    #[error(
+        "there is nothing to go on from: nothing was read yet, or the session was truncated or cancelled since; read at least one token before generating"
+    )]
     NothingRead,
     /// The work was cancelled.
     #[error(transparent)]

@@ -190,6 +190,30 @@ fn a_cancelled_session_keeps_whole_chunks_and_goes_on() {
 }
 
 #[test]
+fn a_generation_goes_on_once_its_last_token_is_read() {
+    let model = model(1);
+    let prompt = model.tokenizer().encode("It was a bright cold day", false).unwrap();
+    let session = || {
+        let mut session = model.session(&SessionSettings::default()).unwrap();
+        session.read(&prompt, |_, _| {}).unwrap();
+        session
+    };
+    let at_once = go_on(&mut session(), &model, SamplerSettings::default(), 12).tokens;
+    let mut session = session();
+    let mut parts = go_on(&mut session, &model, SamplerSettings::default(), 5).tokens;
+    assert_eq!(session.tokens(), [&prompt[..], &parts[..4]].concat());
+    session.read(&parts[4..], |_, _| {}).unwrap();
+    parts.extend(go_on(&mut session, &model, SamplerSettings::default(), 7).tokens);
+    assert_eq!(parts, at_once);
+
+    // Without logits it cannot, and says why.
+    session.truncate(3);
+    let (mut sampler, settings) = (Sampler::new(SamplerSettings::default()).unwrap(), GenerationSettings::default());
+    let error = generate(&mut session, model.tokenizer(), &mut sampler, &settings, |_| ControlFlow::Continue(()));
+    assert!(error.unwrap_err().to_string().contains("truncated or cancelled since"));
+}
+
+#[test]
 fn stop_strings_and_receivers_end_a_generation() {
     let model = model(1);
     let prompt = tokens(&golden()[0]["prompt_tokens"]);
