@@ -128,9 +128,11 @@ impl MassHistogram {
         self.counts.iter().sum()
     }
 
-    /// The upper edge of the bin below which `share` of the counts lie; `None` when nothing was counted.
+    /// The upper edge of the bin below which `share` of the counts lie, from 0 to 1 (what is beyond counts as the end that
+    /// it is beyond); `None` when nothing was counted.
     pub fn quantile(&self, share: f64) -> Option<f32> {
-        let wanted = ((self.count() as f64 * share).ceil() as u64).max(1);
+        let count = self.count();
+        let wanted = ((count as f64 * share).ceil() as u64).min(count).max(1);
         let mut below = 0;
         for (bin, count) in self.counts.iter().enumerate() {
             below += count;
@@ -170,6 +172,10 @@ mod tests {
         let mut both = MassHistogram::default();
         both += &histogram;
         both += &histogram;
+        assert_eq!(
+            [-1.0, 1.5].map(|share| histogram.quantile(share)),
+            [0.0, 1.0].map(|share| histogram.quantile(share))
+        );
         assert_eq!((both.count(), both.quantile(0.5)), (2000, histogram.quantile(0.5)));
     }
 
