@@ -119,6 +119,17 @@ pub enum ArraysError {
     /// Keys centred on their mean cannot be capped.
     #[error("soft-capped logits need keys and values of f32 or bf16, not int8")]
     SoftCapInt8,
+    /// Queries at positions that no number stands for.
+    #[error(
+        "the first position is {first_position} for {tokens} queries; expected a sum of both of at most {}",
+        usize::MAX
+    )]
+    Position {
+        /// Position of the first query.
+        first_position: usize,
+        /// Tokens of the queries.
+        tokens: usize,
+    },
     /// Not one sink for each query head.
     #[error("there are {sinks} sinks for {heads} query heads; expected one for each")]
     Sinks {
@@ -129,13 +140,23 @@ pub enum ArraysError {
     },
 }
 
+impl ArraysError {
+    /// Checks that `tokens` queries from `first_position` on have positions.
+    pub(crate) fn check_positions(first_position: usize, tokens: usize) -> Result<(), Self> {
+        match first_position.checked_add(tokens) {
+            Some(_) => Ok(()),
+            None => Err(Self::Position { first_position, tokens }),
+        }
+    }
+}
+
 impl Arrays<'_> {
     /// Checks that the shapes fit together.
     ///
     /// # Errors
     /// The first that does not.
     pub fn validate(&self) -> Result<(), ArraysError> {
-        let [batch, query_heads, _, query_dim] = self.queries.shape();
+        let [batch, query_heads, tokens, query_dim] = self.queries.shape();
         let [key_batch, key_heads, keys, key_dim] = self.keys.shape();
         let [value_batch, value_heads, values, value_dim] = self.values.shape();
         if batch != key_batch || batch != value_batch {
@@ -155,6 +176,7 @@ impl Arrays<'_> {
                 return Err(ArraysError::NoWidth { what });
             }
         }
+        ArraysError::check_positions(self.first_position, tokens)?;
         if let Some(limit) = self.soft_cap {
             // The kernels divide by it.
             if !(limit >= f32::MIN_POSITIVE && limit.is_finite()) {
@@ -395,8 +417,8 @@ impl Attention {
     /// `Break` when `proceed` asked to stop; the output is then incomplete.
     ///
     /// # Panics
-    /// When heads or widths do not fit the cache, `output` has another length than the queries take, or the method's
-    /// settings are out of range.
+    /// When heads or widths do not fit the cache, `output` has another length than the queries take, the last query would
+    /// have a position beyond [`usize::MAX`], or the method's settings are out of range.
     #[expect(clippy::too_many_arguments, reason = "the arguments of `Attention::run`")]
     pub fn run_cached(
         &self,
@@ -411,6 +433,7 @@ impl Attention {
         let [batch, heads, tokens, width] = queries.shape();
         let shape = cache.shape();
         assert_eq!(width, shape.key_dim, "queries of another width than keys");
+        ArraysError::check_positions(first_position, tokens).unwrap_or_else(|error| panic!("{error}"));
         self.method.validate().unwrap_or_else(|error| panic!("{error}"));
         let fits = batch == 0 || shape.kv_heads.is_multiple_of(batch) && heads.is_multiple_of(shape.kv_heads / batch);
         assert!(fits, "{batch} · {heads} query heads for {} key/value heads of a cache", shape.kv_heads);

@@ -29,7 +29,7 @@ impl Mask {
             end = end.min(position.saturating_add(1));
         }
         if let Some(window) = self.window {
-            start = start.max((position + 1).saturating_sub(window));
+            start = start.max(position.saturating_add(1).saturating_sub(window));
             end = end.min(position.saturating_add(window));
         }
         start..end.max(start)

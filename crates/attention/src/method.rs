@@ -5,8 +5,8 @@ use crate::output::Output;
 use crate::strided::FromF32;
 use crate::tiles::Call;
 use crate::{
-    BudgetError, BudgetSettings, DciSettings, DciSettingsError, KeyValueCache, Mask, Report, StridedView, ThreadTeam,
-    budgeted, dci,
+    ArraysError, BudgetError, BudgetSettings, DciSettings, DciSettingsError, KeyValueCache, Mask, Report, StridedView,
+    ThreadTeam, budgeted, dci,
 };
 
 /// How the keys of a query are chosen.
@@ -120,8 +120,8 @@ impl Attention {
     /// measured then, and so on the order of calls that share it: within the budget either way.
     ///
     /// # Panics
-    /// When a slice has another length than its shape takes, `query_heads` is no multiple of `kv_heads`, or the method's
-    /// settings are out of range ([`Method::validate`]).
+    /// When a slice has another length than its shape takes, `query_heads` is no multiple of `kv_heads`, the last query
+    /// would have a position beyond [`usize::MAX`], or the method's settings are out of range ([`Method::validate`]).
     pub fn run(
         &self,
         queries: Queries<'_>,
@@ -144,6 +144,7 @@ impl Attention {
         if let Some(log_sum_exp) = &log_sum_exp {
             assert_eq!(log_sum_exp.len(), tokens * heads, "log_sum_exp is [tokens, query_heads]");
         }
+        ArraysError::check_positions(queries.first_position, tokens).unwrap_or_else(|error| panic!("{error}"));
         self.method.validate().unwrap_or_else(|error| panic!("{error}"));
         let call = Call {
             attention: self,

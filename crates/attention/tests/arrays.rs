@@ -536,4 +536,30 @@ fn what_does_not_fit_is_named() {
     assert_eq!(Arrays { soft_cap: Some(-1.0), ..input }.validate(), Err(ArraysError::SoftCap { limit: -1.0 }));
     let int8 = Arrays { soft_cap: Some(1.0), key_value_type: Some(KeyValueType::Int8), ..input };
     assert_eq!(int8.validate(), Err(ArraysError::SoftCapInt8));
+    let position = |first_position| Arrays { first_position, ..input }.validate().map_err(|error| error.to_string());
+    let expected = format!(
+        "the first position is {0} for 3 queries; expected a sum of both of at most {1}",
+        usize::MAX - 2,
+        usize::MAX
+    );
+    assert_eq!(position(usize::MAX - 2), Err(expected));
+    assert_eq!(position(usize::MAX - 3), Ok(()));
+}
+
+#[test]
+fn queries_at_the_last_positions_there_are() {
+    // Beside all keys, and with a window far behind the last of them.
+    for method in Method::ALL {
+        for (tokens, keys) in [(1, 40), (3, 5_200), (60, 200)] {
+            let arrays = Case::new(tokens, keys).arrays();
+            let case = Case::new(tokens, keys);
+            let input = Arrays { first_position: usize::MAX - tokens, ..case.input(&arrays) };
+            let unmasked = run(&Attention { mask: Mask::default(), ..case.attention(Method::Exact) }, &input, 1);
+            let causal = run(&Attention { mask: Mask::causal(), ..case.attention(Method::Exact) }, &input, 1);
+            assert_eq!(causal, unmasked);
+            let mask = Mask { window: Some(7), ..Mask::default() };
+            let nothing = run(&Attention { mask, ..case.attention(method) }, &input, 1);
+            assert!(nothing.iter().all(|value| *value == 0.0), "{}: {tokens} tokens", method.name());
+        }
+    }
 }

@@ -175,6 +175,28 @@ fn more_queries_than_keys_and_no_keys() {
 }
 
 #[test]
+fn a_window_behind_the_last_position_is_empty() {
+    let mask = |causal| Mask { window: Some(4), causal, ..Mask::default() };
+    for causal in [false, true] {
+        for position in [usize::MAX - 1, usize::MAX] {
+            assert!(mask(causal).visible(position, 100).is_empty());
+        }
+    }
+    assert_eq!(Mask::causal().visible(usize::MAX, 100), 0..100);
+}
+
+#[test]
+#[should_panic(
+    expected = "the first position is 18446744073709551615 for 1 queries; expected a sum of both of at most"
+)]
+#[cfg(target_pointer_width = "64")]
+fn a_position_that_is_no_number_is_named() {
+    let case = Case { first_position: usize::MAX, ..case(1, 10, 2, (2, 16, 16), Mask::causal()) };
+    let (data, team) = (case.data(1), ThreadTeam::new(1));
+    case.run(&data, &case.cache(&data, KeyValueType::F32, 10, &team), &team);
+}
+
+#[test]
 fn decode_over_many_ranges() {
     for keys in [1_023, 1_024, 1_025, 5_000] {
         case(1, keys, 8, (2, 64, 64), Mask::causal()).check(keys as u64);
