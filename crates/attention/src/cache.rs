@@ -465,6 +465,7 @@ impl KeyValueCache {
 
     /// As [`read_key`](Self::read_key), less [`key_mean`](Self::key_mean).
     pub(crate) fn read_centred_key(&self, head: usize, index: usize, key: &mut [f32]) {
+        self.check_head(head);
         assert!(index < self.len, "key {index} of a cache of {}", self.len);
         assert_eq!(key.len(), self.shape.key_dim, "a key is [key_dim]");
         let ((segment, slot), width) = (self.place(head, index), self.shape.padded_key_dim());
@@ -480,6 +481,7 @@ impl KeyValueCache {
     /// # Panics
     /// When there is no such head or value, or `value` has another length.
     pub fn read_value(&self, head: usize, index: usize, value: &mut [f32]) {
+        self.check_head(head);
         assert!(index < self.len, "value {index} of a cache of {}", self.len);
         assert_eq!(value.len(), self.shape.value_dim, "a value is [value_dim]");
         let ((segment, slot), width) = (self.place(head, index), self.shape.padded_value_dim());
@@ -517,6 +519,10 @@ impl KeyValueCache {
             Segment::Bf16 { values, .. } => fetch(page::paired_value(values, slot, width)),
             Segment::Int8 { values, .. } => fetch(page::paired_value(values, slot, width)),
         }
+    }
+
+    fn check_head(&self, head: usize) {
+        assert!(head < self.heads.len(), "head {head} of a cache of {} key/value heads", self.heads.len());
     }
 
     /// Whether the keys held will read the same after further appends. Those of an int8 cache do once the channel mean

@@ -197,6 +197,14 @@ fn a_position_that_is_no_number_is_named() {
 }
 
 #[test]
+#[should_panic(expected = "head 2 of a cache of 2 key/value heads")]
+fn a_head_that_is_not_there_is_named() {
+    let case = case(1, 10, 2, (2, 16, 16), Mask::causal());
+    let (data, team) = (case.data(1), ThreadTeam::new(1));
+    case.cache(&data, KeyValueType::F32, 10, &team).read_value(2, 0, &mut [0.0; 16]);
+}
+
+#[test]
 fn decode_over_many_ranges() {
     for keys in [1_023, 1_024, 1_025, 5_000] {
         case(1, keys, 8, (2, 64, 64), Mask::causal()).check(keys as u64);
