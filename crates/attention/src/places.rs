@@ -40,6 +40,10 @@ impl Places {
     /// The keys from `first` on at their own positions.
     pub fn truncate(&mut self, first: usize) {
         self.slots.truncate(first.saturating_sub(self.first));
+        if self.slots.is_empty() {
+            // A cache may become shorter than where they began.
+            self.first = 0;
+        }
     }
 
     /// Every key at its own position.
@@ -69,6 +73,10 @@ mod tests {
         assert_eq!(places.moved(), 2..6);
         places.truncate(4);
         assert_eq!((places.moved(), places.slot(2), places.slot(5)), (2..4, 5, 5));
+        places.truncate(1);
+        assert_eq!((places.moved(), places.slot(2)), (0..0, 2), "none is left");
+        places.set(7, &[8, 7]);
+        assert_eq!((places.moved(), places.slot(7)), (7..9, 8));
         places.clear();
         assert_eq!(places.slot(3), 3);
     }
