@@ -38,11 +38,16 @@ fn logits_follow_the_dequantised_weights() {
         println!("{name}: divergence {mean:.1e}, largest {largest:.1e} nats; llama.cpp's {theirs:.1e}");
         assert!(mean <= 1e-3, "{name}: divergence {mean:.2e} nats per token is above 1e-3");
         // Without 8-bit and bf16 products nothing but the order of sums differs. Weights of f16 are rounded to bf16 on
-        // every level.
+        // every level, those of some types as they are written anew.
         let holds = |kind| ModelFiles::open(&path).unwrap().tensors().any(|tensor| tensor.weight_type == kind);
-        let exact = InstructionSet::current() <= InstructionSet::Avx512 && !holds("f16");
-        if exact || name.ends_with("f32") {
-            assert_close(&found, &widen(&expected.logits), 1e-4, &name);
+        let is_exact = InstructionSet::current() <= InstructionSet::Avx512 && !holds("f16");
+        let tolerance = match () {
+            () if holds("q2_k") => 5e-2,
+            () if holds("iq4_xs") => 1e-2,
+            () => 1e-4,
+        };
+        if is_exact || name.ends_with("f32") {
+            assert_close(&found, &widen(&expected.logits), tolerance, &name);
         }
     }
 }
