@@ -75,7 +75,44 @@ def write_gguf(target, name, architecture, tensors, kind="gpt2"):
     writer.close()
 
 
+def write_quantised():
+    """One layer whose matrices are of the types that are written anew as they are read, and of others."""
+    path = CORPUS / "gguf" / "quantised.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(256)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(16)
+    writer.add_value_length(16)
+    writer.add_layer_norm_rms_eps(1e-5)
+    tokenizer_fields(writer, "gpt2")
+    for tensor in ["output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"]:
+        writer.add_tensor(f"{tensor}.weight", numpy.ones(256, dtype=numpy.float32))
+    for tensor, rows, columns, kind in [
+        ("token_embd", 8, 256, "Q2_K"),
+        ("blk.0.attn_q", 16, 256, "Q3_K"),
+        ("blk.0.attn_k", 16, 256, "IQ4_XS"),
+        ("blk.0.attn_v", 16, 256, "IQ4_NL"),
+        ("blk.0.attn_output", 256, 16, "F16"),
+        ("blk.0.ffn_gate", 32, 256, "Q4_K"),
+        ("blk.0.ffn_up", 32, 256, "Q6_K"),
+        ("blk.0.ffn_down", 256, 32, "Q5_1"),
+    ]:
+        kind = gguf.GGMLQuantizationType[kind]
+        weights, size = gguf.GGML_QUANT_SIZES[kind]
+        bytes_of_rows = numpy.full((rows, columns // weights * size), 0x2A, dtype=numpy.uint8)
+        writer.add_tensor(f"{tensor}.weight", bytes_of_rows, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def main():
+    write_quantised()
     write_gguf("gguf", "llama.gguf", "llama", True)
     write_gguf("gguf", "qwen3.gguf", "qwen3", True)
     write_gguf("tokenizer_metadata", "gpt2.gguf", "llama", False)
