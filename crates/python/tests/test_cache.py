@@ -49,7 +49,8 @@ def test_what_a_cache_tells():
     assert cache.nbytes == 0
     _, keys, _ = sequence()
     cache.append(keys, keys)
-    assert 2 * 2 * 150 * 32 <= cache.nbytes <= 2 * 2 * 256 * (32 + 4)
+    # Memory comes for 512 keys at a time.
+    assert 2 * 2 * 150 * 32 <= cache.nbytes <= 2 * 2 * 512 * (32 + 4)
     assert repr(cache) == "KeyValueCache(kv_heads=2, key_dim=32, value_dim=32, kv_type='int8', tokens=150)"
     output, report = cache.attend(sequence()[0][:, :1], return_report=True)
     assert output.shape == (4, 1, 32) and report.allowed_keys == 4 * 150
