@@ -1,28 +1,15 @@
 //! Exact attention against an f64 reference: shapes, masks, cache types, order of appends, threads.
 
+mod blocks;
+mod case;
+
+use case::{Case, Data};
 use iceformer_attention::{
-    Attention, AttentionScratch, CacheShape, KeyValueCache, KeyValueType, Mask, Method, Queries, Sequence, ThreadTeam,
+    Attention, AttentionScratch, CacheShape, KeyValueCache, KeyValueType, Mask, Queries, Sequence, ThreadTeam,
 };
-use iceformer_testing::attention::{Problem, Solution};
 use iceformer_testing::compare::assert_close;
 use iceformer_testing::random::Random;
 use proptest::prelude::*;
-
-#[derive(Debug)]
-struct Case {
-    tokens: usize,
-    keys: usize,
-    query_heads: usize,
-    shape: CacheShape,
-    mask: Mask,
-    first_position: usize,
-}
-
-struct Data {
-    queries: Vec<f32>,
-    keys: Vec<f32>,
-    values: Vec<f32>,
-}
 
 impl Case {
     fn data(&self, seed: u64) -> Data {
@@ -35,29 +22,6 @@ impl Case {
         }
     }
 
-    fn attention(&self) -> Attention {
-        Attention { method: Method::Exact, mask: self.mask.clone(), scale: 1.0 / (self.shape.key_dim as f32).sqrt() }
-    }
-
-    fn reference(&self, data: &Data) -> Solution {
-        let CacheShape { kv_heads, key_dim, value_dim } = self.shape;
-        Problem {
-            queries: &data.queries,
-            keys: &data.keys,
-            values: &data.values,
-            query_heads: self.query_heads,
-            kv_heads,
-            key_dim,
-            value_dim,
-            scale: f64::from(self.attention().scale),
-            first_position: self.first_position,
-            causal: self.mask.causal,
-            window: self.mask.window,
-            unpadded: self.mask.keys.clone(),
-        }
-        .solve()
-    }
-
     fn cache(&self, data: &Data, kind: KeyValueType, chunk: usize, team: &ThreadTeam) -> KeyValueCache {
         let mut cache = KeyValueCache::new(self.shape, kind);
         let CacheShape { kv_heads, key_dim, value_dim } = self.shape;
@@ -67,16 +31,6 @@ impl Case {
         }
         assert_eq!(cache.len(), self.keys);
         cache
-    }
-
-    fn run(&self, data: &Data, cache: &KeyValueCache, team: &ThreadTeam) -> (Vec<f32>, Vec<f32>) {
-        let mut output = vec![f32::NAN; self.tokens * self.query_heads * self.shape.value_dim];
-        let mut log_sum_exp = vec![f32::NAN; self.tokens * self.query_heads];
-        let queries =
-            Queries { data: &data.queries, query_heads: self.query_heads, first_position: self.first_position };
-        let scratch = &mut AttentionScratch::default();
-        self.attention().run(queries, cache, &mut output, Some(&mut log_sum_exp), team, scratch);
-        (output, log_sum_exp)
     }
 
     fn check(&self, seed: u64) {
@@ -93,10 +47,15 @@ impl Case {
     }
 }
 
+fn usual_scale(key_dim: usize) -> f32 {
+    1.0 / (key_dim as f32).sqrt()
+}
+
 fn case(tokens: usize, keys: usize, query_heads: usize, shape: (usize, usize, usize), mask: Mask) -> Case {
     let (kv_heads, key_dim, value_dim) = shape;
     let first_position = keys.saturating_sub(tokens);
-    Case { tokens, keys, query_heads, shape: CacheShape { kv_heads, key_dim, value_dim }, mask, first_position }
+    let shape = CacheShape { kv_heads, key_dim, value_dim };
+    Case { tokens, keys, query_heads, shape, mask, first_position, scale: usual_scale(key_dim) }
 }
 
 #[test]
@@ -495,6 +454,7 @@ proptest! {
             shape: CacheShape { kv_heads, key_dim, value_dim },
             mask: Mask { causal, window, keys: keys_range },
             first_position,
+            scale: usual_scale(key_dim),
         };
         case.check(seed);
         let data = case.data(seed);

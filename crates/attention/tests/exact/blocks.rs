@@ -4,32 +4,15 @@
 use std::ops::ControlFlow;
 
 use iceformer_attention::{
-    ArrayScratch, Arrays, Attention, AttentionScratch, CacheShape, Elements, ElementsMut, KeyValueCache, KeyValueType,
-    Mask, Method, Queries, StridedView, ThreadTeam,
+    ArrayScratch, Arrays, CacheShape, Elements, ElementsMut, KeyValueCache, KeyValueType, Mask, StridedView, ThreadTeam,
 };
-use iceformer_testing::attention::Problem;
 use iceformer_testing::compare::assert_close;
 use iceformer_testing::random::Random;
 
+use crate::case::{Case, Data};
+
 const CASES: usize = 40;
 const WIDTHS: [usize; 14] = [1, 4, 7, 16, 17, 32, 33, 48, 64, 80, 96, 100, 128, 144];
-
-#[derive(Debug)]
-struct Case {
-    tokens: usize,
-    keys: usize,
-    query_heads: usize,
-    shape: CacheShape,
-    mask: Mask,
-    first_position: usize,
-    scale: f32,
-}
-
-struct Data {
-    queries: Vec<f32>,
-    keys: Vec<f32>,
-    values: Vec<f32>,
-}
 
 /// Mostly about a multiple of 256, half of a segment.
 fn length(random: &mut Random) -> usize {
@@ -62,7 +45,7 @@ impl Case {
         }
     }
 
-    fn data(&self, random: &mut Random) -> Data {
+    fn uneven_data(&self, random: &mut Random) -> Data {
         let CacheShape { kv_heads, key_dim, value_dim } = self.shape;
         let size = [0.1, 1.0, 30.0][random.below(3)];
         let mut values = random.normals(self.keys * kv_heads * value_dim, size);
@@ -78,12 +61,14 @@ impl Case {
         }
     }
 
-    fn attention(&self) -> Attention {
-        Attention { method: Method::Exact, mask: self.mask.clone(), scale: self.scale }
-    }
-
     /// A cache of `data`, filled in chunks, cut and filled again.
-    fn cache(&self, data: &Data, kind: KeyValueType, (chunk, cut): (usize, usize), team: &ThreadTeam) -> KeyValueCache {
+    fn refilled(
+        &self,
+        data: &Data,
+        kind: KeyValueType,
+        (chunk, cut): (usize, usize),
+        team: &ThreadTeam,
+    ) -> KeyValueCache {
         let CacheShape { kv_heads, key_dim, value_dim } = self.shape;
         let (key, value) = (kv_heads * key_dim, kv_heads * value_dim);
         let mut cache = KeyValueCache::new(self.shape, kind);
@@ -139,33 +124,12 @@ fn any_rows_windows_and_lengths() {
     let (team, mut random) = (ThreadTeam::new(2), Random::new(31));
     for number in 0..CASES {
         let case = Case::any(&mut random);
-        let data = case.data(&mut random);
+        let data = case.uneven_data(&mut random);
         let order = (1 + random.below(700), random.below(case.keys + 1));
-        let CacheShape { kv_heads, key_dim, value_dim } = case.shape;
         for kind in KeyValueType::ALL {
-            let cache = case.cache(&data, kind, order, &team);
-            let held = case.held(&data, &cache);
-            let expected = Problem {
-                queries: &held.queries,
-                keys: &held.keys,
-                values: &held.values,
-                query_heads: case.query_heads,
-                kv_heads,
-                key_dim,
-                value_dim,
-                scale: f64::from(case.scale),
-                first_position: case.first_position,
-                causal: case.mask.causal,
-                window: case.mask.window,
-                unpadded: case.mask.keys.clone(),
-            }
-            .solve();
-            let mut output = vec![f32::NAN; expected.output.len()];
-            let mut log_sum_exp = vec![f32::NAN; expected.log_sum_exp.len()];
-            let queries =
-                Queries { data: &data.queries, query_heads: case.query_heads, first_position: case.first_position };
-            let scratch = &mut AttentionScratch::default();
-            case.attention().run(queries, &cache, &mut output, Some(&mut log_sum_exp), &team, scratch);
+            let cache = case.refilled(&data, kind, order, &team);
+            let expected = case.reference(&case.held(&data, &cache));
+            let (output, log_sum_exp) = case.run(&data, &cache, &team);
             // Queries and weights are rounded beside narrower keys and values.
             let tolerance = if kind == KeyValueType::F32 { 1e-5 } else { 6e-2 };
             let what = format!("case {number}, {}, {case:?}", kind.name());
@@ -180,7 +144,7 @@ fn any_rows_windows_and_lengths_under_a_soft_cap() {
     let (team, mut random, mut scratch) = (ThreadTeam::new(2), Random::new(32), ArrayScratch::default());
     for number in 0..CASES {
         let case = Case::any(&mut random);
-        let data = case.data(&mut random);
+        let data = case.uneven_data(&mut random);
         let limit = [0.5, 4.0, 30.0][random.below(3)];
         let CacheShape { kv_heads, key_dim, value_dim } = case.shape;
         let view = |data, heads: usize, tokens, width: usize| {
