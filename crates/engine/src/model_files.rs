@@ -71,7 +71,7 @@ pub struct ModelSummary {
 }
 
 /// The tensors of one element type.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct TypeSummary {
     /// Name of the element type, lower case.
     pub name: &'static str,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use iceformer_kernels::linear::WeightType;
+use iceformer_kernels::linear::{StoredType, WeightType};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::Value;
 
@@ -140,8 +140,7 @@ fn read_header(source: &FileSource, index: usize) -> Result<BTreeMap<String, Sto
         let tensor = StoredTensor {
             source: index,
             type_name,
-            weight_type,
-            recoded: None,
+            stored: weight_type.map(StoredType::Computed),
             shape: info.shape.iter().map(|&length| length as u64).collect(),
             start: data + start as u64,
             bytes: (end - start) as u64,

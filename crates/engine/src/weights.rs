@@ -4,7 +4,7 @@ mod table;
 
 use std::borrow::Cow;
 
-use iceformer_kernels::linear::{RecodedType, WeightType};
+use iceformer_kernels::linear::{StoredType, WeightType};
 
 use crate::config::{Family, ModelConfig};
 use crate::file_map::FileBytes;
@@ -193,9 +193,7 @@ impl TensorName {
 /// A tensor's bytes, mapped while the view lives: drop it once the weights are packed.
 #[derive(Debug)]
 pub struct TensorView {
-    weight_type: WeightType,
-    /// How the file holds the weights, where that is not `weight_type` itself.
-    recoded: Option<RecodedType>,
+    stored: StoredType,
     rows: usize,
     columns: usize,
     /// Bytes of a row in the file.
@@ -208,24 +206,20 @@ pub struct TensorView {
 impl TensorView {
     /// `bytes` must be as long as the shape takes; that was checked when the file was opened.
     pub(crate) fn new(
-        weight_type: WeightType,
-        recoded: Option<RecodedType>,
+        stored: StoredType,
         rows: usize,
         columns: usize,
         bytes: FileBytes,
         interleaved: Option<usize>,
     ) -> Self {
-        let row_length = match recoded {
-            Some(kind) => columns / kind.block_weights() * kind.block_bytes(),
-            None => columns / weight_type.block_weights() * weight_type.block_bytes(),
-        };
+        let row_length = columns / stored.block_weights() * stored.block_bytes();
         debug_assert_eq!(rows * row_length, bytes.len());
-        Self { weight_type, recoded, rows, columns, row_length, bytes, interleaved }
+        Self { stored, rows, columns, row_length, bytes, interleaved }
     }
 
-    /// How the weights are computed, and stored but for types that come as another.
+    /// How the weights are computed.
     pub fn weight_type(&self) -> WeightType {
-        self.weight_type
+        self.stored.weight_type()
     }
 
     /// Rows: output features of a linear layer.
@@ -238,8 +232,9 @@ impl TensorView {
         self.columns
     }
 
-    /// The bytes of row `index` in the format of [`weight_type`](Self::weight_type). Rows of queries and keys come in Hugging Face's order, where
-    /// number `i` of a head is rotated with number `i + head_dim / 2`, whatever the file's order.
+    /// The bytes of row `index` in the format of [`weight_type`](Self::weight_type). Rows of queries and keys come in
+    /// Hugging Face's order, where number `i` of a head is rotated with number `i + head_dim / 2`, whatever the file's
+    /// order.
     ///
     /// # Panics
     /// When `index` is not below [`rows`](Self::rows).
@@ -247,7 +242,7 @@ impl TensorView {
         assert!(index < self.rows, "row {index} of a tensor with {} rows", self.rows);
         let stored = self.interleaved.map_or(index, |head_dim| interleaved_position(index, head_dim));
         let row = &self.bytes[stored * self.row_length..][..self.row_length];
-        self.recoded.map_or(Cow::Borrowed(row), |kind| Cow::Owned(kind.recode(row)))
+        self.stored.row(row)
     }
 }
 

@@ -13,6 +13,7 @@ mod int8;
 mod packed;
 mod plan;
 mod recoded;
+mod stored;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -29,6 +30,7 @@ use packed::PANEL;
 use plan::{Part, Plan};
 
 pub use recoded::RecodedType;
+pub use stored::StoredType;
 pub use weight_type::WeightType;
 
 /// What is wrong with weights given to [`LinearWeights::pack`].

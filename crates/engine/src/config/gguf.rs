@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use iceformer_kernels::linear::WeightType;
+use iceformer_kernels::linear::{StoredType, WeightType};
 
 use super::{ConfigError, Family, ModelConfig, RopeConfig, RopeScaling};
 use crate::gguf::{GgufError, Metadata};
@@ -210,7 +210,7 @@ fn rope(
 
 fn rope_factors(table: &TensorTable, head_dim: usize) -> Result<Vec<f32>, ConfigError> {
     let tensor = &table.tensors[ROPE_FACTORS];
-    if tensor.weight_type != Some(WeightType::F32) || tensor.shape != [head_dim as u64 / 2] {
+    if tensor.stored != Some(StoredType::Computed(WeightType::F32)) || tensor.shape != [head_dim as u64 / 2] {
         return Err(ConfigError::Inconsistent(format!(
             "tensor {ROPE_FACTORS} is {} {:?}; expected f32 [{}]",
             tensor.type_name,

@@ -65,8 +65,7 @@ fn add(table: &mut TensorTable, source: FileSource, header: &Header) -> Result<(
         let stored = StoredTensor {
             source: table.sources.len(),
             type_name: tensor.kind.name,
-            weight_type: tensor.kind.weight_type,
-            recoded: tensor.kind.recoded,
+            stored: tensor.kind.stored,
             shape: tensor.shape.clone(),
             start: tensor.start,
             bytes: tensor.bytes,

@@ -1,6 +1,6 @@
 //! Element types of tensors.
 
-use iceformer_kernels::linear::{RecodedType, WeightType};
+use iceformer_kernels::linear::{RecodedType, StoredType, WeightType};
 
 /// An element type of GGML.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -8,36 +8,22 @@ pub(crate) struct TensorType {
     pub(crate) name: &'static str,
     pub(crate) block_weights: u64,
     pub(crate) block_bytes: u64,
-    /// The type that the engine computes with; `None` where there is none: such tensors can still be listed.
-    pub(crate) weight_type: Option<WeightType>,
-    /// How the file holds the weights, where that is not `weight_type` itself.
-    pub(crate) recoded: Option<RecodedType>,
+    /// `None` for types that the engine does not compute with; their tensors can still be listed.
+    pub(crate) stored: Option<StoredType>,
 }
 
 impl TensorType {
     /// The type of a number in a file. Numbers, block lengths and sizes are those of ggml.h.
     pub(crate) fn from_id(id: u32) -> Option<Self> {
-        let computed = |weight_type: WeightType| Self {
-            name: weight_type.name(),
-            block_weights: weight_type.block_weights() as u64,
-            block_bytes: weight_type.block_bytes() as u64,
-            weight_type: Some(weight_type),
-            recoded: None,
-        };
-        let recoded = |kind: RecodedType| Self {
+        let stored = |kind: StoredType| Self {
             name: kind.name(),
             block_weights: kind.block_weights() as u64,
             block_bytes: kind.block_bytes() as u64,
-            weight_type: Some(kind.weight_type()),
-            recoded: Some(kind),
+            stored: Some(kind),
         };
-        let listed = |name, block_weights, block_bytes| Self {
-            name,
-            block_weights,
-            block_bytes,
-            weight_type: None,
-            recoded: None,
-        };
+        let computed = |kind: WeightType| stored(StoredType::Computed(kind));
+        let recoded = |kind: RecodedType| stored(StoredType::Recoded(kind));
+        let listed = |name, block_weights, block_bytes| Self { name, block_weights, block_bytes, stored: None };
         Some(match id {
             0 => computed(WeightType::F32),
             1 => computed(WeightType::F16),

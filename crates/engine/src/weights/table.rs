@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use iceformer_kernels::linear::{RecodedType, WeightType};
+use iceformer_kernels::linear::{StoredType, WeightType};
 
 use super::{TensorError, TensorInfo, TensorName, TensorView, interleaved_position};
 use crate::config::ModelConfig;
@@ -22,10 +22,8 @@ pub(crate) enum Layout {
 pub(crate) struct StoredTensor {
     pub(crate) source: usize,
     pub(crate) type_name: &'static str,
-    /// The type that the engine computes with; `None` where there is none.
-    pub(crate) weight_type: Option<WeightType>,
-    /// How the file holds the weights, where that is not `weight_type` itself.
-    pub(crate) recoded: Option<RecodedType>,
+    /// `None` for types that the engine does not compute with.
+    pub(crate) stored: Option<StoredType>,
     /// Slowest dimension first.
     pub(crate) shape: Vec<u64>,
     pub(crate) start: u64,
@@ -67,7 +65,7 @@ impl TensorTable {
         self.tensors.iter().map(|(name, tensor)| TensorInfo {
             name: printable(name),
             weight_type: tensor.type_name,
-            computed_as: tensor.weight_type.map(WeightType::name),
+            computed_as: tensor.stored.map(|kind| kind.weight_type().name()),
             shape: tensor.shape.clone(),
             bytes: tensor.bytes,
         })
@@ -104,7 +102,7 @@ impl TensorTable {
         &self,
         config: &ModelConfig,
         name: TensorName,
-    ) -> Result<(&StoredTensor, WeightType, usize, usize), TensorError> {
+    ) -> Result<(&StoredTensor, StoredType, usize, usize), TensorError> {
         let (rows, columns) =
             name.shape(config).ok_or(TensorError::NotInModel { family: config.family.name(), name })?;
         let file_name = self.name_of(name);
@@ -126,7 +124,7 @@ impl TensorTable {
             found: tensor.type_name.into(),
             supported,
         };
-        let weight_type = tensor.weight_type.ok_or_else(|| {
+        let stored = tensor.stored.ok_or_else(|| {
             unsupported(match self.layout {
                 Layout::HuggingFace => "F32, F16 and BF16",
                 Layout::Gguf => {
@@ -134,25 +132,24 @@ impl TensorTable {
                 }
             })
         })?;
-        if name.is_vector() && !matches!(weight_type, WeightType::F32 | WeightType::F16 | WeightType::Bf16) {
+        if name.is_vector() && !matches!(stored.weight_type(), WeightType::F32 | WeightType::F16 | WeightType::Bf16) {
             return Err(unsupported("F32, F16 and BF16 for vectors"));
         }
-        let block_weights = tensor.recoded.map_or(weight_type.block_weights(), RecodedType::block_weights);
-        if !columns.is_multiple_of(block_weights) {
+        if !columns.is_multiple_of(stored.block_weights()) {
             return Err(unsupported("types whose block length divides the row length"));
         }
-        Ok((tensor, weight_type, rows, columns))
+        Ok((tensor, stored, rows, columns))
     }
 
     pub(crate) fn view(&self, config: &ModelConfig, name: TensorName) -> Result<TensorView, TensorError> {
-        let (tensor, weight_type, rows, columns) = self.find(config, name)?;
+        let (tensor, stored, rows, columns) = self.find(config, name)?;
         let source = &self.sources[tensor.source];
         let bytes = source
             .bytes(tensor.start..tensor.start + tensor.bytes)
             .map_err(|error| TensorError::Read { file: source.name.clone(), error })?;
         let interleaved = self.is_interleaved(config, name) && !name.is_vector();
         let interleaved = interleaved.then_some(config.head_dim);
-        Ok(TensorView::new(weight_type, tensor.recoded, rows, columns, bytes, interleaved))
+        Ok(TensorView::new(stored, rows, columns, bytes, interleaved))
     }
 
     pub(crate) fn vector(&self, config: &ModelConfig, name: TensorName) -> Result<Vec<f32>, TensorError> {

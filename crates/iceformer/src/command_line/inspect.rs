@@ -22,7 +22,7 @@ struct Inspection {
     bytes: u64,
     context_length: usize,
     config: Value,
-    types: Vec<TypeCount>,
+    types: Vec<TypeSummary>,
     tokenizer: Value,
     chat_template: Option<String>,
     /// What is wrong with it.
@@ -31,20 +31,6 @@ struct Inspection {
     metadata: Vec<(String, String)>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tensors: Option<Vec<Value>>,
-}
-
-#[derive(Serialize)]
-struct TypeCount {
-    name: &'static str,
-    computed_as: Option<&'static str>,
-    tensors: usize,
-    bytes: u64,
-}
-
-impl From<TypeSummary> for TypeCount {
-    fn from(TypeSummary { name, computed_as, tensors, bytes }: TypeSummary) -> Self {
-        Self { name, computed_as, tensors, bytes }
-    }
 }
 
 /// Runs the command.
@@ -76,7 +62,7 @@ pub fn run(arguments: &InspectArguments) -> anyhow::Result<Outcome> {
         bytes: summary.bytes,
         context_length: config.context_length,
         config: describe(config),
-        types: summary.types.into_iter().map(TypeCount::from).collect(),
+        types: summary.types,
         tokenizer,
         chat_template,
         chat_template_error,

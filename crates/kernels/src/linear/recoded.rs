@@ -156,36 +156,6 @@ fn write_q8_0(scale: f16, places: &[u8], target: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linear::blocks::dequantise;
-
-    #[test]
-    fn rows_keep_the_numbers_that_the_gguf_package_reads() {
-        macro_rules! golden {
-            ($name:literal) => {
-                (
-                    include_bytes!(concat!("../../../../testing/golden/blocks/", $name, ".bytes")).as_slice(),
-                    include_bytes!(concat!("../../../../testing/golden/blocks/", $name, ".f32")).as_slice(),
-                )
-            };
-        }
-        for (kind, (bytes, numbers), tolerance) in [
-            (RecodedType::Q2_K, golden!("q2_k"), 1.0 / 250.0),
-            (RecodedType::Q3_K, golden!("q3_k"), 0.0),
-            (RecodedType::Iq4_Nl, golden!("iq4_nl"), 0.0),
-            (RecodedType::Iq4_Xs, golden!("iq4_xs"), 1.0 / 2048.0),
-        ] {
-            let expected: Vec<f32> = bytemuck::pod_collect_to_vec(numbers);
-            let mut values = vec![0.0; expected.len()];
-            dequantise(kind.weight_type(), &kind.recode(bytes), &mut values);
-            for (index, (values, expected)) in values.chunks(32).zip(expected.chunks(32)).enumerate() {
-                let largest = expected.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
-                for (value, expected) in values.iter().zip(expected) {
-                    let about = format!("{}, block {index}: {value} and {expected}", kind.name());
-                    assert!((value - expected).abs() <= tolerance * largest, "{about}");
-                }
-            }
-        }
-    }
 
     #[test]
     fn no_blocks_are_none() {

@@ -207,16 +207,18 @@ fn empty_shapes_give_empty_or_zero_outputs() {
     weights.forward(&[], &mut [], &team, &mut LinearScratch::default());
 }
 
+/// Bytes of a type and the numbers that they hold (`testing/golden/scripts/blocks.py`).
+macro_rules! golden {
+    ($name:literal) => {
+        (
+            include_bytes!(concat!("../../../../testing/golden/blocks/", $name, ".bytes")).as_slice(),
+            include_bytes!(concat!("../../../../testing/golden/blocks/", $name, ".f32")).as_slice(),
+        )
+    };
+}
+
 #[test]
 fn blocks_read_as_the_gguf_package_reads_them() {
-    macro_rules! golden {
-        ($name:literal) => {
-            (
-                include_bytes!(concat!("../../../../testing/golden/blocks/", $name, ".bytes")).as_slice(),
-                include_bytes!(concat!("../../../../testing/golden/blocks/", $name, ".f32")).as_slice(),
-            )
-        };
-    }
     for (weight_type, (bytes, numbers)) in [
         (WeightType::Q8_0, golden!("q8_0")),
         (WeightType::Q4_0, golden!("q4_0")),
@@ -231,6 +233,27 @@ fn blocks_read_as_the_gguf_package_reads_them() {
         let mut values = vec![0.0; expected.len()];
         blocks::dequantise(weight_type, bytes, &mut values);
         assert_eq!(values, expected, "{}", weight_type.name());
+    }
+}
+
+#[test]
+fn rows_written_anew_keep_the_numbers_that_the_gguf_package_reads() {
+    for (kind, (bytes, numbers), tolerance) in [
+        (RecodedType::Q2_K, golden!("q2_k"), 1.0 / 250.0),
+        (RecodedType::Q3_K, golden!("q3_k"), 0.0),
+        (RecodedType::Iq4_Nl, golden!("iq4_nl"), 0.0),
+        (RecodedType::Iq4_Xs, golden!("iq4_xs"), 1.0 / 2048.0),
+    ] {
+        let expected: Vec<f32> = bytemuck::pod_collect_to_vec(numbers);
+        let mut values = vec![0.0; expected.len()];
+        blocks::dequantise(kind.weight_type(), &kind.recode(bytes), &mut values);
+        for (index, (values, expected)) in values.chunks(32).zip(expected.chunks(32)).enumerate() {
+            let largest = expected.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+            for (value, expected) in values.iter().zip(expected) {
+                let about = format!("{}, block {index}: {value} and {expected}", kind.name());
+                assert!((value - expected).abs() <= tolerance * largest, "{about}");
+            }
+        }
     }
 }
 
