@@ -11,7 +11,9 @@ use iceformer_kernels::rows::{ROW_MULTIPLE, add_scaled};
 
 use super::calibration::{Calibration, LEAST_SAMPLES, SAMPLES};
 use super::clustering::{BisectionScratch, bisect, squared_norm};
+use super::metric::QueryMetric;
 use crate::segment::{SEGMENT_KEYS, Segment};
+use crate::tiles::Call;
 use crate::{CacheShape, KeyValueCache, ThreadTeam};
 
 /// Keys of the smallest region.
@@ -57,6 +59,8 @@ pub(crate) struct ClusterIndex {
 pub(super) struct HeadClusters {
     /// In the order of their keys, without gaps from [`FIRST_KEYS`] on.
     pub regions: Vec<Region>,
+    /// What queries look at in keys.
+    metric: QueryMetric,
     /// Of the keys from [`FIRST_KEYS`] on, those that regions may be merged over, in units of [`REGION_KEYS`].
     settled: Settled,
     /// One for each query head that reads the head, empty before the first measurement.
@@ -165,18 +169,20 @@ impl ClusterIndex {
         self.heads.iter().all(|head| head.regions.is_empty())
     }
 
-    /// Clusters the first `len` keys of `cache`, as far as they are not: of each head a few regions first, the others
-    /// when measurements have shown that they pay. Regions that end at `settled` or before, which every query to come
-    /// sees whole, become larger ones: the largest where there are `many` queries, for which they are worth the time.
+    /// Clusters the first `len` keys of the cache of `call`, as far as they are not, for queries like its own: of each head
+    /// a few regions first, the others when measurements have shown that they pay. Regions that end at `settled` or
+    /// before, which every query to come sees whole, become larger ones: the largest where there are `many` queries, for
+    /// which they are worth the time.
     pub(super) fn extend(
         &mut self,
-        cache: &KeyValueCache,
+        call: &Call<'_>,
         len: usize,
         settled: usize,
         many: bool,
         team: &ThreadTeam,
         scratch: &[Mutex<IndexScratch>],
     ) {
+        let cache = call.cache;
         self.heads.resize_with(cache.shape().kv_heads, HeadClusters::default);
         let total = len.saturating_sub(FIRST_KEYS) / REGION_KEYS;
         let settled = (settled.saturating_sub(FIRST_KEYS) / REGION_KEYS).min(total);
@@ -197,10 +203,15 @@ impl ClusterIndex {
         if built.is_empty() {
             return;
         }
+        team.run_chunks(&mut self.heads, 1, |index, head, _| {
+            if built.iter().any(|(head, ..)| *head == index) {
+                head[0].metric.learn(call, index);
+            }
+        });
         team.run_chunks(&mut built, 1, |_, region, worker| {
             let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
             let (head, keys, region) = &mut region[0];
-            *region = Some(Region::new(cache, *head, keys.clone(), &mut scratch));
+            *region = Some(Region::new(cache, *head, keys.clone(), &self.heads[*head].metric, &mut scratch));
         });
         for (head, _, region) in built {
             self.heads[head].regions.extend(region);
@@ -229,7 +240,8 @@ impl ClusterIndex {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.heads.iter().flat_map(|head| &head.regions).map(Region::bytes).sum()
+        let of_head = |head: &HeadClusters| head.regions.iter().map(Region::bytes).sum::<usize>() + head.metric.bytes();
+        self.heads.iter().map(of_head).sum()
     }
 }
 
@@ -351,8 +363,14 @@ impl HeadClusters {
 }
 
 impl Region {
-    /// Clusters `keys` of head `head`.
-    fn new(cache: &KeyValueCache, head: usize, keys: Range<usize>, scratch: &mut IndexScratch) -> Self {
+    /// Clusters `keys` of head `head` as `metric` tells them apart.
+    fn new(
+        cache: &KeyValueCache,
+        head: usize,
+        keys: Range<usize>,
+        metric: &QueryMetric,
+        scratch: &mut IndexScratch,
+    ) -> Self {
         let (shape, first, len) = (cache.shape(), keys.start, keys.len());
         let width = shape.key_dim.next_multiple_of(ROW_MULTIPLE);
         scratch.keys.clear();
@@ -360,7 +378,7 @@ impl Region {
         for (offset, key) in scratch.keys.chunks_exact_mut(width).enumerate() {
             cache.read_centred_key(head, first + offset, &mut key[..shape.key_dim]);
         }
-        bisect(&scratch.keys, width, CLUSTER_KEYS, &mut scratch.order, &mut scratch.bisection);
+        bisect(&scratch.keys, width, CLUSTER_KEYS, metric, &mut scratch.order, &mut scratch.bisection);
 
         let mut region = Self {
             first,

@@ -17,6 +17,7 @@
 mod calibration;
 mod clustering;
 mod index;
+mod metric;
 mod selection;
 mod settings;
 mod tile;
@@ -126,7 +127,7 @@ fn run_step<T: FromF32>(
     let resemble = call.tokens() < MICRO_ROWS && !first.is_multiple_of(DECODED_BETWEEN);
     // The second round adds what the first has shown to pay.
     for _ in 0..2 {
-        guard.extend(cache, len, settled, many, team, &scratch.budgeted.index);
+        guard.extend(call, len, settled, many, team, &scratch.budgeted.index);
         // Nearly every decode step: nothing to measure, and so nothing to add either.
         if !guard.heads_mut().iter().any(|head| head.wants_calibration(settings.budget, resemble)) {
             break;

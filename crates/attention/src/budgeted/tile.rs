@@ -509,6 +509,10 @@ mod tests {
         let mut random = Random::new(21);
         let attention = Attention { method: Method::Exact, mask: Mask::causal(), scale: 0.5 };
         let (queries, scratch) = (random.normals(width, 1.0), [Mutex::new(IndexScratch::default())]);
+        let queries = StridedView::token_major(&queries, 1, 1, width);
+        fn call<'a>(attention: &'a Attention, queries: StridedView<'a, f32>, cache: &'a KeyValueCache) -> Call<'a> {
+            Call { attention, queries, first_position: cache.len() - 1, cache, soft_cap: None }
+        }
         for kind in KeyValueType::ALL {
             // Copies of both regions, of the second, of none.
             for passed in [0, 1_500, keys] {
@@ -516,19 +520,13 @@ mod tests {
                 cache.append(&random.normals(keys * width, 1.0), &random.normals(keys * width, 1.0), &team);
                 {
                     let mut index = cache.clusters().write().unwrap();
-                    index.extend(&cache, keys, 0, false, &team, &scratch);
+                    index.extend(&call(&attention, queries, &cache), keys, 0, false, &team, &scratch);
                     index.note_call(passed, false);
                 }
                 cache.compact(&team);
 
                 let index = cache.clusters().read().unwrap();
-                let call = Call {
-                    attention: &attention,
-                    queries: StridedView::token_major(&queries, 1, 1, width),
-                    first_position: keys - 1,
-                    cache: &cache,
-                    soft_cap: None,
-                };
+                let call = call(&attention, queries, &cache);
                 let budgeted = Budgeted { call, settings: BudgetSettings { budget: 0.1 }, index: &index };
                 let task = Task { kv_head: 0, tokens: 0..1, keys: 0..keys };
                 let regions = budgeted.far_regions(&task);
