@@ -5,11 +5,11 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use iceformer_kernels::AlignedBuffer;
-use iceformer_kernels::attention::{ClusterSummaries, KeyBlock, MAX_BLOCK_KEYS, PAGE_KEYS, PANEL_CLUSTERS};
+use iceformer_kernels::attention::{ClusterSummaries, KeyBlock, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, PANEL_CLUSTERS};
 use iceformer_kernels::half::bf16;
 use iceformer_kernels::rows::{ROW_MULTIPLE, add_scaled};
 
-use super::calibration::{Calibration, LEAST_SAMPLES, SAMPLES};
+use super::calibration::{Calibration, LEAST_PLACES, Measurement, PLACES, UNKNOWN};
 use super::clustering::{BisectionScratch, bisect, squared_norm};
 use super::metric::QueryMetric;
 use crate::segment::{SEGMENT_KEYS, Segment};
@@ -30,6 +30,15 @@ pub(super) const LARGEST_OF_FEW: usize = MOST_UNITS_OF_FEW * REGION_KEYS;
 pub(super) const FIRST_KEYS: usize = 64;
 /// Regions that a head is tried on.
 const FIRST_REGIONS: usize = 2;
+
+/// Tokens of a long call from one place that is measured to the next …
+const PLACE_TOKENS: usize = 512;
+/// … tokens of a call that is measured, whatever was before, as are shorter calls of so many together …
+const ENOUGH_TOKENS: usize = 128;
+/// … and decoded tokens from one that is measured to the next.
+const DECODED_TOKENS: usize = 64;
+/// What was measured on a part of the keys is forgotten when there are so many times as many.
+const OUTDATED: usize = 2;
 
 /// Keys of a cluster: whole pages.
 pub(super) const CLUSTER_KEYS: usize = 64;
@@ -67,6 +76,10 @@ pub(super) struct HeadClusters {
     calibrations: Vec<Calibration>,
     /// Budget and clustered keys at the last measurement.
     calibrated: (f32, usize),
+    /// Tokens whose queries were seen since then.
+    since: usize,
+    /// Clustered keys when heads that clusters do not help were last tried.
+    tried_keys: usize,
     /// Units of [`REGION_KEYS`] keys that there were, clustered or not, at the last call …
     units: usize,
     /// … and at the last measurement.
@@ -172,7 +185,7 @@ impl ClusterIndex {
     /// Clusters the first `len` keys of the cache of `call`, as far as they are not, for queries like its own: of each head
     /// a few regions first, the others when measurements have shown that they pay. Regions that end at `settled` or
     /// before, which every query to come sees whole, become larger ones: the largest where there are `many` queries, for
-    /// which they are worth the time.
+    /// which they are worth the time. Returns whether there are more.
     pub(super) fn extend(
         &mut self,
         call: &Call<'_>,
@@ -181,7 +194,7 @@ impl ClusterIndex {
         many: bool,
         team: &ThreadTeam,
         scratch: &[Mutex<IndexScratch>],
-    ) {
+    ) -> bool {
         let cache = call.cache;
         self.heads.resize_with(cache.shape().kv_heads, HeadClusters::default);
         let total = len.saturating_sub(FIRST_KEYS) / REGION_KEYS;
@@ -201,7 +214,7 @@ impl ClusterIndex {
             built.extend(layout.into_iter().skip(kept).map(|keys| (index, keys, None)));
         }
         if built.is_empty() {
-            return;
+            return false;
         }
         team.run_chunks(&mut self.heads, 1, |index, head, _| {
             if built.iter().any(|(head, ..)| *head == index) {
@@ -216,6 +229,7 @@ impl ClusterIndex {
         for (head, _, region) in built {
             self.heads[head].regions.extend(region);
         }
+        true
     }
 
     /// Forgets the regions of head `head` that hold keys from `len` on. Returns the first key of the first of them.
@@ -228,6 +242,7 @@ impl ClusterIndex {
         head.settled = Settled { small: head.settled.small.min(units), large: head.settled.large.min(units) };
         // What was measured on a little more holds for what is left.
         head.calibrated.1 = head.calibrated.1.min(head.keys());
+        head.tried_keys = head.tried_keys.min(head.keys());
         if head.regions.is_empty() {
             *head = HeadClusters::default();
         }
@@ -295,20 +310,14 @@ impl HeadClusters {
         }
     }
 
-    /// What was measured of query head `head` of the group; the default before any measurement.
-    pub fn calibration(&self, head: usize) -> Calibration {
-        self.calibrations.get(head).copied().unwrap_or_default()
-    }
-
-    /// Whether clusters pay for query head `head` of the group.
-    pub fn pays(&self, head: usize) -> bool {
-        let calibration = self.calibration(head);
-        calibration.limit > 0.0 && calibration.samples >= LEAST_SAMPLES
+    /// What is known of query head `head` of the group.
+    pub fn calibration(&self, head: usize) -> &Calibration {
+        self.calibrations.get(head).unwrap_or(&UNKNOWN)
     }
 
     /// Whether query head `head` of the group was found not to be worth it, not long ago.
     pub fn is_given_up(&self, head: usize, budget: f32) -> bool {
-        !self.is_stale(budget) && self.calibration(head).is_hopeless()
+        !self.is_outdated(budget) && !self.has_grown() && self.calibration(head).is_hopeless()
     }
 
     /// Whether clusters may pay for some query head, as far as is known.
@@ -316,29 +325,54 @@ impl HeadClusters {
         self.calibrations.is_empty() || self.calibrations.iter().any(|calibration| !calibration.is_hopeless())
     }
 
-    /// Whether queries should be measured, because too few were, or the keys have become many more or fewer. Where they
-    /// `resemble` those that were just measured, the least number is enough.
-    pub fn wants_calibration(&self, budget: f32, resemble: bool) -> bool {
-        let enough = if resemble { LEAST_SAMPLES } else { SAMPLES };
-        let unmeasured = |calibration: &Calibration| calibration.samples < enough && !calibration.is_hopeless();
-        !self.regions.is_empty() && (self.is_stale(budget) || self.calibrations.iter().any(unmeasured))
+    /// Notes that the queries of `tokens` tokens are about to be answered.
+    pub fn note_tokens(&mut self, tokens: usize) {
+        self.since = self.since.saturating_add(tokens);
     }
 
-    fn is_stale(&self, budget: f32) -> bool {
-        let (calibrated_budget, keys) = self.calibrated;
-        calibrated_budget != budget || self.keys() < keys || 4 * self.keys() > 5 * keys
-    }
-
-    /// Takes measurements of every query head of the group, made now at `budget`.
-    pub fn take(&mut self, budget: f32, measured: Vec<Calibration>) {
-        self.tried_at = self.units;
-        if self.is_stale(budget) {
-            self.calibrations.clear();
-            self.calibrated = (budget, self.keys());
+    /// At how many places of a call of `tokens` tokens queries should be measured. Where they `resemble` those that were just
+    /// measured, the least number is enough to begin with.
+    pub fn places_wanted(&self, budget: f32, tokens: usize, resemble: bool) -> usize {
+        if self.regions.is_empty() {
+            return 0;
         }
-        let before = std::mem::take(&mut self.calibrations);
-        let before = before.into_iter().chain(std::iter::repeat(Calibration::default()));
-        self.calibrations = before.zip(measured).map(|(before, measured)| before.merge(measured)).collect();
+        let most = PLACES.min((tokens / MICRO_ROWS).max(1));
+        let enough = if resemble { LEAST_PLACES } else { PLACES };
+        let is_unknown = |calibration: &Calibration| calibration.places < enough && !calibration.is_hopeless();
+        let is_hopeless = self.calibrations.iter().any(Calibration::is_hopeless);
+        if self.is_outdated(budget) || self.calibrations.iter().any(is_unknown) || is_hopeless && self.has_grown() {
+            return most;
+        }
+        match tokens {
+            _ if !self.may_pay() => 0,
+            ENOUGH_TOKENS.. => most.min(tokens.div_ceil(PLACE_TOKENS).max((tokens / ENOUGH_TOKENS).min(2))),
+            MICRO_ROWS.. => usize::from(self.since >= ENOUGH_TOKENS),
+            _ => usize::from(self.since >= DECODED_TOKENS),
+        }
+    }
+
+    /// Whether the last measurement tells nothing of now.
+    fn is_outdated(&self, budget: f32) -> bool {
+        let (calibrated_budget, keys) = self.calibrated;
+        self.calibrations.is_empty() || calibrated_budget != budget || self.keys() >= OUTDATED * keys
+    }
+
+    /// Whether there are many more keys than at the last measurement of all heads, or fewer.
+    fn has_grown(&self) -> bool {
+        self.keys() < self.tried_keys || 4 * self.keys() > 5 * self.tried_keys
+    }
+
+    /// Takes what was measured of every query head of the group, now and at `budget`.
+    pub fn take(&mut self, budget: f32, measured: Vec<Measurement>) {
+        if self.is_outdated(budget) {
+            self.calibrations = vec![UNKNOWN.clone(); measured.len()];
+            self.tried_keys = self.keys();
+        }
+        if self.has_grown() || measured.iter().any(|measured| measured.is_hopeless && measured.places > 0) {
+            self.tried_keys = self.keys();
+        }
+        (self.calibrated, self.since, self.tried_at) = ((budget, self.keys()), 0, self.units);
+        self.calibrations.iter_mut().zip(measured).for_each(|(known, measured)| known.take(measured, budget));
     }
 
     /// By how much the logits of a query (`scale` is its factor) with the keys of a cluster vary: half their variance in a
@@ -541,17 +575,20 @@ impl Summaries {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::budgeted::calibration::MeasuredRow;
 
     #[test]
     fn a_hopeless_head_is_tried_again_at_twice_the_keys() {
         let mut head = HeadClusters { units: 7, ..HeadClusters::default() };
         assert_eq!(head.wanted(7), FIRST_REGIONS);
-        head.take(0.05, vec![Calibration { samples: 1, rows: 6, ..Calibration::default() }]);
+        let hopeless = || vec![Measurement { places: 1, is_hopeless: true, ..Measurement::default() }];
+        head.take(0.05, hopeless());
         assert_eq!([8, 13, 14, 20].map(|total| head.wanted(total)), [0, 0, 7, 10]);
         head.units = 14;
-        head.take(0.05, vec![Calibration { samples: 1, rows: 6, ..Calibration::default() }]);
+        head.take(0.05, hopeless());
         assert_eq!([20, 27, 28].map(|total| head.wanted(total)), [0, 0, 14]);
-        head.take(0.02, vec![Calibration { samples: 4, rows: 24, limit: 0.01, ..Calibration::default() }]);
+        let rows = vec![MeasuredRow { bearable: 0.01, ratio: None }; 24];
+        head.take(0.02, vec![Measurement { places: 4, rows, ..Measurement::default() }]);
         assert_eq!(head.wanted(15), 15, "it pays");
     }
 

@@ -8,7 +8,7 @@ use crate::tiles::Call;
 /// Tokens of a call whose queries are looked at.
 const TOKENS: usize = 64;
 /// Tokens that count as many as the guess that is made before any was seen: that queries look at all channels alike.
-const GUESSED_TOKENS: f32 = 4.0;
+const GUESSED_TOKENS: f32 = 16.0;
 
 /// Second moments of queries: those of each head of the group in relation to its own norm, so that a sharp head counts no
 /// more than a diffuse one. Two keys that differ by `δ` have logits that differ by `δᵀ M δ` in the mean square.

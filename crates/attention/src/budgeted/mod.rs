@@ -17,6 +17,7 @@
 mod calibration;
 mod clustering;
 mod index;
+mod measurement;
 mod metric;
 mod selection;
 mod settings;
@@ -26,8 +27,8 @@ use std::sync::{Mutex, PoisonError, RwLockWriteGuard};
 
 use iceformer_kernels::attention::MICRO_ROWS;
 
-pub(crate) use calibration::share_of_allowed;
 pub(crate) use index::{ClusterIndex, SortedKeys};
+pub(crate) use measurement::share_of_allowed;
 pub use settings::{BudgetError, BudgetSettings};
 pub(crate) use tile::distance;
 
@@ -36,8 +37,9 @@ use crate::output::Output;
 use crate::strided::FromF32;
 use crate::tiles::{Call, Plan};
 use crate::{HeadReport, Mask, Report, ThreadTeam};
-use calibration::{Calibration, CalibrationScratch};
+use calibration::Measurement;
 use index::IndexScratch;
+use measurement::MeasurementScratch;
 use tile::{Budgeted, NEAR_KEYS, TileScratch};
 
 /// Keys from which clusters are made: below, they save a tenth at best, and cost a twentieth where they are tried in vain.
@@ -58,7 +60,7 @@ pub(crate) struct BudgetScratch {
     /// One per thread.
     index: Vec<Mutex<IndexScratch>>,
     /// One per thread.
-    calibration: Vec<Mutex<CalibrationScratch>>,
+    measurement: Vec<Mutex<MeasurementScratch>>,
     /// One per thread.
     tiles: Vec<Mutex<TileScratch>>,
     /// One per task: reports of its query heads.
@@ -125,19 +127,24 @@ fn run_step<T: FromF32>(
     guard.note_call(passed, mask.window.is_some() || is_padded);
     // What is decoded goes on with one matter for a while: tokens some way apart tell more.
     let resemble = call.tokens() < MICRO_ROWS && !first.is_multiple_of(DECODED_BETWEEN);
+    guard.heads_mut().iter_mut().for_each(|head| head.note_tokens(call.tokens()));
     // The second round adds what the first has shown to pay.
-    for _ in 0..2 {
-        guard.extend(call, len, settled, many, team, &scratch.budgeted.index);
-        // Nearly every decode step: nothing to measure, and so nothing to add either.
-        if !guard.heads_mut().iter().any(|head| head.wants_calibration(settings.budget, resemble)) {
+    for round in 0..2 {
+        let has_more = guard.extend(call, len, settled, many, team, &scratch.budgeted.index);
+        if round > 0 && !has_more {
+            break;
+        }
+        let wanted = |head: &index::HeadClusters| head.places_wanted(settings.budget, call.tokens(), resemble);
+        let places: Vec<usize> = guard.heads_mut().iter().map(wanted).collect();
+        // Most decode steps: nothing to measure, and so nothing to add either.
+        if places.iter().all(|places| *places == 0) {
             break;
         }
         let budgeted = Budgeted { call: *call, settings: *settings, index: &guard };
-        let measured = calibrate(&budgeted, resemble, team, &mut scratch.budgeted);
-        for (head, measured) in guard.heads_mut().iter_mut().zip(measured) {
-            if let Some(measured) = measured {
-                head.take(settings.budget, measured);
-            }
+        let measured = measure(&budgeted, &places, team, &mut scratch.budgeted);
+        for (head, measured) in guard.heads_mut().iter_mut().zip(measured).filter(|(_, measured)| !measured.is_empty())
+        {
+            head.take(settings.budget, measured);
         }
     }
     // Other calls may use the clusters from here on, but none may add some.
@@ -176,19 +183,19 @@ fn run_step<T: FromF32>(
     report
 }
 
-/// Measures the query heads of every key/value head that wants it.
-fn calibrate(
+/// Measures the query heads of each key/value head at so many `places`; nothing where none are wanted.
+fn measure(
     budgeted: &Budgeted<'_>,
-    resemble: bool,
+    places: &[usize],
     team: &ThreadTeam,
     scratch: &mut BudgetScratch,
-) -> Vec<Option<Vec<Calibration>>> {
-    scratch.calibration.resize_with(team.threads(), Mutex::default);
-    let mut measured = vec![None; budgeted.call.cache.shape().kv_heads];
+) -> Vec<Vec<Measurement>> {
+    scratch.measurement.resize_with(team.threads(), Mutex::default);
+    let mut measured = vec![Vec::new(); places.len()];
     team.run_chunks(&mut measured, 1, |kv_head, measured, worker| {
-        if budgeted.index.head(kv_head).wants_calibration(budgeted.settings.budget, resemble) {
-            let mut scratch = scratch.calibration[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            measured[0] = Some(calibration::calibrate(budgeted, kv_head, &mut scratch));
+        if places[kv_head] > 0 {
+            let mut scratch = scratch.measurement[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            measured[0] = measurement::measure(budgeted, kv_head, places[kv_head], &mut scratch);
         }
     });
     measured

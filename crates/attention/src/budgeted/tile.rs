@@ -16,13 +16,15 @@ use crate::tiles::{self, Call, HeadKeys, Task};
 
 /// Keys before the queries of a causal tile that are always exact. Without a causal mask every key is in a cluster that
 /// every query sees, and those near a query are as good a guess as any.
-pub(super) const NEAR_KEYS: usize = 256;
+pub(super) const NEAR_KEYS: usize = 64;
 /// Above this share of clusters to compute, exact attention over the keys in their own order is faster.
 pub(super) const FALLBACK_SHARE: f32 = 0.5;
 /// Micro-tiles in a row that may fall back before the rest of the tile does untried.
 const MOST_FAILURES: usize = 2;
-/// One tile of so many is audited …
+/// One tile of so many is audited, …
 const AUDITED_TILES: usize = 16;
+/// … the last of each call of so many tokens, …
+const AUDITED_CALL: usize = 128;
 /// … and one decoded token of so many.
 const AUDITED_TOKENS: usize = 256;
 /// Clusters that all micro-tiles compute before the next: their keys and values stay in the second-level cache meanwhile.
@@ -105,8 +107,8 @@ impl<'a> Budgeted<'a> {
     fn pays(&self, task: &Task) -> bool {
         let (head, mut heads) = (self.index.head(task.kv_head), 0..self.call.group());
         match self.is_decoding(task) {
-            true => heads.all(|query_head| head.pays(query_head)),
-            false => heads.any(|query_head| head.pays(query_head)),
+            true => heads.all(|query_head| head.calibration(query_head).pays()),
+            false => heads.any(|query_head| head.calibration(query_head).pays()),
         }
     }
 
@@ -170,9 +172,10 @@ impl<'a> Budgeted<'a> {
     /// Whether a row of each head of `task` is also computed exactly.
     fn audits(&self, task: &Task) -> bool {
         let position = self.call.first_position + task.tokens.start;
+        let is_last = task.tokens.end == self.call.tokens() && self.call.tokens() >= AUDITED_CALL;
         match self.is_decoding(task) {
             true => position % AUDITED_TOKENS == AUDITED_TOKENS / 2,
-            false => (position / task.tokens.len() + task.kv_head).is_multiple_of(AUDITED_TILES),
+            false => is_last || (position / task.tokens.len() + task.kv_head).is_multiple_of(AUDITED_TILES),
         }
     }
 }
@@ -195,7 +198,7 @@ impl Work<'_> {
             if *heads.start() != failing {
                 (failures, failing) = (0, *heads.start());
             }
-            let pays = heads.clone().all(|head| self.head().pays(head));
+            let pays = heads.clone().all(|head| self.calibration(head).pays());
             let is_unlike = pays && self.is_unlike_measured(micro_tile, &mut scratch.query);
             let estimated = match pays && !is_unlike && failures < MOST_FAILURES {
                 true => self.estimate_and_select(micro_tile, &limits, self.most_computed(), tile, scratch),
@@ -282,7 +285,7 @@ impl Work<'_> {
     }
 
     /// What was measured of query head `head` of the group.
-    fn calibration(&self, head: usize) -> Calibration {
+    fn calibration(&self, head: usize) -> &Calibration {
         self.head().calibration(head)
     }
 
@@ -510,7 +513,7 @@ mod tests {
         let attention = Attention { method: Method::Exact, mask: Mask::causal(), scale: 0.5 };
         let (queries, scratch) = (random.normals(width, 1.0), [Mutex::new(IndexScratch::default())]);
         let queries = StridedView::token_major(&queries, 1, 1, width);
-        fn call<'a>(attention: &'a Attention, queries: StridedView<'a, f32>, cache: &'a KeyValueCache) -> Call<'a> {
+        fn call<'a>(attention: &'a Attention, queries: StridedView<'a>, cache: &'a KeyValueCache) -> Call<'a> {
             Call { attention, queries, first_position: cache.len() - 1, cache, soft_cap: None }
         }
         for kind in KeyValueType::ALL {
