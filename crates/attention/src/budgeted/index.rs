@@ -31,9 +31,9 @@ pub(super) const FIRST_KEYS: usize = 64;
 /// Regions that a head is tried on.
 const FIRST_REGIONS: usize = 2;
 
-/// Tokens of a long call from one place that is measured to the next …
+/// Tokens of a long call from one place that is measured to the next, …
 const PLACE_TOKENS: usize = 512;
-/// … tokens of a call that is measured, whatever was before, as are shorter calls of so many together …
+/// … of a shorter one, which is measured whatever was before, as are calls that have so many together, …
 const ENOUGH_TOKENS: usize = 128;
 /// … and decoded tokens from one that is measured to the next.
 const DECODED_TOKENS: usize = 64;
@@ -339,16 +339,19 @@ impl HeadClusters {
         let most = PLACES.min((tokens / MICRO_ROWS).max(1));
         let enough = if resemble { LEAST_PLACES } else { PLACES };
         let is_unknown = |calibration: &Calibration| calibration.places < enough && !calibration.is_hopeless();
-        let is_hopeless = self.calibrations.iter().any(Calibration::is_hopeless);
-        if self.is_outdated(budget) || self.calibrations.iter().any(is_unknown) || is_hopeless && self.has_grown() {
+        if self.is_outdated(budget) || self.calibrations.iter().any(is_unknown) {
             return most;
         }
-        match tokens {
+        let regular = match tokens {
             _ if !self.may_pay() => 0,
-            ENOUGH_TOKENS.. => most.min(tokens.div_ceil(PLACE_TOKENS).max((tokens / ENOUGH_TOKENS).min(2))),
+            PLACE_TOKENS.. => tokens.div_ceil(PLACE_TOKENS),
+            // Often a text of its own.
+            ENOUGH_TOKENS.. => (tokens / ENOUGH_TOKENS).min(2),
             MICRO_ROWS.. => usize::from(self.since >= ENOUGH_TOKENS),
             _ => usize::from(self.since >= DECODED_TOKENS),
-        }
+        };
+        let is_tried_again = self.has_grown() && self.calibrations.iter().any(Calibration::is_hopeless);
+        most.min(if is_tried_again { regular.max(LEAST_PLACES) } else { regular })
     }
 
     /// Whether the last measurement tells nothing of now.
