@@ -284,6 +284,54 @@ fn keys_that_stand_apart_are_not_missed_by_rare_queries() {
     assert!(report.fallback_share() < 0.5, "{}", report.fallback_share());
 }
 
+/// Queries that turn to another matter, whose keys clusters tell less of, behind a text that was measured.
+#[test]
+fn another_matter_is_measured_anew() {
+    let team = ThreadTeam::new(2);
+    let (tokens, keys, width, topics) = (2_000, 9_000, 64, 40);
+    let mut case = topical(shape(tokens, keys, width, width), Mask::causal());
+    // The second half of the topics lies wider about its centres, and its values follow its keys.
+    let mut random = Random::new(12);
+    let Inputs { queries, keys: all_keys, values } = &mut case.inputs;
+    let centres = random.normals(topics * width, 1.0);
+    let value_centres = random.normals(topics * width, 1.0);
+    for (key, value) in all_keys.chunks_exact_mut(width).zip(values.chunks_exact_mut(width)) {
+        let topic = random.below(topics);
+        let noise = random.normals(width, if topic < topics / 2 { 0.1 } else { 0.6 });
+        for channel in 0..width {
+            key[channel] = centres[topic * width + channel] + noise[channel];
+            value[channel] = value_centres[topic * width + channel] + 2.0 * noise[channel];
+        }
+    }
+    let turn = 400;
+    for (row, query) in queries.chunks_exact_mut(width).enumerate() {
+        let (token, head) = (row / 4, row % 4);
+        let topic = (token / 16 * 7 + head * 3) % (topics / 2) + if token < turn { 0 } else { topics / 2 };
+        let noise = random.normals(width, 0.3);
+        for channel in 0..width {
+            query[channel] = centres[topic * width + channel] + noise[channel];
+        }
+    }
+    let cache = case.cache(KeyValueType::F32, 0..keys, &team);
+    let (mut missed, mut kept) = (Vec::new(), 0.0);
+    for call in 0..tokens / 200 {
+        let tokens = call * 200..(call + 1) * 200;
+        let (exact, _, _) = case.run(Method::Exact, &cache, tokens.clone(), &team);
+        let (output, _, report) = case.run(BUDGETED, &cache, tokens.clone(), &team);
+        if tokens.start >= turn {
+            missed.extend(case.missed(&exact, &output));
+            kept += report.kept_share() / 8.0;
+            assert!(
+                report.fallback_rows == report.rows || report.audited_missed_mass.count() > 0,
+                "no row was audited"
+            );
+        }
+    }
+    let over = missed.iter().filter(|missed| **missed > f64::from(BUDGET)).count() as f64 / missed.len() as f64;
+    assert!(over <= 0.01, "{over} of the rows missed more than the budget, {} at worst", quantile(&missed, 1.0));
+    assert!(kept < 0.9, "{kept}");
+}
+
 #[test]
 fn any_number_of_threads_gives_the_same_bits() {
     let case = topical(shape(200, 6_500, 64, 64), Mask::causal());

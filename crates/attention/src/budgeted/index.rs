@@ -37,6 +37,10 @@ const PLACE_TOKENS: usize = 512;
 const ENOUGH_TOKENS: usize = 128;
 /// … and decoded tokens from one that is measured to the next.
 const DECODED_TOKENS: usize = 64;
+/// Share of what a head was known to bear below which its text has turned to another matter, …
+const TURNED: f32 = 0.75;
+/// … and tokens of the call from one place that is measured then to the next.
+const TURNED_TOKENS: usize = 4 * MICRO_ROWS;
 /// What was measured on a part of the keys is forgotten when there are so many times as many.
 const OUTDATED: usize = 2;
 
@@ -80,6 +84,8 @@ pub(super) struct HeadClusters {
     since: usize,
     /// Clustered keys when heads that clusters do not help were last tried.
     tried_keys: usize,
+    /// Whether the last measurement found queries more demanding than those before, and few of them.
+    has_turned: bool,
     /// Units of [`REGION_KEYS`] keys that there were, clustered or not, at the last call …
     units: usize,
     /// … and at the last measurement.
@@ -185,7 +191,7 @@ impl ClusterIndex {
     /// Clusters the first `len` keys of the cache of `call`, as far as they are not, for queries like its own: of each head
     /// a few regions first, the others when measurements have shown that they pay. Regions that end at `settled` or
     /// before, which every query to come sees whole, become larger ones: the largest where there are `many` queries, for
-    /// which they are worth the time. Returns whether there are more.
+    /// which they are worth the time.
     pub(super) fn extend(
         &mut self,
         call: &Call<'_>,
@@ -194,7 +200,7 @@ impl ClusterIndex {
         many: bool,
         team: &ThreadTeam,
         scratch: &[Mutex<IndexScratch>],
-    ) -> bool {
+    ) {
         let cache = call.cache;
         self.heads.resize_with(cache.shape().kv_heads, HeadClusters::default);
         let total = len.saturating_sub(FIRST_KEYS) / REGION_KEYS;
@@ -214,7 +220,7 @@ impl ClusterIndex {
             built.extend(layout.into_iter().skip(kept).map(|keys| (index, keys, None)));
         }
         if built.is_empty() {
-            return false;
+            return;
         }
         team.run_chunks(&mut self.heads, 1, |index, head, _| {
             if built.iter().any(|(head, ..)| *head == index) {
@@ -229,7 +235,6 @@ impl ClusterIndex {
         for (head, _, region) in built {
             self.heads[head].regions.extend(region);
         }
-        true
     }
 
     /// Forgets the regions of head `head` that hold keys from `len` on. Returns the first key of the first of them.
@@ -328,6 +333,7 @@ impl HeadClusters {
     /// Notes that the queries of `tokens` tokens are about to be answered.
     pub fn note_tokens(&mut self, tokens: usize) {
         self.since = self.since.saturating_add(tokens);
+        self.has_turned = false;
     }
 
     /// At how many places of a call of `tokens` tokens queries should be measured. Where they `resemble` those that were just
@@ -337,9 +343,19 @@ impl HeadClusters {
             return 0;
         }
         let most = PLACES.min((tokens / MICRO_ROWS).max(1));
+        if self.has_turned {
+            return PLACES.min(tokens / TURNED_TOKENS);
+        }
         let enough = if resemble { LEAST_PLACES } else { PLACES };
         let is_unknown = |calibration: &Calibration| calibration.places < enough && !calibration.is_hopeless();
-        if self.is_outdated(budget) || self.calibrations.iter().any(is_unknown) {
+        if self.is_outdated(budget) {
+            return most;
+        }
+        // The queries of this call were measured, on these keys.
+        if self.since == 0 {
+            return 0;
+        }
+        if self.calibrations.iter().any(is_unknown) {
             return most;
         }
         let regular = match tokens {
@@ -375,7 +391,12 @@ impl HeadClusters {
             self.tried_keys = self.keys();
         }
         (self.calibrated, self.since, self.tried_at) = ((budget, self.keys()), 0, self.units);
-        self.calibrations.iter_mut().zip(measured).for_each(|(known, measured)| known.take(measured, budget));
+        let was_turned = std::mem::take(&mut self.has_turned);
+        for (known, measured) in self.calibrations.iter_mut().zip(measured) {
+            let before = known.limit();
+            known.take(measured, budget);
+            self.has_turned |= !was_turned && known.limit() < TURNED * before;
+        }
     }
 
     /// By how much the logits of a query (`scale` is its factor) with the keys of a cluster vary: half their variance in a

@@ -128,12 +128,10 @@ fn run_step<T: FromF32>(
     // What is decoded goes on with one matter for a while: tokens some way apart tell more.
     let resemble = call.tokens() < MICRO_ROWS && !first.is_multiple_of(DECODED_BETWEEN);
     guard.heads_mut().iter_mut().for_each(|head| head.note_tokens(call.tokens()));
-    // The second round adds what the first has shown to pay.
-    for round in 0..2 {
-        let has_more = guard.extend(call, len, settled, many, team, &scratch.budgeted.index);
-        if round > 0 && !has_more {
-            break;
-        }
+    // The second round adds what the first has shown to pay, and measures more of queries that the first found to be of
+    // another matter.
+    for _ in 0..2 {
+        guard.extend(call, len, settled, many, team, &scratch.budgeted.index);
         let wanted = |head: &index::HeadClusters| head.places_wanted(settings.budget, call.tokens(), resemble);
         let places: Vec<usize> = guard.heads_mut().iter().map(wanted).collect();
         // Most decode steps: nothing to measure, and so nothing to add either.
