@@ -264,6 +264,19 @@ fn queries_sharper_than_those_measured_are_exact() {
     }
 }
 
+/// Whatever its tiles are and wherever it is cut: one token of its last tile, one row of each head.
+#[test]
+fn every_call_of_enough_tokens_is_audited() {
+    let team = ThreadTeam::new(2);
+    // A last tile of five tokens; a step that ends amid the call, or three tokens before its end.
+    for (keys, tokens) in [(8_600, 128), (8_600, 197), (8_300, 200), (8_195, 150)] {
+        let case = topical(shape(tokens, keys, 32, 32), Mask::causal());
+        let cache = case.cache(KeyValueType::F32, 0..keys, &team);
+        let (_, _, report) = case.run(BUDGETED, &cache, 0..tokens, &team);
+        assert!(report.audited_missed_mass.count() >= 4, "{tokens} tokens up to {keys}");
+    }
+}
+
 /// One query in twenty looks for a few hundred keys, and for nothing else: they were measured, but not all of the keys
 /// that they look for.
 #[test]

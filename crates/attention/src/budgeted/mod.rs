@@ -6,8 +6,7 @@
 //! it the error that taking all its values as one would make; these errors are independent from cluster to cluster, so
 //! their squares add up. The clusters with the largest are computed exactly, as few as keep the sum within the budget
 //! ([`selection`]); the others enter the softmax with their estimated mass and their mean value ([`tile`]). How large
-//! the sum may be is measured for each head on a few of its queries, and again as the keys grow in number
-//! ([`calibration`]). The first keys, recent ones and those not clustered yet are always exact. Where clusters would save
+//! the sum may be is measured for each head on a few of its queries, all along the text ([`measurement`], [`calibration`]). The first keys, recent ones and those not clustered yet are always exact. Where clusters would save
 //! little, exact attention takes over.
 //!
 //! *Missed mass* of a row is the share of softmax mass that would have to move from one typical value to another,
@@ -40,7 +39,7 @@ use crate::{HeadReport, Mask, Report, ThreadTeam};
 use calibration::Measurement;
 use index::IndexScratch;
 use measurement::MeasurementScratch;
-use tile::{Budgeted, NEAR_KEYS, TileScratch};
+use tile::{AUDITED_CALL, Budgeted, NEAR_KEYS, TileScratch};
 
 /// Keys from which clusters are made: below, they save a tenth at best, and cost a twentieth where they are tried in vain.
 const LEAST_KEYS: usize = 5 * 1024;
@@ -83,8 +82,9 @@ pub(crate) fn run<T: FromF32>(
     if call.tokens() == 0 || !makes_clusters(&call.attention.mask, call.cache.len()) {
         return exact::run(call, output, team, scratch);
     }
+    let is_audited = call.tokens() >= AUDITED_CALL;
     if !call.attention.mask.causal {
-        return run_step(call, settings, output, team, scratch);
+        return run_step(call, settings, is_audited, output, team, scratch);
     }
     // In steps, so that the regions grow with what the queries see, as they do for a text that is read in chunks.
     let mut report = Report::default();
@@ -93,16 +93,18 @@ pub(crate) fn run<T: FromF32>(
         let position = call.first_position + first;
         let count = (STEP_TOKENS - position % STEP_TOKENS).min(call.tokens() - first);
         let tokens = first..first + count;
-        report += &run_step(&call.part(tokens.clone()), settings, output.part(tokens), team, scratch);
+        let audits_last = is_audited && tokens.end == call.tokens();
+        report += &run_step(&call.part(tokens.clone()), settings, audits_last, output.part(tokens), team, scratch);
         first += count;
     }
     report
 }
 
-/// Runs `call` with one set of clusters.
+/// Runs `call` with one set of clusters; `audits_last` is whether its last tile is audited.
 fn run_step<T: FromF32>(
     call: &Call<'_>,
     settings: &BudgetSettings,
+    audits_last: bool,
     output: Output<'_, T>,
     team: &ThreadTeam,
     scratch: &mut AttentionScratch,
@@ -138,7 +140,7 @@ fn run_step<T: FromF32>(
         if places.iter().all(|places| *places == 0) {
             break;
         }
-        let budgeted = Budgeted { call: *call, settings: *settings, index: &guard };
+        let budgeted = Budgeted { call: *call, settings: *settings, index: &guard, audits_last };
         let measured = measure(&budgeted, &places, team, &mut scratch.budgeted);
         for (head, measured) in guard.heads_mut().iter_mut().zip(measured).filter(|(_, measured)| !measured.is_empty())
         {
@@ -148,7 +150,7 @@ fn run_step<T: FromF32>(
     // Other calls may use the clusters from here on, but none may add some.
     let index = RwLockWriteGuard::downgrade(guard);
 
-    let budgeted = Budgeted { call: *call, settings: *settings, index: &index };
+    let budgeted = Budgeted { call: *call, settings: *settings, index: &index, audits_last };
     let plan = Plan::new(call);
     let tasks = || (0..plan.tasks()).map(|task| plan.task(task, cache.len()));
     if tasks().all(|task| budgeted.is_exact(&task)) {

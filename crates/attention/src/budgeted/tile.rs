@@ -24,7 +24,7 @@ const MOST_FAILURES: usize = 2;
 /// One tile of so many is audited, …
 const AUDITED_TILES: usize = 16;
 /// … the last of each call of so many tokens, …
-const AUDITED_CALL: usize = 128;
+pub(super) const AUDITED_CALL: usize = 128;
 /// … and one decoded token of so many.
 const AUDITED_TOKENS: usize = 256;
 /// Clusters that all micro-tiles compute before the next: their keys and values stay in the second-level cache meanwhile.
@@ -35,6 +35,8 @@ pub(super) struct Budgeted<'a> {
     pub call: Call<'a>,
     pub settings: BudgetSettings,
     pub index: &'a ClusterIndex,
+    /// Whether the last tile is audited.
+    pub audits_last: bool,
 }
 
 /// Buffers of one thread.
@@ -172,11 +174,12 @@ impl<'a> Budgeted<'a> {
     /// Whether a row of each head of `task` is also computed exactly.
     fn audits(&self, task: &Task) -> bool {
         let position = self.call.first_position + task.tokens.start;
-        let is_last = task.tokens.end == self.call.tokens() && self.call.tokens() >= AUDITED_CALL;
-        match self.is_decoding(task) {
+        let is_last = task.tokens.end == self.call.tokens();
+        let is_next = match self.is_decoding(task) {
             true => position % AUDITED_TOKENS == AUDITED_TOKENS / 2,
-            false => is_last || (position / task.tokens.len() + task.kv_head).is_multiple_of(AUDITED_TILES),
-        }
+            false => (position / task.tokens.len() + task.kv_head).is_multiple_of(AUDITED_TILES),
+        };
+        is_next || is_last && self.audits_last
     }
 }
 
@@ -530,7 +533,8 @@ mod tests {
 
                 let index = cache.clusters().read().unwrap();
                 let call = call(&attention, queries, &cache);
-                let budgeted = Budgeted { call, settings: BudgetSettings { budget: 0.1 }, index: &index };
+                let budgeted =
+                    Budgeted { call, settings: BudgetSettings { budget: 0.1 }, index: &index, audits_last: false };
                 let task = Task { kv_head: 0, tokens: 0..1, keys: 0..keys };
                 let regions = budgeted.far_regions(&task);
                 assert_eq!(regions, [0, 1]);
