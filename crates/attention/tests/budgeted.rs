@@ -264,6 +264,64 @@ fn queries_sharper_than_those_measured_are_exact() {
     }
 }
 
+/// A query unlike all others is among the last, which are measured, before many like it follow.
+#[test]
+fn one_sharp_query_that_was_measured_does_not_stand_for_those_to_come() {
+    let team = ThreadTeam::new(2);
+    let (tokens, keys, width) = (3_000, 11_000, 64);
+    let mut case = topical(shape(tokens, keys, width, width), Mask::causal());
+    let first_sharp = 2_900;
+    case.look_for_keys_apart((100..keys).step_by(600), first_sharp - 1..tokens, 12.0);
+    let cache = case.cache(KeyValueType::F32, 0..keys, &team);
+    let (_, _, report) = case.run(BUDGETED, &cache, 0..first_sharp, &team);
+    // Nor does it give heads up for all others.
+    assert!(report.fallback_share() < 0.2, "{} fell back", report.fallback_share());
+    let (exact, _, _) = case.run(Method::Exact, &cache, first_sharp..first_sharp + 60, &team);
+    let (output, _, report) = case.run(BUDGETED, &cache, first_sharp..first_sharp + 60, &team);
+    assert!(report.fallback_share() > 0.4, "{} fell back", report.fallback_share());
+    let missed = quantile(&case.missed(&exact, &output), 1.0);
+    assert!(missed <= f64::from(BUDGET), "{missed}");
+}
+
+/// The one decoded token of which rows are measured bears nothing.
+#[test]
+fn one_decoded_token_gives_no_head_up() {
+    let team = ThreadTeam::new(1);
+    let (tokens, keys) = (500, 8_300);
+    let mut case = topical(shape(tokens, keys, 64, 64), Mask::causal());
+    let (prompt, measured) = (300, 300 + 63);
+    case.look_for_keys_apart((100..keys).step_by(60), std::iter::once(measured), 20.0);
+    let cache = case.cache(KeyValueType::F32, 0..keys, &team);
+    case.run(BUDGETED, &cache, 0..prompt, &team);
+    let fell_back = |tokens: Range<usize>| -> u64 {
+        tokens.map(|token| case.run(BUDGETED, &cache, token..token + 1, &team).2.fallback_rows).sum()
+    };
+    assert_eq!(fell_back(prompt..measured), 0);
+    assert!(fell_back(measured..measured + 64) > 0, "nothing was learnt from the odd one");
+    // The next that is measured is like all others.
+    assert_eq!(fell_back(measured + 64..tokens), 0);
+}
+
+#[test]
+fn a_smaller_budget_is_kept_on_what_was_measured_at_a_larger() {
+    let team = ThreadTeam::new(2);
+    let case = topical(shape(400, 8_400, 64, 64), Mask::causal());
+    let method = |budget| Method::Budgeted(BudgetSettings { budget });
+    let (large, small) = (1.0, 0.005);
+    let cache = case.cache(KeyValueType::F32, 0..8_400, &team);
+    case.run(method(large), &cache, 0..300, &team);
+    let (exact, _, _) = case.run(Method::Exact, &cache, 300..400, &team);
+    let (output, _, _) = case.run(method(small), &cache, 300..400, &team);
+    let missed = quantile(&case.missed(&exact, &output), 0.98);
+    assert!(missed <= f64::from(small), "{missed}");
+    // And the other way round as little is computed as if nothing else had been measured.
+    let cache = case.cache(KeyValueType::F32, 0..8_400, &team);
+    case.run(method(0.01), &cache, 0..300, &team);
+    let kept = |cache| case.run(method(0.5), cache, 300..400, &team).2.kept_share();
+    let fresh = case.cache(KeyValueType::F32, 0..8_400, &team);
+    assert!(kept(&cache) < 1.2 * kept(&fresh), "{} and {}", kept(&cache), kept(&fresh));
+}
+
 /// Whatever its tiles are and wherever it is cut: one token of its last tile, one row of each head.
 #[test]
 fn every_call_of_enough_tokens_is_audited() {

@@ -33,6 +33,8 @@ pub(super) struct MeasuredRow {
     pub bearable: f32,
     /// Missed mass in units of the error that was estimated, where it tells.
     pub ratio: Option<f32>,
+    /// Its [spread](super::index::HeadClusters::logit_spread).
+    pub spread: f32,
 }
 
 /// What some places show of a query head.
@@ -40,8 +42,6 @@ pub(super) struct MeasuredRow {
 pub(super) struct Measurement {
     pub places: usize,
     pub rows: Vec<MeasuredRow>,
-    /// The largest [spread](super::index::HeadClusters::logit_spread) of a row.
-    pub spread: f32,
     /// Whether clusters were found not to pay.
     pub is_hopeless: bool,
 }
@@ -55,16 +55,18 @@ pub(super) struct Calibration {
     rows: Vec<MeasuredRow>,
     /// What the rows bear, all but the most demanding, in the unit of [`MeasuredRow::bearable`]; 0: too little for clusters
     /// to pay.
+    usual_limit: f32,
+    /// The same, and no more than those measured last bear; 0: nothing may be left to clusters for now.
     limit: f32,
     /// Missed mass of a row in the unit of its estimated error: of most rows.
     pub error_factor: f32,
-    /// The largest spread of a measured row.
+    /// The largest spread of a row that bears the limit: of the others nothing was learnt but that they want more.
     spread: f32,
 }
 
 /// Of a head that was not measured yet.
 pub(super) static UNKNOWN: Calibration =
-    Calibration { places: 0, rows: Vec::new(), limit: 0.0, error_factor: 0.0, spread: 0.0 };
+    Calibration { places: 0, rows: Vec::new(), usual_limit: 0.0, limit: 0.0, error_factor: 0.0, spread: 0.0 };
 
 impl Calibration {
     /// The error, as estimated, that may be left to clusters: what rows bear, with room for those to come. A few tokens that
@@ -72,6 +74,11 @@ impl Calibration {
     pub fn safe_limit(&self) -> f32 {
         let measured = (self.rows.len() as f32 / ENOUGH_ROWS as f32).min(1.0);
         self.limit * measured / SAFETY
+    }
+
+    /// What most rows bear, whatever those measured last do.
+    pub fn usual_limit(&self) -> f32 {
+        self.usual_limit
     }
 
     /// What rows bear, as measured.
@@ -87,7 +94,7 @@ impl Calibration {
 
     /// Whether it was found that clusters do not pay.
     pub fn is_hopeless(&self) -> bool {
-        self.places > 0 && self.limit == 0.0
+        self.places > 0 && self.usual_limit == 0.0
     }
 
     /// Whether clusters pay, as far as is known.
@@ -101,14 +108,20 @@ impl Calibration {
             return;
         }
         self.places += measured.places;
-        self.spread = self.spread.max(measured.spread);
-        let latest = bearable_by_most(&measured.rows, DEMANDING_OF_LATEST);
+        // Rows that are no numbers tell nothing.
+        let latest = match measured.rows.is_empty() {
+            true => f32::INFINITY,
+            false => bearable_by_most(&measured.rows, DEMANDING_OF_LATEST),
+        };
         self.rows.extend(measured.rows);
         self.rows.drain(..self.rows.len().saturating_sub(LATEST_ROWS));
         if measured.is_hopeless {
             self.rows.clear();
         }
-        self.limit = bearable_by_most(&self.rows, DEMANDING).min(latest);
+        self.usual_limit = bearable_by_most(&self.rows, DEMANDING);
+        self.limit = self.usual_limit.min(latest);
+        let bearing = self.rows.iter().filter(|row| row.bearable >= self.limit);
+        self.spread = bearing.map(|row| row.spread).fold(0.0, f32::max);
         let mut ratios: Vec<f32> = self.rows.iter().filter_map(|row| row.ratio).collect();
         // A row at the limit misses no more than the budget.
         let most = if self.limit > 0.0 { budget / self.safe_limit() } else { 1.0 };
@@ -136,12 +149,12 @@ mod tests {
     use super::*;
 
     fn row(bearable: f32) -> MeasuredRow {
-        MeasuredRow { bearable, ratio: Some(1.0 / bearable) }
+        MeasuredRow { bearable, ratio: Some(1.0 / bearable), spread: 1.0 }
     }
 
     fn measured(bearable: impl IntoIterator<Item = f32>) -> Measurement {
         let rows: Vec<_> = bearable.into_iter().map(row).collect();
-        Measurement { places: rows.len().div_ceil(6), rows, spread: 1.0, is_hopeless: false }
+        Measurement { places: rows.len().div_ceil(6), rows, is_hopeless: false }
     }
 
     #[test]
@@ -184,6 +197,40 @@ mod tests {
         assert!(calibration.limit() < 0.011, "it may come up again");
         (0..31).for_each(|_| calibration.take(measured([0.02; 6]), 0.05));
         assert_eq!(calibration.limit(), 0.02);
+    }
+
+    #[test]
+    fn one_row_gives_no_head_up() {
+        let mut calibration = Calibration::default();
+        calibration.take(measured([0.02; 96]), 0.05);
+        calibration.take(measured([0.0]), 0.05);
+        assert!(!calibration.pays() && !calibration.is_hopeless(), "nothing is left to clusters for now");
+        assert!(calibration.usual_limit() > 0.015);
+        calibration.take(measured([0.02]), 0.05);
+        assert!(calibration.pays());
+        // Rows that are no numbers.
+        calibration.take(Measurement { places: 1, ..Measurement::default() }, 0.05);
+        assert!(calibration.pays());
+        // Some rows more are no exception.
+        calibration.take(measured([0.0; 6]), 0.05);
+        assert!(calibration.is_hopeless());
+    }
+
+    #[test]
+    fn rows_that_are_passed_over_do_not_tell_what_is_alike() {
+        let sharp = |bearable| Measurement {
+            places: 1,
+            rows: vec![MeasuredRow { spread: 50.0, ..row(bearable) }],
+            is_hopeless: false,
+        };
+        let mut calibration = Calibration::default();
+        calibration.take(measured([0.02; LATEST_ROWS]), 0.05);
+        calibration.take(sharp(0.001), 0.05);
+        assert!(!calibration.is_unlike(90.0), "the limit is what it bears");
+        calibration.take(measured([0.02]), 0.05);
+        assert!(calibration.is_unlike(3.0) && !calibration.is_unlike(2.0), "the limit is what others bear");
+        calibration.take(sharp(0.02), 0.05);
+        assert!(!calibration.is_unlike(90.0));
     }
 
     #[test]

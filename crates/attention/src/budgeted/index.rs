@@ -320,6 +320,11 @@ impl HeadClusters {
         self.calibrations.get(head).unwrap_or(&UNKNOWN)
     }
 
+    /// What is known of query head `head` of the group at `budget`: nothing where it was measured at another.
+    pub fn known(&self, head: usize, budget: f32) -> &Calibration {
+        if self.calibrated.0 == budget { self.calibration(head) } else { &UNKNOWN }
+    }
+
     /// Whether query head `head` of the group was found not to be worth it, not long ago.
     pub fn is_given_up(&self, head: usize, budget: f32) -> bool {
         !self.is_outdated(budget) && !self.has_grown() && self.calibration(head).is_hopeless()
@@ -371,7 +376,7 @@ impl HeadClusters {
     }
 
     /// Whether the last measurement tells nothing of now.
-    fn is_outdated(&self, budget: f32) -> bool {
+    pub fn is_outdated(&self, budget: f32) -> bool {
         let (calibrated_budget, keys) = self.calibrated;
         self.calibrations.is_empty() || calibrated_budget != budget || self.keys() >= OUTDATED * keys
     }
@@ -611,7 +616,7 @@ mod tests {
         head.units = 14;
         head.take(0.05, hopeless());
         assert_eq!([20, 27, 28].map(|total| head.wanted(total)), [0, 0, 14]);
-        let rows = vec![MeasuredRow { bearable: 0.01, ratio: None }; 24];
+        let rows = vec![MeasuredRow { bearable: 0.01, ratio: None, spread: 1.0 }; 24];
         head.take(0.02, vec![Measurement { places: 4, rows, ..Measurement::default() }]);
         assert_eq!(head.wanted(15), 15, "it pays");
     }

@@ -61,6 +61,8 @@ struct Trial {
     /// The first step that is not tried, and what rows bear, in budgets, that do not bear the one before.
     steps: usize,
     least: f32,
+    /// Whether it is known from enough places that clusters pay, so that a few more do not say the contrary.
+    is_known: bool,
     measured: Measurement,
     /// What was computed at each place.
     costs: Vec<PlaceCosts>,
@@ -85,19 +87,23 @@ fn next_step(step: usize, rest: f32) -> usize {
 }
 
 impl Trial {
-    /// Begins a little above what is known.
-    fn after(known: &Calibration, budget: f32) -> Self {
+    /// Begins a little above what is known, or was where that `is_outdated`.
+    fn after(known: &Calibration, budget: f32, is_outdated: bool) -> Self {
         let more = (2.0 * (budget / USUAL_BUDGET).log2()).round().max(0.0) as usize;
         let all = STEPS + more;
-        let (first_step, steps) = match known.limit() > 0.0 {
-            true => {
-                let step = (2.0 * (MOST * budget / known.limit()).log2()).round().max(0.0) as usize;
-                (step.saturating_sub(STEPS_UP).min(all - 1), (step + STEPS_DOWN).min(all))
-            }
-            false => (0, all),
+        let step_of = |limit: f32| (2.0 * (MOST * budget / limit).log2()).round().max(0.0) as usize;
+        // Not a little above the limit: rows that begin there do not tell how much more they bear.
+        let first_step = match known.usual_limit() > 0.0 {
+            true => step_of(known.usual_limit()).saturating_sub(STEPS_UP).min(all - 1),
+            false => 0,
+        };
+        let steps = match known.limit() > 0.0 && !is_outdated {
+            true => (step_of(known.limit()) + STEPS_DOWN).min(all),
+            false => all,
         };
         let least = if steps == all { 0.0 } else { 0.5 * limit_at(steps) };
-        Self { first_step, steps, least, measured: Measurement::default(), costs: Vec::new() }
+        let is_known = known.places >= LEAST_PLACES && !known.is_hopeless() && !is_outdated;
+        Self { first_step, steps, least, is_known, measured: Measurement::default(), costs: Vec::new() }
     }
 
     fn is_given_up(&self) -> bool {
@@ -113,13 +119,16 @@ impl Trial {
     }
 
     /// Gives up where the places measured so far show that clusters do not pay: the first alone where it needed all of
-    /// them.
+    /// them, unless it is known that others do not.
     fn judge(&mut self) {
+        if self.is_known && self.measured.rows.is_empty() {
+            return;
+        }
         let share = self.computed_share();
         self.measured.is_hopeless |= match self.measured.places {
             0 => false,
             LEAST_PLACES.. => ESTIMATE_COST + COMPUTE_COST * share > MOST_COST,
-            _ => share >= 1.0,
+            _ => share >= 1.0 && !self.is_known,
         };
     }
 }
@@ -161,7 +170,9 @@ pub(super) fn measure(
     };
     let budget = budgeted.settings.budget;
     let head = budgeted.index.head(kv_head);
-    let mut trials: Vec<_> = (0..group).map(|query_head| Trial::after(head.calibration(query_head), budget)).collect();
+    let is_outdated = head.is_outdated(budget);
+    let mut trials: Vec<_> =
+        (0..group).map(|query_head| Trial::after(head.known(query_head, budget), budget, is_outdated)).collect();
     for (query_head, trial) in trials.iter_mut().enumerate() {
         trial.measured.is_hopeless = head.is_given_up(query_head, budget);
     }
@@ -190,7 +201,9 @@ pub(super) fn measure(
                     trials.iter_mut().for_each(Trial::judge);
                 }
                 if trials.iter().any(Trial::is_given_up) {
-                    trials.iter_mut().for_each(|trial| trial.measured.is_hopeless = true);
+                    // They fall back together where they are decoded. In a prompt those that are known to pay do not.
+                    let others = trials.iter_mut().filter(|trial| !trial.is_known);
+                    others.for_each(|trial| trial.measured.is_hopeless = true);
                 }
             }
             if trials.iter().all(Trial::is_given_up) {
@@ -239,11 +252,6 @@ impl MeasurementScratch {
             trial.measured.places += 1;
             trial.costs.push(PlaceCosts { clusters: micro_tiles.len() * work.clusters(), computed: Vec::new() });
         }
-        for row in rows.clone() {
-            let spread = work.spread_of(row, &mut self.query);
-            let measured = &mut trials[work.task.head_and_token(row).0 - first].measured;
-            measured.spread = measured.spread.max(spread);
-        }
         let budget = work.budgeted.settings.budget;
         let mut steps: Vec<usize> = trials.iter().map(|trial| trial.first_step).collect();
         // Rows that bore no limit yet.
@@ -275,8 +283,10 @@ impl MeasurementScratch {
                 if *step == trial.steps {
                     // The last limit is too large for the rows that are left.
                     let bearable = trial.least * budget;
-                    let rest = open.extract_if(.., |row| of_head(row));
-                    trial.measured.rows.extend(rest.map(|_| MeasuredRow { bearable, ratio: None }));
+                    for row in open.extract_if(.., |row| of_head(row)) {
+                        let spread = work.spread_of(row, &mut self.query);
+                        trial.measured.rows.push(MeasuredRow { bearable, ratio: None, spread });
+                    }
                     *step -= 1;
                 }
             }
@@ -319,7 +329,7 @@ impl MeasurementScratch {
                 bearable = bearable.min(error / share);
             }
             let ratio = (error > TELLING * limits[head]).then(|| missed / error);
-            note(head, MeasuredRow { bearable, ratio });
+            note(head, MeasuredRow { bearable, ratio, spread: work.spread_of(row, &mut self.query) });
         }
         // Where it would fall back its rows are measured all the same: others much like them may not.
         let computed = if estimated.selected > work.most_computed() { work.clusters() } else { estimated.selected };
@@ -352,7 +362,7 @@ mod tests {
 
     #[test]
     fn the_smallest_limit_is_the_same_for_larger_budgets() {
-        let smallest = |budget: f32| limit_at(Trial::after(&Calibration::default(), budget).steps - 1) * budget;
+        let smallest = |budget: f32| limit_at(Trial::after(&Calibration::default(), budget, true).steps - 1) * budget;
         for budget in [0.05, 0.1, 0.2, 0.4, 0.8] {
             assert!((smallest(budget) / smallest(0.05) - 1.0).abs() < 1e-3, "{budget}");
         }
@@ -363,11 +373,17 @@ mod tests {
     fn what_is_known_is_where_a_measurement_begins_and_ends() {
         let budget = 0.05;
         let mut known = Calibration::default();
-        let rows = vec![MeasuredRow { bearable: MOST * budget / 8.0, ratio: None }; 96];
+        let rows = vec![MeasuredRow { bearable: MOST * budget / 8.0, ratio: None, spread: 1.0 }; 96];
         known.take(Measurement { places: 16, rows, ..Measurement::default() }, budget);
-        let trial = Trial::after(&known, budget);
+        let trial = Trial::after(&known, budget, false);
         assert_eq!((trial.first_step, trial.steps), (6 - STEPS_UP, 6 + STEPS_DOWN));
         assert!(trial.least > 0.0 && trial.least < limit_at(trial.steps));
+        let trial = Trial::after(&known, budget, true);
+        assert_eq!((trial.first_step, trial.steps, trial.least), (6 - STEPS_UP, STEPS, 0.0), "it may be far less");
+        // A row that bears an eighth: the next may bear as much as those before.
+        let rows = vec![MeasuredRow { bearable: MOST * budget / 64.0, ratio: None, spread: 1.0 }];
+        known.take(Measurement { places: 1, rows, ..Measurement::default() }, budget);
+        assert_eq!(Trial::after(&known, budget, false).first_step, 6 - STEPS_UP);
     }
 
     #[test]
