@@ -240,6 +240,9 @@ impl ClusterIndex {
     /// Forgets the regions of head `head` that hold keys from `len` on. Returns the first key of the first of them.
     pub fn truncate(&mut self, head: usize, len: usize) -> Option<usize> {
         let head = self.heads.get_mut(head)?;
+        // Another text may follow, of which a head that was given up is tried as soon as of one that was so short before.
+        let units = len.saturating_sub(FIRST_KEYS) / REGION_KEYS;
+        (head.units, head.tried_at) = (head.units.min(units), head.tried_at.min(units));
         let kept = head.regions.iter().take_while(|region| region.keys().end <= len).count();
         let first = head.regions.get(kept)?.keys().start;
         head.regions.truncate(kept);
@@ -350,6 +353,11 @@ impl HeadClusters {
         let most = PLACES.min((tokens / MICRO_ROWS).max(1));
         if self.has_turned {
             return PLACES.min(tokens / TURNED_TOKENS);
+        }
+        // Heads that are decoded together fall back together: where one is given up, the others are measured in vain.
+        let is_given_up = |head| self.is_given_up(head, budget);
+        if tokens < MICRO_ROWS && (0..self.calibrations.len()).any(is_given_up) {
+            return 0;
         }
         let enough = if resemble { LEAST_PLACES } else { PLACES };
         let is_unknown = |calibration: &Calibration| calibration.places < enough && !calibration.is_hopeless();
@@ -619,6 +627,44 @@ mod tests {
         let rows = vec![MeasuredRow { bearable: 0.01, ratio: None, spread: 1.0 }; 24];
         head.take(0.02, vec![Measurement { places: 4, rows, ..Measurement::default() }]);
         assert_eq!(head.wanted(15), 15, "it pays");
+    }
+
+    #[test]
+    fn a_hopeless_head_is_tried_again_after_another_text() {
+        let hopeless = vec![Measurement { places: 1, is_hopeless: true, ..Measurement::default() }];
+        let mut index = ClusterIndex::default();
+        index.heads.push(HeadClusters { units: 97, ..HeadClusters::default() });
+        index.heads[0].take(0.05, hopeless);
+        // Its regions lie before what is dropped.
+        assert_eq!(index.truncate(0, FIRST_KEYS + 8 * REGION_KEYS), None);
+        assert_eq!([15, 16].map(|total| index.heads[0].wanted(total)), [0, 8]);
+    }
+
+    #[test]
+    fn nothing_is_measured_beside_a_head_that_is_given_up_where_they_are_decoded_together() {
+        let shape = CacheShape { kv_heads: 1, key_dim: 16, value_dim: 16 };
+        let team = ThreadTeam::new(1);
+        let mut cache = KeyValueCache::new(shape, crate::KeyValueType::F32);
+        let keys = FIRST_KEYS + 5 * REGION_KEYS;
+        cache.append(&vec![0.5; keys * 16], &vec![0.5; keys * 16], &team);
+        let mut scratch = IndexScratch::default();
+        let mut region = |first: usize| {
+            let keys = FIRST_KEYS + first * REGION_KEYS..FIRST_KEYS + (first + 1) * REGION_KEYS;
+            Region::new(&cache, 0, keys, &QueryMetric::default(), &mut scratch)
+        };
+        let mut head = HeadClusters { regions: (0..4).map(&mut region).collect(), units: 4, ..HeadClusters::default() };
+        let row = MeasuredRow { bearable: 0.01, ratio: None, spread: 1.0 };
+        let measured = Measurement { places: 2, rows: vec![row; 12], is_hopeless: false };
+        let hopeless = Measurement { is_hopeless: true, ..measured.clone() };
+        head.take(0.05, vec![hopeless, measured]);
+        for resemble in [true, false] {
+            assert_eq!([1, 5, 6, 60].map(|tokens| head.places_wanted(0.05, tokens, resemble)), [0, 0, 1, 10]);
+        }
+        assert_eq!(head.places_wanted(0.1, 1, true), 1, "another budget");
+        head.regions.push(region(4));
+        assert_eq!(head.places_wanted(0.05, 1, true), 0, "as many keys, nearly");
+        head.tried_keys = 3 * REGION_KEYS;
+        assert_eq!(head.places_wanted(0.05, 1, true), 1, "more keys");
     }
 
     #[test]
