@@ -389,7 +389,7 @@ impl HeadClusters {
         self.calibrations.is_empty() || calibrated_budget != budget || self.keys() >= OUTDATED * keys
     }
 
-    /// Whether there are many more keys than at the last measurement of all heads, or fewer.
+    /// Whether there are many more keys than when heads that clusters do not help were last tried, or fewer.
     fn has_grown(&self) -> bool {
         self.keys() < self.tried_keys || 4 * self.keys() > 5 * self.tried_keys
     }

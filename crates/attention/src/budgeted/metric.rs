@@ -11,7 +11,8 @@ const TOKENS: usize = 64;
 const GUESSED_TOKENS: f32 = 16.0;
 
 /// Second moments of queries: those of each head of the group in relation to its own norm, so that a sharp head counts no
-/// more than a diffuse one. Two keys that differ by `δ` have logits that differ by `δᵀ M δ` in the mean square.
+/// more than a diffuse one. Where two keys differ by `δ` the mean square of what their logits differ by is in proportion to
+/// `δᵀ M δ`.
 #[derive(Default)]
 pub(super) struct QueryMetric {
     /// `[width][width]`, of trace 1; empty before any query was seen.
