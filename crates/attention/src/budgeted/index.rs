@@ -400,10 +400,14 @@ impl HeadClusters {
             self.calibrations = vec![UNKNOWN.clone(); measured.len()];
             self.tried_keys = self.keys();
         }
-        if self.has_grown() || measured.iter().any(|measured| measured.is_hopeless && measured.places > 0) {
+        let is_measured = |measured: &Measurement| measured.places > 0;
+        if measured.iter().any(|measured| is_measured(measured) && (measured.is_hopeless || self.has_grown())) {
             self.tried_keys = self.keys();
         }
-        (self.calibrated, self.since, self.tried_at) = ((budget, self.keys()), 0, self.units);
+        self.since = 0;
+        if measured.iter().any(is_measured) {
+            (self.calibrated, self.tried_at) = ((budget, self.keys()), self.units);
+        }
         let was_turned = std::mem::take(&mut self.has_turned);
         for (known, measured) in self.calibrations.iter_mut().zip(measured) {
             let before = known.limit();
@@ -657,6 +661,8 @@ mod tests {
         let measured = Measurement { places: 2, rows: vec![row; 12], is_hopeless: false };
         let hopeless = Measurement { is_hopeless: true, ..measured.clone() };
         head.take(0.05, vec![hopeless, measured]);
+        assert_eq!(head.places_wanted(0.05, 60, false), 0, "of the same call");
+        head.note_tokens(1);
         for resemble in [true, false] {
             assert_eq!([1, 5, 6, 60].map(|tokens| head.places_wanted(0.05, tokens, resemble)), [0, 0, 1, 10]);
         }
