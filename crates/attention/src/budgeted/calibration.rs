@@ -18,8 +18,10 @@ const DEMANDING: f32 = 0.01;
 pub(super) const DEMANDING_OF_LATEST: f32 = 0.05;
 /// Rows below which the most demanding may not be among them: what they bear is divided as there are fewer.
 const ENOUGH_ROWS: usize = 48;
-/// Room for rows to come, which see more keys than those that were measured.
+/// Room for rows to come, which see more keys than those that were measured: where all [`LATEST_ROWS`] are known, …
 const SAFETY: f32 = 1.2;
+/// … and what is added as there are fewer, whose most demanding says less of others.
+const SAFETY_OF_FEW: f32 = 0.6;
 /// Spread of a row that is computed exactly, beside the largest of a measured one.
 const MOST_SPREAD: f32 = 2.0;
 /// Share of the rows that miss less than reported of them, in relation to the error that was estimated for them.
@@ -72,8 +74,9 @@ impl Calibration {
     /// The error, as estimated, that may be left to clusters: what rows bear, with room for those to come. A few tokens that
     /// are decoded one after another are much alike, and tell little.
     pub fn safe_limit(&self) -> f32 {
-        let measured = (self.rows.len() as f32 / ENOUGH_ROWS as f32).min(1.0);
-        self.limit * measured / SAFETY
+        let rows = self.rows.len() as f32;
+        let room = SAFETY + SAFETY_OF_FEW * (1.0 - rows / LATEST_ROWS as f32);
+        self.limit / room.max(SAFETY * ENOUGH_ROWS as f32 / rows.max(1.0))
     }
 
     /// What most rows bear, whatever those measured last do.
@@ -172,7 +175,7 @@ mod tests {
         calibration.take(measured((0..96).map(|index| if index == 40 { 0.001 } else { 0.02 })), 0.05);
         assert!((calibration.limit() / 0.02 - 0.95).abs() < 0.01, "{}", calibration.limit());
         assert!(calibration.pays() && !calibration.is_hopeless());
-        assert!((calibration.safe_limit() * SAFETY / calibration.limit() - 1.0).abs() < 1e-6);
+        assert!((calibration.safe_limit() * (SAFETY + 0.5 * SAFETY_OF_FEW) / calibration.limit() - 1.0).abs() < 1e-6);
         // Three are more than one.
         calibration.take(measured((0..48).map(|index| if index < 2 { 0.001 } else { 0.02 })), 0.05);
         assert!(calibration.limit() < 0.002, "{}", calibration.limit());
