@@ -264,6 +264,77 @@ fn queries_sharper_than_those_measured_are_exact() {
     }
 }
 
+/// A query unlike all others is among the last, which are measured, before many like it follow.
+#[test]
+fn one_sharp_query_that_was_measured_does_not_stand_for_those_to_come() {
+    let team = ThreadTeam::new(2);
+    let (tokens, keys, width) = (3_000, 11_000, 64);
+    let mut case = topical(shape(tokens, keys, width, width), Mask::causal());
+    let first_sharp = 2_900;
+    case.look_for_keys_apart((100..keys).step_by(600), first_sharp - 1..tokens, 12.0);
+    let cache = case.cache(KeyValueType::F32, 0..keys, &team);
+    let (_, _, report) = case.run(BUDGETED, &cache, 0..first_sharp, &team);
+    // Nor does it give heads up for all others.
+    assert!(report.fallback_share() < 0.2, "{} fell back", report.fallback_share());
+    let (exact, _, _) = case.run(Method::Exact, &cache, first_sharp..first_sharp + 60, &team);
+    let (output, _, report) = case.run(BUDGETED, &cache, first_sharp..first_sharp + 60, &team);
+    assert!(report.fallback_share() > 0.4, "{} fell back", report.fallback_share());
+    let missed = quantile(&case.missed(&exact, &output), 1.0);
+    assert!(missed <= f64::from(BUDGET), "{missed}");
+}
+
+/// The one decoded token of which rows are measured bears nothing.
+#[test]
+fn one_decoded_token_gives_no_head_up() {
+    let team = ThreadTeam::new(1);
+    let (tokens, keys) = (500, 8_300);
+    let mut case = topical(shape(tokens, keys, 64, 64), Mask::causal());
+    let (prompt, measured) = (300, 300 + 63);
+    case.look_for_keys_apart((100..keys).step_by(60), std::iter::once(measured), 20.0);
+    let cache = case.cache(KeyValueType::F32, 0..keys, &team);
+    case.run(BUDGETED, &cache, 0..prompt, &team);
+    let fell_back = |tokens: Range<usize>| -> u64 {
+        tokens.map(|token| case.run(BUDGETED, &cache, token..token + 1, &team).2.fallback_rows).sum()
+    };
+    assert_eq!(fell_back(prompt..measured), 0);
+    assert!(fell_back(measured..measured + 64) > 0, "nothing was learnt from the odd one");
+    // The next that is measured is like all others.
+    assert_eq!(fell_back(measured + 64..tokens), 0);
+}
+
+#[test]
+fn a_smaller_budget_is_kept_on_what_was_measured_at_a_larger() {
+    let team = ThreadTeam::new(2);
+    let case = topical(shape(400, 8_400, 64, 64), Mask::causal());
+    let method = |budget| Method::Budgeted(BudgetSettings { budget });
+    let (large, small) = (1.0, 0.005);
+    let cache = case.cache(KeyValueType::F32, 0..8_400, &team);
+    case.run(method(large), &cache, 0..300, &team);
+    let (exact, _, _) = case.run(Method::Exact, &cache, 300..400, &team);
+    let (output, _, _) = case.run(method(small), &cache, 300..400, &team);
+    let missed = quantile(&case.missed(&exact, &output), 0.98);
+    assert!(missed <= f64::from(small), "{missed}");
+    // And the other way round as little is computed as if nothing else had been measured.
+    let cache = case.cache(KeyValueType::F32, 0..8_400, &team);
+    case.run(method(0.01), &cache, 0..300, &team);
+    let kept = |cache| case.run(method(0.5), cache, 300..400, &team).2.kept_share();
+    let fresh = case.cache(KeyValueType::F32, 0..8_400, &team);
+    assert!(kept(&cache) < 1.2 * kept(&fresh), "{} and {}", kept(&cache), kept(&fresh));
+}
+
+/// Whatever its tiles are and wherever it is cut: one token of its last tile, one row of each head.
+#[test]
+fn every_call_of_enough_tokens_is_audited() {
+    let team = ThreadTeam::new(2);
+    // A last tile of five tokens; a step that ends amid the call, or three tokens before its end.
+    for (keys, tokens) in [(8_600, 128), (8_600, 197), (8_300, 200), (8_195, 150)] {
+        let case = topical(shape(tokens, keys, 32, 32), Mask::causal());
+        let cache = case.cache(KeyValueType::F32, 0..keys, &team);
+        let (_, _, report) = case.run(BUDGETED, &cache, 0..tokens, &team);
+        assert!(report.audited_missed_mass.count() > 0, "{tokens} tokens up to {keys}");
+    }
+}
+
 /// One query in twenty looks for a few hundred keys, and for nothing else: they were measured, but not all of the keys
 /// that they look for.
 #[test]
@@ -282,6 +353,54 @@ fn keys_that_stand_apart_are_not_missed_by_rare_queries() {
     assert!(quantile(&of_rare, 1.0) <= 4.0 * f64::from(BUDGET), "{}", quantile(&of_rare, 1.0));
     assert!(quantile(&missed, 0.98) <= f64::from(BUDGET), "{}", quantile(&missed, 0.98));
     assert!(report.fallback_share() < 0.5, "{}", report.fallback_share());
+}
+
+/// Queries that turn to another matter, whose keys clusters tell less of, behind a text that was measured.
+#[test]
+fn another_matter_is_measured_anew() {
+    let team = ThreadTeam::new(2);
+    let (tokens, keys, width, topics) = (2_000, 9_000, 64, 40);
+    let mut case = topical(shape(tokens, keys, width, width), Mask::causal());
+    // The second half of the topics lies wider about its centres, and its values follow its keys.
+    let mut random = Random::new(12);
+    let Inputs { queries, keys: all_keys, values } = &mut case.inputs;
+    let centres = random.normals(topics * width, 1.0);
+    let value_centres = random.normals(topics * width, 1.0);
+    for (key, value) in all_keys.chunks_exact_mut(width).zip(values.chunks_exact_mut(width)) {
+        let topic = random.below(topics);
+        let noise = random.normals(width, if topic < topics / 2 { 0.1 } else { 0.6 });
+        for channel in 0..width {
+            key[channel] = centres[topic * width + channel] + noise[channel];
+            value[channel] = value_centres[topic * width + channel] + 2.0 * noise[channel];
+        }
+    }
+    let turn = 400;
+    for (row, query) in queries.chunks_exact_mut(width).enumerate() {
+        let (token, head) = (row / 4, row % 4);
+        let topic = (token / 16 * 7 + head * 3) % (topics / 2) + if token < turn { 0 } else { topics / 2 };
+        let noise = random.normals(width, 0.3);
+        for channel in 0..width {
+            query[channel] = centres[topic * width + channel] + noise[channel];
+        }
+    }
+    let cache = case.cache(KeyValueType::F32, 0..keys, &team);
+    let (mut missed, mut kept) = (Vec::new(), 0.0);
+    for call in 0..tokens / 200 {
+        let tokens = call * 200..(call + 1) * 200;
+        let (exact, _, _) = case.run(Method::Exact, &cache, tokens.clone(), &team);
+        let (output, _, report) = case.run(BUDGETED, &cache, tokens.clone(), &team);
+        if tokens.start >= turn {
+            missed.extend(case.missed(&exact, &output));
+            kept += report.kept_share() / 8.0;
+            assert!(
+                report.fallback_rows == report.rows || report.audited_missed_mass.count() > 0,
+                "no row was audited"
+            );
+        }
+    }
+    let over = missed.iter().filter(|missed| **missed > f64::from(BUDGET)).count() as f64 / missed.len() as f64;
+    assert!(over <= 0.01, "{over} of the rows missed more than the budget, {} at worst", quantile(&missed, 1.0));
+    assert!(kept < 0.9, "{kept}");
 }
 
 #[test]
@@ -432,7 +551,9 @@ fn keys_sorted_into_their_clusters_are_held_once_and_are_the_same() {
         let case = topical(shape(300, 9_001, key_dim, value_dim), Mask::causal());
         let plain = case.cache(kind, 0..9_001, &team);
         let mut cache = case.cache(kind, 0..9_001, &team);
-        let before = case.run(BUDGETED, &cache, 0..300, &team);
+        let unsorted = case.cache(kind, 0..9_001, &team);
+        case.run(BUDGETED, &unsorted, 0..300, &team);
+        case.run(BUDGETED, &cache, 0..300, &team);
         let copied = cache.index_bytes();
         cache.compact(&team);
         let what = kind.name();
@@ -446,7 +567,7 @@ fn keys_sorted_into_their_clusters_are_held_once_and_are_the_same() {
 
         // Clusters lie in the cache; queries see all that was sorted, part of it, or none.
         let allowed = if kind == KeyValueType::F32 { 5e-5 } else { 3e-3 };
-        let after = case.run(BUDGETED, &cache, 0..300, &team);
+        let [before, after] = [&unsorted, &cache].map(|cache| case.run(BUDGETED, cache, 0..300, &team));
         assert!(difference(&before, &after) < allowed, "{what}: {}", difference(&before, &after));
         assert_eq!(before.2.kept_keys, after.2.kept_keys, "{what}");
         let masks = [

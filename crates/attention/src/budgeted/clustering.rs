@@ -1,6 +1,8 @@
-//! Clusters of keys: balanced bisection along the direction in which the keys of a group differ most.
+//! Clusters of keys: balanced bisection along the direction in which queries see the keys of a group differ most.
 
 use iceformer_kernels::rows::{Rows, add_scaled, dot_chosen_rows, dot_rows};
+
+use super::metric::QueryMetric;
 
 /// Keys that a group's direction is found from.
 const SAMPLE: usize = 64;
@@ -15,6 +17,7 @@ pub(super) struct BisectionScratch {
     mean: Vec<f32>,
     direction: Vec<f32>,
     next_direction: Vec<f32>,
+    buffer: Vec<f32>,
     projections: Vec<f32>,
     /// Projection and row number of each member, in an integer that sorts as they do.
     ranks: Vec<u64>,
@@ -23,9 +26,16 @@ pub(super) struct BisectionScratch {
 }
 
 /// Orders the rows of `keys` `[keys][width]` so that each `cluster` consecutive ones lie close together: `order` becomes
-/// their row numbers. A group is cut in half at the median along its main direction until groups have `cluster` keys.
-/// `keys` is `cluster` times a power of two, and the width a multiple of 16.
-pub(super) fn bisect(keys: &[f32], width: usize, cluster: usize, order: &mut Vec<u32>, scratch: &mut BisectionScratch) {
+/// their row numbers. A group is cut in half at the median along its main direction, as queries see it by `metric`, until
+/// groups have `cluster` keys. `keys` is `cluster` times a power of two, and the width a multiple of 16.
+pub(super) fn bisect(
+    keys: &[f32],
+    width: usize,
+    cluster: usize,
+    metric: &QueryMetric,
+    order: &mut Vec<u32>,
+    scratch: &mut BisectionScratch,
+) {
     let count = keys.len() / width;
     debug_assert!(count.is_multiple_of(cluster) && (count / cluster).is_power_of_two());
     order.clear();
@@ -33,7 +43,7 @@ pub(super) fn bisect(keys: &[f32], width: usize, cluster: usize, order: &mut Vec
     let mut group = count;
     while group > cluster {
         for members in order.chunks_exact_mut(group) {
-            scratch.cut(keys, width, members);
+            scratch.cut(keys, width, metric, members);
         }
         group /= 2;
     }
@@ -41,8 +51,8 @@ pub(super) fn bisect(keys: &[f32], width: usize, cluster: usize, order: &mut Vec
 
 impl BisectionScratch {
     /// Puts the half of `members` with the smaller projections first.
-    fn cut(&mut self, keys: &[f32], width: usize, members: &mut [u32]) {
-        self.find_direction(keys, width, members);
+    fn cut(&mut self, keys: &[f32], width: usize, metric: &QueryMetric, members: &mut [u32]) {
+        self.find_direction(keys, width, metric, members);
         self.projections.resize(members.len(), 0.0);
         dot_chosen_rows(&self.direction, Rows::F32(keys), members, &mut self.projections);
         // Equal projections keep the order of their keys, so that the result is one and the same.
@@ -67,8 +77,9 @@ impl BisectionScratch {
         members[low..].copy_from_slice(&self.high);
     }
 
-    /// Leaves the main direction of a sample of `members` in `self.direction`.
-    fn find_direction(&mut self, keys: &[f32], width: usize, members: &[u32]) {
+    /// Leaves in `self.direction` what to multiply keys by: the eigenvector of the largest eigenvalue of the metric times the
+    /// covariance of a sample of `members`. Along it the keys differ most in the eyes of the queries.
+    fn find_direction(&mut self, keys: &[f32], width: usize, metric: &QueryMetric, members: &[u32]) {
         let sampled = members.len().min(SAMPLE);
         self.sample.clear();
         for index in 0..sampled {
@@ -91,6 +102,7 @@ impl BisectionScratch {
         }
         self.direction.clear();
         self.direction.extend_from_slice(&self.sample[farthest * width..][..width]);
+        metric.apply(&mut self.direction, &mut self.next_direction);
         self.projections.resize(sampled, 0.0);
         for _ in 0..STEPS {
             dot_rows(&self.direction, Rows::F32(&self.sample), &mut self.projections[..sampled]);
@@ -99,6 +111,7 @@ impl BisectionScratch {
             for (key, &projection) in self.sample.chunks_exact(width).zip(&self.projections) {
                 add_scaled(&mut self.next_direction, projection, key);
             }
+            metric.apply(&mut self.next_direction, &mut self.buffer);
             let length = squared_norm(&self.next_direction).sqrt();
             if !(length > 0.0 && length.is_finite()) {
                 break;
@@ -143,14 +156,14 @@ mod tests {
             .map(|index| centres[index / width % 16 * width + index % width] + noise[index])
             .collect();
         let (mut order, mut scratch) = (Vec::new(), BisectionScratch::default());
-        bisect(&keys, width, cluster, &mut order, &mut scratch);
+        bisect(&keys, width, cluster, &QueryMetric::default(), &mut order, &mut scratch);
         let mut seen = order.clone();
         seen.sort_unstable();
         assert!(seen.iter().enumerate().all(|(index, &row)| index == row as usize));
         let pure = order.chunks_exact(cluster).filter(|members| members.iter().all(|row| row % 16 == members[0] % 16));
         assert!(pure.count() >= 10, "most clusters hold one centre");
         let mut again = Vec::new();
-        bisect(&keys, width, cluster, &mut again, &mut BisectionScratch::default());
+        bisect(&keys, width, cluster, &QueryMetric::default(), &mut again, &mut BisectionScratch::default());
         assert_eq!(order, again);
     }
 
@@ -165,7 +178,7 @@ mod tests {
         for value in [0.0, f32::NAN, f32::INFINITY] {
             let keys = vec![value; 128 * 16];
             let mut order = Vec::new();
-            bisect(&keys, 16, 16, &mut order, &mut BisectionScratch::default());
+            bisect(&keys, 16, 16, &QueryMetric::default(), &mut order, &mut BisectionScratch::default());
             order.sort_unstable();
             assert!(order.iter().enumerate().all(|(index, &row)| index == row as usize), "{value}");
         }

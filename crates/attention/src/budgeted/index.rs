@@ -5,13 +5,15 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use iceformer_kernels::AlignedBuffer;
-use iceformer_kernels::attention::{ClusterSummaries, KeyBlock, MAX_BLOCK_KEYS, PAGE_KEYS, PANEL_CLUSTERS};
+use iceformer_kernels::attention::{ClusterSummaries, KeyBlock, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, PANEL_CLUSTERS};
 use iceformer_kernels::half::bf16;
 use iceformer_kernels::rows::{ROW_MULTIPLE, add_scaled};
 
-use super::calibration::{Calibration, LEAST_SAMPLES, SAMPLES};
+use super::calibration::{Calibration, LEAST_PLACES, Measurement, PLACES, UNKNOWN};
 use super::clustering::{BisectionScratch, bisect, squared_norm};
+use super::metric::QueryMetric;
 use crate::segment::{SEGMENT_KEYS, Segment};
+use crate::tiles::Call;
 use crate::{CacheShape, KeyValueCache, ThreadTeam};
 
 /// Keys of the smallest region.
@@ -28,6 +30,19 @@ pub(super) const LARGEST_OF_FEW: usize = MOST_UNITS_OF_FEW * REGION_KEYS;
 pub(super) const FIRST_KEYS: usize = 64;
 /// Regions that a head is tried on.
 const FIRST_REGIONS: usize = 2;
+
+/// Tokens of a long call from one place that is measured to the next, …
+const PLACE_TOKENS: usize = 512;
+/// … of a shorter one, which is measured whatever was before, as are calls that have so many together, …
+const ENOUGH_TOKENS: usize = 128;
+/// … and decoded tokens from one that is measured to the next.
+const DECODED_TOKENS: usize = 64;
+/// Share of what a head was known to bear below which its text has turned to another matter, …
+const TURNED: f32 = 0.75;
+/// … and tokens of the call from one place that is measured then to the next.
+const TURNED_TOKENS: usize = 4 * MICRO_ROWS;
+/// What was measured on a part of the keys is forgotten when there are so many times as many.
+const OUTDATED: usize = 2;
 
 /// Keys of a cluster: whole pages.
 pub(super) const CLUSTER_KEYS: usize = 64;
@@ -57,12 +72,20 @@ pub(crate) struct ClusterIndex {
 pub(super) struct HeadClusters {
     /// In the order of their keys, without gaps from [`FIRST_KEYS`] on.
     pub regions: Vec<Region>,
+    /// What queries look at in keys.
+    metric: QueryMetric,
     /// Of the keys from [`FIRST_KEYS`] on, those that regions may be merged over, in units of [`REGION_KEYS`].
     settled: Settled,
     /// One for each query head that reads the head, empty before the first measurement.
     calibrations: Vec<Calibration>,
     /// Budget and clustered keys at the last measurement.
     calibrated: (f32, usize),
+    /// Tokens whose queries were seen since then.
+    since: usize,
+    /// Clustered keys when heads that clusters do not help were last tried.
+    tried_keys: usize,
+    /// Whether the last measurement found queries more demanding than those before, and few of them.
+    has_turned: bool,
     /// Units of [`REGION_KEYS`] keys that there were, clustered or not, at the last call …
     units: usize,
     /// … and at the last measurement.
@@ -165,18 +188,20 @@ impl ClusterIndex {
         self.heads.iter().all(|head| head.regions.is_empty())
     }
 
-    /// Clusters the first `len` keys of `cache`, as far as they are not: of each head a few regions first, the others
-    /// when measurements have shown that they pay. Regions that end at `settled` or before, which every query to come
-    /// sees whole, become larger ones: the largest where there are `many` queries, for which they are worth the time.
+    /// Clusters the first `len` keys of the cache of `call`, as far as they are not, for queries like its own: of each head
+    /// a few regions first, the others when measurements have shown that they pay. Regions that end at `settled` or
+    /// before, which every query to come sees whole, become larger ones: the largest where there are `many` queries, for
+    /// which they are worth the time.
     pub(super) fn extend(
         &mut self,
-        cache: &KeyValueCache,
+        call: &Call<'_>,
         len: usize,
         settled: usize,
         many: bool,
         team: &ThreadTeam,
         scratch: &[Mutex<IndexScratch>],
     ) {
+        let cache = call.cache;
         self.heads.resize_with(cache.shape().kv_heads, HeadClusters::default);
         let total = len.saturating_sub(FIRST_KEYS) / REGION_KEYS;
         let settled = (settled.saturating_sub(FIRST_KEYS) / REGION_KEYS).min(total);
@@ -197,10 +222,15 @@ impl ClusterIndex {
         if built.is_empty() {
             return;
         }
+        team.run_chunks(&mut self.heads, 1, |index, head, _| {
+            if built.iter().any(|(head, ..)| *head == index) {
+                head[0].metric.learn(call, index);
+            }
+        });
         team.run_chunks(&mut built, 1, |_, region, worker| {
             let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
             let (head, keys, region) = &mut region[0];
-            *region = Some(Region::new(cache, *head, keys.clone(), &mut scratch));
+            *region = Some(Region::new(cache, *head, keys.clone(), &self.heads[*head].metric, &mut scratch));
         });
         for (head, _, region) in built {
             self.heads[head].regions.extend(region);
@@ -210,6 +240,9 @@ impl ClusterIndex {
     /// Forgets the regions of head `head` that hold keys from `len` on. Returns the first key of the first of them.
     pub fn truncate(&mut self, head: usize, len: usize) -> Option<usize> {
         let head = self.heads.get_mut(head)?;
+        // Another text may follow, of which a head that was given up is tried as soon as of one that was so short before.
+        let units = len.saturating_sub(FIRST_KEYS) / REGION_KEYS;
+        (head.units, head.tried_at) = (head.units.min(units), head.tried_at.min(units));
         let kept = head.regions.iter().take_while(|region| region.keys().end <= len).count();
         let first = head.regions.get(kept)?.keys().start;
         head.regions.truncate(kept);
@@ -217,6 +250,7 @@ impl ClusterIndex {
         head.settled = Settled { small: head.settled.small.min(units), large: head.settled.large.min(units) };
         // What was measured on a little more holds for what is left.
         head.calibrated.1 = head.calibrated.1.min(head.keys());
+        head.tried_keys = head.tried_keys.min(head.keys());
         if head.regions.is_empty() {
             *head = HeadClusters::default();
         }
@@ -229,7 +263,8 @@ impl ClusterIndex {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.heads.iter().flat_map(|head| &head.regions).map(Region::bytes).sum()
+        let of_head = |head: &HeadClusters| head.regions.iter().map(Region::bytes).sum::<usize>() + head.metric.bytes();
+        self.heads.iter().map(of_head).sum()
     }
 }
 
@@ -283,20 +318,19 @@ impl HeadClusters {
         }
     }
 
-    /// What was measured of query head `head` of the group; the default before any measurement.
-    pub fn calibration(&self, head: usize) -> Calibration {
-        self.calibrations.get(head).copied().unwrap_or_default()
+    /// What is known of query head `head` of the group.
+    pub fn calibration(&self, head: usize) -> &Calibration {
+        self.calibrations.get(head).unwrap_or(&UNKNOWN)
     }
 
-    /// Whether clusters pay for query head `head` of the group.
-    pub fn pays(&self, head: usize) -> bool {
-        let calibration = self.calibration(head);
-        calibration.limit > 0.0 && calibration.samples >= LEAST_SAMPLES
+    /// What is known of query head `head` of the group at `budget`: nothing where it was measured at another.
+    pub fn known(&self, head: usize, budget: f32) -> &Calibration {
+        if self.calibrated.0 == budget { self.calibration(head) } else { &UNKNOWN }
     }
 
     /// Whether query head `head` of the group was found not to be worth it, not long ago.
     pub fn is_given_up(&self, head: usize, budget: f32) -> bool {
-        !self.is_stale(budget) && self.calibration(head).is_hopeless()
+        !self.is_outdated(budget) && !self.has_grown() && self.calibration(head).is_hopeless()
     }
 
     /// Whether clusters may pay for some query head, as far as is known.
@@ -304,29 +338,82 @@ impl HeadClusters {
         self.calibrations.is_empty() || self.calibrations.iter().any(|calibration| !calibration.is_hopeless())
     }
 
-    /// Whether queries should be measured, because too few were, or the keys have become many more or fewer. Where they
-    /// `resemble` those that were just measured, the least number is enough.
-    pub fn wants_calibration(&self, budget: f32, resemble: bool) -> bool {
-        let enough = if resemble { LEAST_SAMPLES } else { SAMPLES };
-        let unmeasured = |calibration: &Calibration| calibration.samples < enough && !calibration.is_hopeless();
-        !self.regions.is_empty() && (self.is_stale(budget) || self.calibrations.iter().any(unmeasured))
+    /// Notes that the queries of `tokens` tokens are about to be answered.
+    pub fn note_tokens(&mut self, tokens: usize) {
+        self.since = self.since.saturating_add(tokens);
+        self.has_turned = false;
     }
 
-    fn is_stale(&self, budget: f32) -> bool {
-        let (calibrated_budget, keys) = self.calibrated;
-        calibrated_budget != budget || self.keys() < keys || 4 * self.keys() > 5 * keys
-    }
-
-    /// Takes measurements of every query head of the group, made now at `budget`.
-    pub fn take(&mut self, budget: f32, measured: Vec<Calibration>) {
-        self.tried_at = self.units;
-        if self.is_stale(budget) {
-            self.calibrations.clear();
-            self.calibrated = (budget, self.keys());
+    /// At how many places of a call of `tokens` tokens queries should be measured. Where they `resemble` those that were just
+    /// measured, the least number is enough to begin with.
+    pub fn places_wanted(&self, budget: f32, tokens: usize, resemble: bool) -> usize {
+        if self.regions.is_empty() {
+            return 0;
         }
-        let before = std::mem::take(&mut self.calibrations);
-        let before = before.into_iter().chain(std::iter::repeat(Calibration::default()));
-        self.calibrations = before.zip(measured).map(|(before, measured)| before.merge(measured)).collect();
+        let most = PLACES.min((tokens / MICRO_ROWS).max(1));
+        if self.has_turned {
+            return PLACES.min(tokens / TURNED_TOKENS);
+        }
+        // Heads that are decoded together fall back together: where one is given up, the others are measured in vain.
+        let is_given_up = |head| self.is_given_up(head, budget);
+        if tokens < MICRO_ROWS && (0..self.calibrations.len()).any(is_given_up) {
+            return 0;
+        }
+        let enough = if resemble { LEAST_PLACES } else { PLACES };
+        let is_unknown = |calibration: &Calibration| calibration.places < enough && !calibration.is_hopeless();
+        if self.is_outdated(budget) {
+            return most;
+        }
+        // The queries of this call were measured, on these keys.
+        if self.since == 0 {
+            return 0;
+        }
+        if self.calibrations.iter().any(is_unknown) {
+            return most;
+        }
+        let regular = match tokens {
+            _ if !self.may_pay() => 0,
+            PLACE_TOKENS.. => tokens.div_ceil(PLACE_TOKENS),
+            // Often a text of its own.
+            ENOUGH_TOKENS.. => (tokens / ENOUGH_TOKENS).min(2),
+            MICRO_ROWS.. => usize::from(self.since >= ENOUGH_TOKENS),
+            _ => usize::from(self.since >= DECODED_TOKENS),
+        };
+        let is_tried_again = self.has_grown() && self.calibrations.iter().any(Calibration::is_hopeless);
+        most.min(if is_tried_again { regular.max(LEAST_PLACES) } else { regular })
+    }
+
+    /// Whether the last measurement tells nothing of now.
+    pub fn is_outdated(&self, budget: f32) -> bool {
+        let (calibrated_budget, keys) = self.calibrated;
+        self.calibrations.is_empty() || calibrated_budget != budget || self.keys() >= OUTDATED * keys
+    }
+
+    /// Whether there are many more keys than when heads that clusters do not help were last tried, or fewer.
+    fn has_grown(&self) -> bool {
+        self.keys() < self.tried_keys || 4 * self.keys() > 5 * self.tried_keys
+    }
+
+    /// Takes what was measured of every query head of the group, now and at `budget`.
+    pub fn take(&mut self, budget: f32, measured: Vec<Measurement>) {
+        if self.is_outdated(budget) {
+            self.calibrations = vec![UNKNOWN.clone(); measured.len()];
+            self.tried_keys = self.keys();
+        }
+        let is_measured = |measured: &Measurement| measured.places > 0;
+        if measured.iter().any(|measured| is_measured(measured) && (measured.is_hopeless || self.has_grown())) {
+            self.tried_keys = self.keys();
+        }
+        self.since = 0;
+        if measured.iter().any(is_measured) {
+            (self.calibrated, self.tried_at) = ((budget, self.keys()), self.units);
+        }
+        let was_turned = std::mem::take(&mut self.has_turned);
+        for (known, measured) in self.calibrations.iter_mut().zip(measured) {
+            let before = known.limit();
+            known.take(measured, budget);
+            self.has_turned |= !was_turned && known.limit() < TURNED * before;
+        }
     }
 
     /// By how much the logits of a query (`scale` is its factor) with the keys of a cluster vary: half their variance in a
@@ -351,8 +438,14 @@ impl HeadClusters {
 }
 
 impl Region {
-    /// Clusters `keys` of head `head`.
-    fn new(cache: &KeyValueCache, head: usize, keys: Range<usize>, scratch: &mut IndexScratch) -> Self {
+    /// Clusters `keys` of head `head` as `metric` tells them apart.
+    fn new(
+        cache: &KeyValueCache,
+        head: usize,
+        keys: Range<usize>,
+        metric: &QueryMetric,
+        scratch: &mut IndexScratch,
+    ) -> Self {
         let (shape, first, len) = (cache.shape(), keys.start, keys.len());
         let width = shape.key_dim.next_multiple_of(ROW_MULTIPLE);
         scratch.keys.clear();
@@ -360,7 +453,7 @@ impl Region {
         for (offset, key) in scratch.keys.chunks_exact_mut(width).enumerate() {
             cache.read_centred_key(head, first + offset, &mut key[..shape.key_dim]);
         }
-        bisect(&scratch.keys, width, CLUSTER_KEYS, &mut scratch.order, &mut scratch.bisection);
+        bisect(&scratch.keys, width, CLUSTER_KEYS, metric, &mut scratch.order, &mut scratch.bisection);
 
         let mut region = Self {
             first,
@@ -523,18 +616,61 @@ impl Summaries {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::budgeted::calibration::MeasuredRow;
 
     #[test]
     fn a_hopeless_head_is_tried_again_at_twice_the_keys() {
         let mut head = HeadClusters { units: 7, ..HeadClusters::default() };
         assert_eq!(head.wanted(7), FIRST_REGIONS);
-        head.take(0.05, vec![Calibration { samples: 1, rows: 6, ..Calibration::default() }]);
+        let hopeless = || vec![Measurement { places: 1, is_hopeless: true, ..Measurement::default() }];
+        head.take(0.05, hopeless());
         assert_eq!([8, 13, 14, 20].map(|total| head.wanted(total)), [0, 0, 7, 10]);
         head.units = 14;
-        head.take(0.05, vec![Calibration { samples: 1, rows: 6, ..Calibration::default() }]);
+        head.take(0.05, hopeless());
         assert_eq!([20, 27, 28].map(|total| head.wanted(total)), [0, 0, 14]);
-        head.take(0.02, vec![Calibration { samples: 4, rows: 24, limit: 0.01, ..Calibration::default() }]);
+        let rows = vec![MeasuredRow { bearable: 0.01, ratio: None, spread: 1.0 }; 24];
+        head.take(0.02, vec![Measurement { places: 4, rows, ..Measurement::default() }]);
         assert_eq!(head.wanted(15), 15, "it pays");
+    }
+
+    #[test]
+    fn a_hopeless_head_is_tried_again_after_another_text() {
+        let hopeless = vec![Measurement { places: 1, is_hopeless: true, ..Measurement::default() }];
+        let mut index = ClusterIndex::default();
+        index.heads.push(HeadClusters { units: 97, ..HeadClusters::default() });
+        index.heads[0].take(0.05, hopeless);
+        // Its regions lie before what is dropped.
+        assert_eq!(index.truncate(0, FIRST_KEYS + 8 * REGION_KEYS), None);
+        assert_eq!([15, 16].map(|total| index.heads[0].wanted(total)), [0, 8]);
+    }
+
+    #[test]
+    fn nothing_is_measured_beside_a_head_that_is_given_up_where_they_are_decoded_together() {
+        let shape = CacheShape { kv_heads: 1, key_dim: 16, value_dim: 16 };
+        let team = ThreadTeam::new(1);
+        let mut cache = KeyValueCache::new(shape, crate::KeyValueType::F32);
+        let keys = FIRST_KEYS + 5 * REGION_KEYS;
+        cache.append(&vec![0.5; keys * 16], &vec![0.5; keys * 16], &team);
+        let mut scratch = IndexScratch::default();
+        let mut region = |first: usize| {
+            let keys = FIRST_KEYS + first * REGION_KEYS..FIRST_KEYS + (first + 1) * REGION_KEYS;
+            Region::new(&cache, 0, keys, &QueryMetric::default(), &mut scratch)
+        };
+        let mut head = HeadClusters { regions: (0..4).map(&mut region).collect(), units: 4, ..HeadClusters::default() };
+        let row = MeasuredRow { bearable: 0.01, ratio: None, spread: 1.0 };
+        let measured = Measurement { places: 2, rows: vec![row; 12], is_hopeless: false };
+        let hopeless = Measurement { is_hopeless: true, ..measured.clone() };
+        head.take(0.05, vec![hopeless, measured]);
+        assert_eq!(head.places_wanted(0.05, 60, false), 0, "of the same call");
+        head.note_tokens(1);
+        for resemble in [true, false] {
+            assert_eq!([1, 5, 6, 60].map(|tokens| head.places_wanted(0.05, tokens, resemble)), [0, 0, 1, 10]);
+        }
+        assert_eq!(head.places_wanted(0.1, 1, true), 1, "another budget");
+        head.regions.push(region(4));
+        assert_eq!(head.places_wanted(0.05, 1, true), 0, "as many keys, nearly");
+        head.tried_keys = 3 * REGION_KEYS;
+        assert_eq!(head.places_wanted(0.05, 1, true), 1, "more keys");
     }
 
     #[test]

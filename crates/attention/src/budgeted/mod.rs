@@ -6,8 +6,7 @@
 //! it the error that taking all its values as one would make; these errors are independent from cluster to cluster, so
 //! their squares add up. The clusters with the largest are computed exactly, as few as keep the sum within the budget
 //! ([`selection`]); the others enter the softmax with their estimated mass and their mean value ([`tile`]). How large
-//! the sum may be is measured for each head on a few of its queries, and again as the keys grow in number
-//! ([`calibration`]). The first keys, recent ones and those not clustered yet are always exact. Where clusters would save
+//! the sum may be is measured for each head on a few of its queries, all along the text ([`measurement`], [`calibration`]). The first keys, recent ones and those not clustered yet are always exact. Where clusters would save
 //! little, exact attention takes over.
 //!
 //! *Missed mass* of a row is the share of softmax mass that would have to move from one typical value to another,
@@ -17,6 +16,8 @@
 mod calibration;
 mod clustering;
 mod index;
+mod measurement;
+mod metric;
 mod selection;
 mod settings;
 mod tile;
@@ -25,8 +26,8 @@ use std::sync::{Mutex, PoisonError, RwLockWriteGuard};
 
 use iceformer_kernels::attention::MICRO_ROWS;
 
-pub(crate) use calibration::share_of_allowed;
 pub(crate) use index::{ClusterIndex, SortedKeys};
+pub(crate) use measurement::share_of_allowed;
 pub use settings::{BudgetError, BudgetSettings};
 pub(crate) use tile::distance;
 
@@ -35,9 +36,10 @@ use crate::output::Output;
 use crate::strided::FromF32;
 use crate::tiles::{Call, Plan};
 use crate::{HeadReport, Mask, Report, ThreadTeam};
-use calibration::{Calibration, CalibrationScratch};
+use calibration::Measurement;
 use index::IndexScratch;
-use tile::{Budgeted, NEAR_KEYS, TileScratch};
+use measurement::MeasurementScratch;
+use tile::{AUDITED_CALL, Budgeted, NEAR_KEYS, TileScratch};
 
 /// Keys from which clusters are made: below, they save a tenth at best, and cost a twentieth where they are tried in vain.
 const LEAST_KEYS: usize = 5 * 1024;
@@ -57,7 +59,7 @@ pub(crate) struct BudgetScratch {
     /// One per thread.
     index: Vec<Mutex<IndexScratch>>,
     /// One per thread.
-    calibration: Vec<Mutex<CalibrationScratch>>,
+    measurement: Vec<Mutex<MeasurementScratch>>,
     /// One per thread.
     tiles: Vec<Mutex<TileScratch>>,
     /// One per task: reports of its query heads.
@@ -80,8 +82,9 @@ pub(crate) fn run<T: FromF32>(
     if call.tokens() == 0 || !makes_clusters(&call.attention.mask, call.cache.len()) {
         return exact::run(call, output, team, scratch);
     }
+    let is_audited = call.tokens() >= AUDITED_CALL;
     if !call.attention.mask.causal {
-        return run_step(call, settings, output, team, scratch);
+        return run_step(call, settings, is_audited, output, team, scratch);
     }
     // In steps, so that the regions grow with what the queries see, as they do for a text that is read in chunks.
     let mut report = Report::default();
@@ -90,16 +93,18 @@ pub(crate) fn run<T: FromF32>(
         let position = call.first_position + first;
         let count = (STEP_TOKENS - position % STEP_TOKENS).min(call.tokens() - first);
         let tokens = first..first + count;
-        report += &run_step(&call.part(tokens.clone()), settings, output.part(tokens), team, scratch);
+        let audits_last = is_audited && tokens.end == call.tokens();
+        report += &run_step(&call.part(tokens.clone()), settings, audits_last, output.part(tokens), team, scratch);
         first += count;
     }
     report
 }
 
-/// Runs `call` with one set of clusters.
+/// Runs `call` with one set of clusters; `audits_last` is whether its last tile is audited.
 fn run_step<T: FromF32>(
     call: &Call<'_>,
     settings: &BudgetSettings,
+    audits_last: bool,
     output: Output<'_, T>,
     team: &ThreadTeam,
     scratch: &mut AttentionScratch,
@@ -124,25 +129,28 @@ fn run_step<T: FromF32>(
     guard.note_call(passed, mask.window.is_some() || is_padded);
     // What is decoded goes on with one matter for a while: tokens some way apart tell more.
     let resemble = call.tokens() < MICRO_ROWS && !first.is_multiple_of(DECODED_BETWEEN);
-    // The second round adds what the first has shown to pay.
+    guard.heads_mut().iter_mut().for_each(|head| head.note_tokens(call.tokens()));
+    // The second round adds what the first has shown to pay, and measures more of queries that the first found to be of
+    // another matter.
     for _ in 0..2 {
-        guard.extend(cache, len, settled, many, team, &scratch.budgeted.index);
-        // Nearly every decode step: nothing to measure, and so nothing to add either.
-        if !guard.heads_mut().iter().any(|head| head.wants_calibration(settings.budget, resemble)) {
+        guard.extend(call, len, settled, many, team, &scratch.budgeted.index);
+        let wanted = |head: &index::HeadClusters| head.places_wanted(settings.budget, call.tokens(), resemble);
+        let places: Vec<usize> = guard.heads_mut().iter().map(wanted).collect();
+        // Most decode steps: nothing to measure, and so nothing to add either.
+        if places.iter().all(|places| *places == 0) {
             break;
         }
-        let budgeted = Budgeted { call: *call, settings: *settings, index: &guard };
-        let measured = calibrate(&budgeted, resemble, team, &mut scratch.budgeted);
-        for (head, measured) in guard.heads_mut().iter_mut().zip(measured) {
-            if let Some(measured) = measured {
-                head.take(settings.budget, measured);
-            }
+        let budgeted = Budgeted { call: *call, settings: *settings, index: &guard, audits_last };
+        let measured = measure(&budgeted, &places, team, &mut scratch.budgeted);
+        for (head, measured) in guard.heads_mut().iter_mut().zip(measured).filter(|(_, measured)| !measured.is_empty())
+        {
+            head.take(settings.budget, measured);
         }
     }
     // Other calls may use the clusters from here on, but none may add some.
     let index = RwLockWriteGuard::downgrade(guard);
 
-    let budgeted = Budgeted { call: *call, settings: *settings, index: &index };
+    let budgeted = Budgeted { call: *call, settings: *settings, index: &index, audits_last };
     let plan = Plan::new(call);
     let tasks = || (0..plan.tasks()).map(|task| plan.task(task, cache.len()));
     if tasks().all(|task| budgeted.is_exact(&task)) {
@@ -175,19 +183,19 @@ fn run_step<T: FromF32>(
     report
 }
 
-/// Measures the query heads of every key/value head that wants it.
-fn calibrate(
+/// Measures the query heads of each key/value head at so many `places`; nothing where none are wanted.
+fn measure(
     budgeted: &Budgeted<'_>,
-    resemble: bool,
+    places: &[usize],
     team: &ThreadTeam,
     scratch: &mut BudgetScratch,
-) -> Vec<Option<Vec<Calibration>>> {
-    scratch.calibration.resize_with(team.threads(), Mutex::default);
-    let mut measured = vec![None; budgeted.call.cache.shape().kv_heads];
+) -> Vec<Vec<Measurement>> {
+    scratch.measurement.resize_with(team.threads(), Mutex::default);
+    let mut measured = vec![Vec::new(); places.len()];
     team.run_chunks(&mut measured, 1, |kv_head, measured, worker| {
-        if budgeted.index.head(kv_head).wants_calibration(budgeted.settings.budget, resemble) {
-            let mut scratch = scratch.calibration[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            measured[0] = Some(calibration::calibrate(budgeted, kv_head, &mut scratch));
+        if places[kv_head] > 0 {
+            let mut scratch = scratch.measurement[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            measured[0] = measurement::measure(budgeted, kv_head, places[kv_head], &mut scratch);
         }
     });
     measured

@@ -16,13 +16,15 @@ use crate::tiles::{self, Call, HeadKeys, Task};
 
 /// Keys before the queries of a causal tile that are always exact. Without a causal mask every key is in a cluster that
 /// every query sees, and those near a query are as good a guess as any.
-pub(super) const NEAR_KEYS: usize = 256;
+pub(super) const NEAR_KEYS: usize = 64;
 /// Above this share of clusters to compute, exact attention over the keys in their own order is faster.
 pub(super) const FALLBACK_SHARE: f32 = 0.5;
 /// Micro-tiles in a row that may fall back before the rest of the tile does untried.
 const MOST_FAILURES: usize = 2;
-/// One tile of so many is audited …
+/// One tile of so many is audited, …
 const AUDITED_TILES: usize = 16;
+/// … the last of each call of so many tokens, …
+pub(super) const AUDITED_CALL: usize = 128;
 /// … and one decoded token of so many.
 const AUDITED_TOKENS: usize = 256;
 /// Clusters that all micro-tiles compute before the next: their keys and values stay in the second-level cache meanwhile.
@@ -33,6 +35,8 @@ pub(super) struct Budgeted<'a> {
     pub call: Call<'a>,
     pub settings: BudgetSettings,
     pub index: &'a ClusterIndex,
+    /// Whether the last tile is audited.
+    pub audits_last: bool,
 }
 
 /// Buffers of one thread.
@@ -105,8 +109,8 @@ impl<'a> Budgeted<'a> {
     fn pays(&self, task: &Task) -> bool {
         let (head, mut heads) = (self.index.head(task.kv_head), 0..self.call.group());
         match self.is_decoding(task) {
-            true => heads.all(|query_head| head.pays(query_head)),
-            false => heads.any(|query_head| head.pays(query_head)),
+            true => heads.all(|query_head| head.calibration(query_head).pays()),
+            false => heads.any(|query_head| head.calibration(query_head).pays()),
         }
     }
 
@@ -170,10 +174,12 @@ impl<'a> Budgeted<'a> {
     /// Whether a row of each head of `task` is also computed exactly.
     fn audits(&self, task: &Task) -> bool {
         let position = self.call.first_position + task.tokens.start;
-        match self.is_decoding(task) {
+        let is_last = task.tokens.end == self.call.tokens();
+        let is_next = match self.is_decoding(task) {
             true => position % AUDITED_TOKENS == AUDITED_TOKENS / 2,
             false => (position / task.tokens.len() + task.kv_head).is_multiple_of(AUDITED_TILES),
-        }
+        };
+        is_next || is_last && self.audits_last
     }
 }
 
@@ -195,7 +201,7 @@ impl Work<'_> {
             if *heads.start() != failing {
                 (failures, failing) = (0, *heads.start());
             }
-            let pays = heads.clone().all(|head| self.head().pays(head));
+            let pays = heads.clone().all(|head| self.calibration(head).pays());
             let is_unlike = pays && self.is_unlike_measured(micro_tile, &mut scratch.query);
             let estimated = match pays && !is_unlike && failures < MOST_FAILURES {
                 true => self.estimate_and_select(micro_tile, &limits, self.most_computed(), tile, scratch),
@@ -282,7 +288,7 @@ impl Work<'_> {
     }
 
     /// What was measured of query head `head` of the group.
-    fn calibration(&self, head: usize) -> Calibration {
+    fn calibration(&self, head: usize) -> &Calibration {
         self.head().calibration(head)
     }
 
@@ -509,6 +515,10 @@ mod tests {
         let mut random = Random::new(21);
         let attention = Attention { method: Method::Exact, mask: Mask::causal(), scale: 0.5 };
         let (queries, scratch) = (random.normals(width, 1.0), [Mutex::new(IndexScratch::default())]);
+        let queries = StridedView::token_major(&queries, 1, 1, width);
+        fn call<'a>(attention: &'a Attention, queries: StridedView<'a>, cache: &'a KeyValueCache) -> Call<'a> {
+            Call { attention, queries, first_position: cache.len() - 1, cache, soft_cap: None }
+        }
         for kind in KeyValueType::ALL {
             // Copies of both regions, of the second, of none.
             for passed in [0, 1_500, keys] {
@@ -516,20 +526,15 @@ mod tests {
                 cache.append(&random.normals(keys * width, 1.0), &random.normals(keys * width, 1.0), &team);
                 {
                     let mut index = cache.clusters().write().unwrap();
-                    index.extend(&cache, keys, 0, false, &team, &scratch);
+                    index.extend(&call(&attention, queries, &cache), keys, 0, false, &team, &scratch);
                     index.note_call(passed, false);
                 }
                 cache.compact(&team);
 
                 let index = cache.clusters().read().unwrap();
-                let call = Call {
-                    attention: &attention,
-                    queries: StridedView::token_major(&queries, 1, 1, width),
-                    first_position: keys - 1,
-                    cache: &cache,
-                    soft_cap: None,
-                };
-                let budgeted = Budgeted { call, settings: BudgetSettings { budget: 0.1 }, index: &index };
+                let call = call(&attention, queries, &cache);
+                let budgeted =
+                    Budgeted { call, settings: BudgetSettings { budget: 0.1 }, index: &index, audits_last: false };
                 let task = Task { kv_head: 0, tokens: 0..1, keys: 0..keys };
                 let regions = budgeted.far_regions(&task);
                 assert_eq!(regions, [0, 1]);
