@@ -5,6 +5,8 @@
 //! ([`super::measurement`]), and a head's limit is what all but the most demanding hundredth of them could bear, and all
 //! but a twentieth of the latest.
 
+use std::collections::VecDeque;
+
 /// Places in the text that are measured of each head before it counts as known, a few tokens each.
 pub(super) const PLACES: usize = 16;
 /// Places without which nothing is left to an estimate, and after which a head is given up whose clusters do not pay so
@@ -24,6 +26,8 @@ const SAFETY: f32 = 1.2;
 const SAFETY_OF_FEW: f32 = 0.6;
 /// Spread of a row that is computed exactly, beside the largest of a measured one.
 const MOST_SPREAD: f32 = 2.0;
+/// Share of what a head was known to bear below which its text has turned to another matter.
+const TURNED: f32 = 0.75;
 /// Share of the rows that miss less than reported of them, in relation to the error that was estimated for them.
 const REPORTED: f32 = 0.8;
 
@@ -39,11 +43,19 @@ pub(super) struct MeasuredRow {
     pub spread: f32,
 }
 
+/// What was measured of a query head at one place of the text.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct MeasuredPlace {
+    /// Position of its first token.
+    pub position: usize,
+    /// Its rows, but those that are no numbers: these tell nothing.
+    pub rows: Vec<MeasuredRow>,
+}
+
 /// What some places show of a query head.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Measurement {
-    pub places: usize,
-    pub rows: Vec<MeasuredRow>,
+    pub places: Vec<MeasuredPlace>,
     /// Whether clusters were found not to pay.
     pub is_hopeless: bool,
 }
@@ -51,10 +63,10 @@ pub(super) struct Measurement {
 /// What is known of a query head.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Calibration {
-    /// Places measured.
-    pub places: usize,
-    /// Rows measured there, the latest.
-    rows: Vec<MeasuredRow>,
+    /// The latest that were measured, in the order in which they were.
+    places: VecDeque<MeasuredPlace>,
+    /// Places and keys of the text when it was found that clusters do not pay.
+    given_up_at: Option<usize>,
     /// What the rows bear, all but the most demanding, in the unit of [`MeasuredRow::bearable`]; 0: too little for clusters
     /// to pay.
     usual_limit: f32,
@@ -65,16 +77,37 @@ pub(super) struct Calibration {
     /// The largest spread of a row that bears the limit: of the others nothing was learnt but that they want more.
     spread: f32,
 }
-
 /// Of a head that was not measured yet.
-pub(super) static UNKNOWN: Calibration =
-    Calibration { places: 0, rows: Vec::new(), usual_limit: 0.0, limit: 0.0, error_factor: 0.0, spread: 0.0 };
+pub(super) static UNKNOWN: Calibration = Calibration {
+    places: VecDeque::new(),
+    given_up_at: None,
+    usual_limit: 0.0,
+    limit: 0.0,
+    error_factor: 0.0,
+    spread: 0.0,
+};
+
+impl Measurement {
+    /// The rows of all places.
+    pub fn rows(&self) -> impl Iterator<Item = &MeasuredRow> {
+        self.places.iter().flat_map(|place| &place.rows)
+    }
+}
 
 impl Calibration {
+    /// Places that were measured, as far as they count.
+    pub fn places(&self) -> usize {
+        self.places.len()
+    }
+
+    fn rows(&self) -> impl Iterator<Item = &MeasuredRow> {
+        self.places.iter().flat_map(|place| &place.rows)
+    }
+
     /// The error, as estimated, that may be left to clusters: what rows bear, with room for those to come. A few tokens that
     /// are decoded one after another are much alike, and tell little.
     pub fn safe_limit(&self) -> f32 {
-        let rows = self.rows.len() as f32;
+        let rows = self.rows().count() as f32;
         let room = SAFETY + SAFETY_OF_FEW * (1.0 - rows / LATEST_ROWS as f32);
         self.limit / room.max(SAFETY * ENOUGH_ROWS as f32 / rows.max(1.0))
     }
@@ -97,44 +130,76 @@ impl Calibration {
 
     /// Whether it was found that clusters do not pay.
     pub fn is_hopeless(&self) -> bool {
-        self.places > 0 && self.usual_limit == 0.0
+        self.given_up_at.is_some()
+    }
+
+    /// Whether that was found, and of a text of `keys` keys is still taken to be so. It is tried again when there are
+    /// `retry` times as many as then: the more keys, the tighter their clusters.
+    pub fn is_given_up(&self, keys: usize, retry: f32) -> bool {
+        self.given_up_at.is_some_and(|then| (keys as f32) < retry * then as f32)
     }
 
     /// Whether clusters pay, as far as is known.
     pub fn pays(&self) -> bool {
-        self.places >= LEAST_PLACES && self.limit > 0.0
+        self.places() >= LEAST_PLACES && self.limit > 0.0
     }
 
-    /// Takes in what was measured after all before.
-    pub fn take(&mut self, measured: Measurement, budget: f32) {
-        if measured.places == 0 {
-            return;
+    /// Takes in what was measured after all before, in a text of `keys` keys. Returns whether the head bears much less
+    /// than it was known to: its text has turned to another matter.
+    pub fn take(&mut self, measured: Measurement, keys: usize, budget: f32) -> bool {
+        if measured.places.is_empty() {
+            return false;
         }
-        self.places += measured.places;
-        // Rows that are no numbers tell nothing.
-        let latest = match measured.rows.is_empty() {
-            true => f32::INFINITY,
-            false => bearable_by_most(&measured.rows, DEMANDING_OF_LATEST),
-        };
-        self.rows.extend(measured.rows);
-        self.rows.drain(..self.rows.len().saturating_sub(LATEST_ROWS));
+        let before = self.limit;
+        let latest: Vec<MeasuredRow> = measured.rows().copied().collect();
+        self.places.extend(measured.places);
+        // A place without rows counts as one, or there would be more and more.
+        let count = |place: &MeasuredPlace| place.rows.len().max(1);
+        let mut rows: usize = self.places.iter().map(count).sum();
+        while rows > LATEST_ROWS {
+            rows -= self.places.pop_front().map_or(rows, |place| count(&place));
+        }
         if measured.is_hopeless {
-            self.rows.clear();
+            self.places.clear();
         }
-        self.usual_limit = bearable_by_most(&self.rows, DEMANDING);
+        let latest = if latest.is_empty() { f32::INFINITY } else { bearable_by_most(&latest, DEMANDING_OF_LATEST) };
+        self.learn(latest, budget);
+        self.given_up_at = (self.usual_limit == 0.0).then_some(keys);
+        self.limit < TURNED * before
+    }
+
+    /// Forgets what was measured at `position` or after it. What was given up in a longer text than of `keys` keys counts
+    /// as given up in this: another may follow, of which it is tried as soon as of one that was so short before.
+    pub fn forget_from(&mut self, position: usize, keys: usize, budget: f32) {
+        self.given_up_at = self.given_up_at.map(|then| then.min(keys));
+        let places = self.places();
+        self.places.retain(|place| place.position < position);
+        if self.places() < places {
+            self.learn(f32::INFINITY, budget);
+        }
+    }
+
+    /// Learns from all rows, of which those measured last bear `latest`.
+    fn learn(&mut self, latest: f32, budget: f32) {
+        self.usual_limit = bearable_by_most(self.rows(), DEMANDING);
         self.limit = self.usual_limit.min(latest);
-        let bearing = self.rows.iter().filter(|row| row.bearable >= self.limit);
+        let bearing = self.rows().filter(|row| row.bearable >= self.limit);
         self.spread = bearing.map(|row| row.spread).fold(0.0, f32::max);
-        let mut ratios: Vec<f32> = self.rows.iter().filter_map(|row| row.ratio).collect();
+        let mut ratios: Vec<f32> = self.rows().filter_map(|row| row.ratio).collect();
         // A row at the limit misses no more than the budget.
         let most = if self.limit > 0.0 { budget / self.safe_limit() } else { 1.0 };
         self.error_factor = quantile(&mut ratios, REPORTED).unwrap_or(1.0).min(most);
     }
+
+    pub fn bytes(&self) -> usize {
+        let of_place = |place: &MeasuredPlace| size_of_val(place) + size_of_val(&*place.rows);
+        size_of_val(self) + self.places.iter().map(of_place).sum::<usize>()
+    }
 }
 
 /// What all of `rows` bear but a share of `demanding`; 0 of none.
-pub(super) fn bearable_by_most(rows: &[MeasuredRow], demanding: f32) -> f32 {
-    let mut bearable: Vec<f32> = rows.iter().map(|row| row.bearable).collect();
+pub(super) fn bearable_by_most<'a>(rows: impl IntoIterator<Item = &'a MeasuredRow>, demanding: f32) -> f32 {
+    let mut bearable: Vec<f32> = rows.into_iter().map(|row| row.bearable).collect();
     quantile(&mut bearable, demanding).unwrap_or(0.0)
 }
 
@@ -155,9 +220,15 @@ mod tests {
         MeasuredRow { bearable, ratio: Some(1.0 / bearable), spread: 1.0 }
     }
 
+    fn place(position: usize, rows: impl IntoIterator<Item = f32>) -> MeasuredPlace {
+        MeasuredPlace { position, rows: rows.into_iter().map(row).collect() }
+    }
+
+    /// Places of six rows.
     fn measured(bearable: impl IntoIterator<Item = f32>) -> Measurement {
-        let rows: Vec<_> = bearable.into_iter().map(row).collect();
-        Measurement { places: rows.len().div_ceil(6), rows, is_hopeless: false }
+        let rows: Vec<_> = bearable.into_iter().collect();
+        let places = rows.chunks(6).enumerate().map(|(index, rows)| place(512 * index, rows.iter().copied())).collect();
+        Measurement { places, is_hopeless: false }
     }
 
     #[test]
@@ -172,74 +243,75 @@ mod tests {
     #[test]
     fn one_row_in_a_hundred_may_miss_more() {
         let mut calibration = Calibration::default();
-        calibration.take(measured((0..96).map(|index| if index == 40 { 0.001 } else { 0.02 })), 0.05);
+        calibration.take(measured((0..96).map(|index| if index == 40 { 0.001 } else { 0.02 })), 7, 0.05);
         assert!((calibration.limit() / 0.02 - 0.95).abs() < 0.01, "{}", calibration.limit());
         assert!(calibration.pays() && !calibration.is_hopeless());
         assert!((calibration.safe_limit() * (SAFETY + 0.5 * SAFETY_OF_FEW) / calibration.limit() - 1.0).abs() < 1e-6);
         // Three are more than one.
-        calibration.take(measured((0..48).map(|index| if index < 2 { 0.001 } else { 0.02 })), 0.05);
+        calibration.take(measured((0..48).map(|index| if index < 2 { 0.001 } else { 0.02 })), 7, 0.05);
         assert!(calibration.limit() < 0.002, "{}", calibration.limit());
     }
 
     #[test]
     fn the_latest_rows_count() {
         let mut calibration = Calibration::default();
-        calibration.take(measured([0.001; 96]), 0.05);
-        calibration.take(measured([0.01; LATEST_ROWS]), 0.05);
-        assert_eq!((calibration.limit(), calibration.places), (0.01, 16 + 32));
-        assert_eq!(calibration.rows.len(), LATEST_ROWS);
+        calibration.take(measured([0.001; 96]), 7, 0.05);
+        calibration.take(measured([0.01; LATEST_ROWS]), 7, 0.05);
+        assert_eq!((calibration.limit(), calibration.places()), (0.01, 32));
+        assert_eq!(calibration.rows().count(), LATEST_ROWS);
     }
 
     #[test]
     fn another_matter_counts_at_once() {
         let mut calibration = Calibration::default();
-        calibration.take(measured([0.02; LATEST_ROWS]), 0.05);
-        calibration.take(measured([0.01; 6]), 0.05);
+        calibration.take(measured([0.02; LATEST_ROWS]), 7, 0.05);
+        calibration.take(measured([0.01; 6]), 7, 0.05);
         assert_eq!(calibration.limit(), 0.01);
-        calibration.take(measured([0.02; 6]), 0.05);
+        calibration.take(measured([0.02; 6]), 7, 0.05);
         assert!(calibration.limit() < 0.011, "it may come up again");
-        (0..31).for_each(|_| calibration.take(measured([0.02; 6]), 0.05));
+        (0..31).for_each(|_| {
+            calibration.take(measured([0.02; 6]), 7, 0.05);
+        });
         assert_eq!(calibration.limit(), 0.02);
     }
 
     #[test]
     fn one_row_gives_no_head_up() {
         let mut calibration = Calibration::default();
-        calibration.take(measured([0.02; 96]), 0.05);
-        calibration.take(measured([0.0]), 0.05);
+        calibration.take(measured([0.02; 96]), 7, 0.05);
+        calibration.take(measured([0.0]), 7, 0.05);
         assert!(!calibration.pays() && !calibration.is_hopeless(), "nothing is left to clusters for now");
         assert!(calibration.usual_limit() > 0.015);
-        calibration.take(measured([0.02]), 0.05);
+        calibration.take(measured([0.02]), 7, 0.05);
         assert!(calibration.pays());
         // Rows that are no numbers.
-        calibration.take(Measurement { places: 1, ..Measurement::default() }, 0.05);
+        calibration.take(Measurement { places: vec![place(0, [])], is_hopeless: false }, 7, 0.05);
         assert!(calibration.pays());
         // Some rows more are no exception.
-        calibration.take(measured([0.0; 6]), 0.05);
+        calibration.take(measured([0.0; 6]), 7, 0.05);
         assert!(calibration.is_hopeless());
     }
 
     #[test]
     fn rows_that_are_passed_over_do_not_tell_what_is_alike() {
-        let sharp = |bearable| Measurement {
-            places: 1,
-            rows: vec![MeasuredRow { spread: 50.0, ..row(bearable) }],
-            is_hopeless: false,
+        let sharp = |bearable| {
+            let rows = vec![MeasuredRow { spread: 50.0, ..row(bearable) }];
+            Measurement { places: vec![MeasuredPlace { position: 0, rows }], is_hopeless: false }
         };
         let mut calibration = Calibration::default();
-        calibration.take(measured([0.02; LATEST_ROWS]), 0.05);
-        calibration.take(sharp(0.001), 0.05);
+        calibration.take(measured([0.02; LATEST_ROWS]), 7, 0.05);
+        calibration.take(sharp(0.001), 7, 0.05);
         assert!(!calibration.is_unlike(90.0), "the limit is what it bears");
-        calibration.take(measured([0.02]), 0.05);
+        calibration.take(measured([0.02]), 7, 0.05);
         assert!(calibration.is_unlike(3.0) && !calibration.is_unlike(2.0), "the limit is what others bear");
-        calibration.take(sharp(0.02), 0.05);
+        calibration.take(sharp(0.02), 7, 0.05);
         assert!(!calibration.is_unlike(90.0));
     }
 
     #[test]
     fn few_rows_leave_room() {
         let mut calibration = Calibration::default();
-        calibration.take(measured([0.01; 12]), 0.05);
+        calibration.take(measured([0.01; 12]), 7, 0.05);
         assert!((calibration.safe_limit() - 0.01 / SAFETY / 4.0).abs() < 1e-6);
         assert!(!calibration.pays(), "two places are too few");
         assert!(!calibration.is_unlike(2.0) && calibration.is_unlike(2.1));
@@ -248,17 +320,49 @@ mod tests {
     #[test]
     fn no_row_is_said_to_miss_more_than_the_budget() {
         let mut calibration = Calibration::default();
-        calibration.take(measured([0.001; 48]), 0.05);
+        calibration.take(measured([0.001; 48]), 7, 0.05);
         // Ratios of a thousand, at a limit of a thousandth.
         assert!((calibration.error_factor * calibration.safe_limit() - 0.05).abs() < 1e-6);
     }
 
     #[test]
-    fn a_head_that_clusters_do_not_help_is_hopeless() {
+    fn a_head_that_clusters_do_not_help_is_hopeless_until_there_are_more_keys() {
         let mut calibration = Calibration::default();
-        calibration.take(Measurement::default(), 0.05);
+        calibration.take(Measurement::default(), 8, 0.05);
         assert!(!calibration.is_hopeless(), "nothing was measured");
-        calibration.take(Measurement { is_hopeless: true, ..measured([0.01; 6]) }, 0.05);
+        calibration.take(Measurement { is_hopeless: true, ..measured([0.01; 6]) }, 8, 0.05);
         assert!(calibration.is_hopeless() && !calibration.pays());
+        let is_given_up = |calibration: &Calibration, keys, retry| calibration.is_given_up(keys, retry);
+        assert!(is_given_up(&calibration, 4, 1.25) && is_given_up(&calibration, 9, 1.25));
+        assert!(!is_given_up(&calibration, 10, 1.25) && is_given_up(&calibration, 15, 2.0));
+        assert!(!is_given_up(&calibration, 16, 2.0));
+        calibration.forget_from(0, 4, 0.05);
+        assert!(is_given_up(&calibration, 4, 1.25) && !is_given_up(&calibration, 5, 1.25));
+        // Nothing but rows that are no numbers, at more places than count.
+        let mut calibration = Calibration::default();
+        let places = vec![place(0, []); LATEST_ROWS + 8];
+        calibration.take(Measurement { places, is_hopeless: false }, 8, 0.05);
+        assert!(calibration.is_hopeless());
+        assert_eq!(calibration.places(), LATEST_ROWS);
+    }
+
+    #[test]
+    fn a_turn_is_seen() {
+        let mut calibration = Calibration::default();
+        assert!(!calibration.take(measured([0.02; 96]), 8, 0.05), "nothing was known");
+        assert!(!calibration.take(measured([0.016; 6]), 8, 0.05));
+        assert!(calibration.take(measured([0.01; 6]), 8, 0.05));
+    }
+
+    #[test]
+    fn what_was_measured_on_dropped_tokens_is_forgotten() {
+        let mut calibration = Calibration::default();
+        calibration.take(measured((0..96).map(|index| if index < 48 { 0.02 } else { 0.002 })), 8, 0.05);
+        assert!((calibration.limit() - 0.002).abs() < 1e-6);
+        calibration.forget_from(8 * 512, 4, 0.05);
+        assert!((calibration.limit() - 0.02).abs() < 1e-6);
+        assert_eq!(calibration.places(), 8);
+        calibration.forget_from(3 * 512, 4, 0.05);
+        assert!(!calibration.pays() && !calibration.is_hopeless(), "too little is left");
     }
 }

@@ -37,9 +37,7 @@ const PLACE_TOKENS: usize = 512;
 const ENOUGH_TOKENS: usize = 128;
 /// … and decoded tokens from one that is measured to the next.
 const DECODED_TOKENS: usize = 64;
-/// Share of what a head was known to bear below which its text has turned to another matter, …
-const TURNED: f32 = 0.75;
-/// … and tokens of the call from one place that is measured then to the next.
+/// Tokens of a call from one place that is measured to the next where its text was found to turn to another matter.
 const TURNED_TOKENS: usize = 4 * MICRO_ROWS;
 /// What was measured on a part of the keys is forgotten when there are so many times as many.
 const OUTDATED: usize = 2;
@@ -82,14 +80,8 @@ pub(super) struct HeadClusters {
     calibrated: (f32, usize),
     /// Tokens whose queries were seen since then.
     since: usize,
-    /// Clustered keys when heads that clusters do not help were last tried.
-    tried_keys: usize,
-    /// Whether the last measurement found queries more demanding than those before, and few of them.
-    has_turned: bool,
-    /// Units of [`REGION_KEYS`] keys that there were, clustered or not, at the last call …
+    /// Units of [`REGION_KEYS`] keys that there were, clustered or not, at the last call.
     units: usize,
-    /// … and at the last measurement.
-    tried_at: usize,
 }
 
 /// Keys that every query to come sees whole, so that regions may be merged over them.
@@ -101,9 +93,11 @@ struct Settled {
     large: usize,
 }
 
-/// Where clusters do not pay for a head, it is tried again, on half of its keys, when there are so many times as many as
-/// when it was last tried: the more keys, the tighter their clusters.
-const RETRY: usize = 2;
+/// A query head whose clusters do not pay is tried again when there are so many times as many keys as when that was found,
+/// where they pay for another, …
+const RETRY: f32 = 1.25;
+/// … and where they pay for none: then only half of the keys are clustered for it.
+const RETRY_OF_NONE: f32 = 2.0;
 
 /// Consecutive keys in clusters.
 pub(super) struct Region {
@@ -223,7 +217,8 @@ impl ClusterIndex {
             return;
         }
         team.run_chunks(&mut self.heads, 1, |index, head, _| {
-            if built.iter().any(|(head, ..)| *head == index) {
+            // Once the queries of this call were measured they were also learnt from.
+            if head[0].since > 0 && built.iter().any(|(head, ..)| *head == index) {
                 head[0].metric.learn(call, index);
             }
         });
@@ -240,9 +235,9 @@ impl ClusterIndex {
     /// Forgets the regions of head `head` that hold keys from `len` on. Returns the first key of the first of them.
     pub fn truncate(&mut self, head: usize, len: usize) -> Option<usize> {
         let head = self.heads.get_mut(head)?;
-        // Another text may follow, of which a head that was given up is tried as soon as of one that was so short before.
-        let units = len.saturating_sub(FIRST_KEYS) / REGION_KEYS;
-        (head.units, head.tried_at) = (head.units.min(units), head.tried_at.min(units));
+        head.units = head.units.min(len.saturating_sub(FIRST_KEYS) / REGION_KEYS);
+        let (units, budget) = (head.units, head.calibrated.0);
+        head.calibrations.iter_mut().for_each(|known| known.forget_from(len, units, budget));
         let kept = head.regions.iter().take_while(|region| region.keys().end <= len).count();
         let first = head.regions.get(kept)?.keys().start;
         head.regions.truncate(kept);
@@ -250,7 +245,6 @@ impl ClusterIndex {
         head.settled = Settled { small: head.settled.small.min(units), large: head.settled.large.min(units) };
         // What was measured on a little more holds for what is left.
         head.calibrated.1 = head.calibrated.1.min(head.keys());
-        head.tried_keys = head.tried_keys.min(head.keys());
         if head.regions.is_empty() {
             *head = HeadClusters::default();
         }
@@ -263,8 +257,7 @@ impl ClusterIndex {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let of_head = |head: &HeadClusters| head.regions.iter().map(Region::bytes).sum::<usize>() + head.metric.bytes();
-        self.heads.iter().map(of_head).sum()
+        self.heads.iter().map(HeadClusters::bytes).sum()
     }
 }
 
@@ -302,6 +295,11 @@ impl HeadClusters {
         self.regions.last().map_or(0, |region| region.keys().end - FIRST_KEYS)
     }
 
+    fn bytes(&self) -> usize {
+        let regions = self.regions.iter().map(Region::bytes).sum::<usize>();
+        regions + self.metric.bytes() + self.calibrations.iter().map(Calibration::bytes).sum::<usize>()
+    }
+
     fn take_sorted_keys(&mut self, passed: usize) -> Vec<SortedKeys> {
         let regions = self.regions.iter_mut().take_while(|region| region.keys().end <= passed);
         regions.filter_map(|region| region.sorted.take()).collect()
@@ -313,8 +311,8 @@ impl HeadClusters {
         match units {
             _ if self.calibrations.is_empty() => total.min(units.max(FIRST_REGIONS)),
             _ if self.may_pay() => total,
-            _ if total >= RETRY * self.tried_at => (total / 2).max(units),
-            _ => units,
+            _ if self.calibrations.iter().all(|known| known.is_given_up(total, RETRY_OF_NONE)) => units,
+            _ => (total / 2).max(units),
         }
     }
 
@@ -330,7 +328,11 @@ impl HeadClusters {
 
     /// Whether query head `head` of the group was found not to be worth it, not long ago.
     pub fn is_given_up(&self, head: usize, budget: f32) -> bool {
-        !self.is_outdated(budget) && !self.has_grown() && self.calibration(head).is_hopeless()
+        !self.is_outdated(budget) && self.calibration(head).is_given_up(self.units, self.retry())
+    }
+
+    fn retry(&self) -> f32 {
+        if self.may_pay() { RETRY } else { RETRY_OF_NONE }
     }
 
     /// Whether clusters may pay for some query head, as far as is known.
@@ -341,7 +343,6 @@ impl HeadClusters {
     /// Notes that the queries of `tokens` tokens are about to be answered.
     pub fn note_tokens(&mut self, tokens: usize) {
         self.since = self.since.saturating_add(tokens);
-        self.has_turned = false;
     }
 
     /// At how many places of a call of `tokens` tokens queries should be measured. Where they `resemble` those that were just
@@ -351,16 +352,13 @@ impl HeadClusters {
             return 0;
         }
         let most = PLACES.min((tokens / MICRO_ROWS).max(1));
-        if self.has_turned {
-            return PLACES.min(tokens / TURNED_TOKENS);
-        }
         // Heads that are decoded together fall back together: where one is given up, the others are measured in vain.
         let is_given_up = |head| self.is_given_up(head, budget);
         if tokens < MICRO_ROWS && (0..self.calibrations.len()).any(is_given_up) {
             return 0;
         }
         let enough = if resemble { LEAST_PLACES } else { PLACES };
-        let is_unknown = |calibration: &Calibration| calibration.places < enough && !calibration.is_hopeless();
+        let is_unknown = |calibration: &Calibration| calibration.places() < enough && !calibration.is_hopeless();
         if self.is_outdated(budget) {
             return most;
         }
@@ -373,14 +371,21 @@ impl HeadClusters {
         }
         let regular = match tokens {
             _ if !self.may_pay() => 0,
-            PLACE_TOKENS.. => tokens.div_ceil(PLACE_TOKENS),
+            PLACE_TOKENS.. => tokens.div_ceil(PLACE_TOKENS).max(4),
             // Often a text of its own.
-            ENOUGH_TOKENS.. => (tokens / ENOUGH_TOKENS).min(2),
+            ENOUGH_TOKENS.. => (tokens / 64).min(4),
             MICRO_ROWS.. => usize::from(self.since >= ENOUGH_TOKENS),
             _ => usize::from(self.since >= DECODED_TOKENS),
         };
-        let is_tried_again = self.has_grown() && self.calibrations.iter().any(Calibration::is_hopeless);
-        most.min(if is_tried_again { regular.max(LEAST_PLACES) } else { regular })
+        let retry = self.retry();
+        let is_tried_again = |known: &Calibration| known.is_hopeless() && !known.is_given_up(self.units, retry);
+        most.min(if self.calibrations.iter().any(is_tried_again) { regular.max(LEAST_PLACES) } else { regular })
+    }
+
+    /// At how many places of a call of `tokens` tokens queries should be measured once it was seen that they have turned to
+    /// another matter.
+    pub fn places_of_turned(tokens: usize) -> usize {
+        PLACES.min(tokens / TURNED_TOKENS)
     }
 
     /// Whether the last measurement tells nothing of now.
@@ -389,31 +394,19 @@ impl HeadClusters {
         self.calibrations.is_empty() || calibrated_budget != budget || self.keys() >= OUTDATED * keys
     }
 
-    /// Whether there are many more keys than when heads that clusters do not help were last tried, or fewer.
-    fn has_grown(&self) -> bool {
-        self.keys() < self.tried_keys || 4 * self.keys() > 5 * self.tried_keys
-    }
-
-    /// Takes what was measured of every query head of the group, now and at `budget`.
-    pub fn take(&mut self, budget: f32, measured: Vec<Measurement>) {
+    /// Takes what was measured of every query head of the group, now and at `budget`. Returns whether the text has turned to
+    /// another matter for one of them.
+    pub fn take(&mut self, budget: f32, measured: Vec<Measurement>) -> bool {
         if self.is_outdated(budget) {
             self.calibrations = vec![UNKNOWN.clone(); measured.len()];
-            self.tried_keys = self.keys();
-        }
-        let is_measured = |measured: &Measurement| measured.places > 0;
-        if measured.iter().any(|measured| is_measured(measured) && (measured.is_hopeless || self.has_grown())) {
-            self.tried_keys = self.keys();
         }
         self.since = 0;
-        if measured.iter().any(is_measured) {
-            (self.calibrated, self.tried_at) = ((budget, self.keys()), self.units);
+        if measured.iter().any(|measured| !measured.places.is_empty()) {
+            self.calibrated = (budget, self.keys());
         }
-        let was_turned = std::mem::take(&mut self.has_turned);
-        for (known, measured) in self.calibrations.iter_mut().zip(measured) {
-            let before = known.limit();
-            known.take(measured, budget);
-            self.has_turned |= !was_turned && known.limit() < TURNED * before;
-        }
+        let units = self.units;
+        let pairs = self.calibrations.iter_mut().zip(measured);
+        pairs.map(|(known, measured)| known.take(measured, units, budget)).fold(false, |any, turned| any | turned)
     }
 
     /// By how much the logits of a query (`scale` is its factor) with the keys of a cluster vary: half their variance in a
@@ -616,32 +609,53 @@ impl Summaries {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::budgeted::calibration::MeasuredRow;
+    use crate::budgeted::calibration::{MeasuredPlace, MeasuredRow};
+
+    fn row() -> MeasuredRow {
+        MeasuredRow { bearable: 0.01, ratio: None, spread: 1.0 }
+    }
+
+    fn measured(places: usize) -> Measurement {
+        let place = MeasuredPlace { position: FIRST_KEYS, rows: vec![row(); MICRO_ROWS] };
+        Measurement { places: vec![place; places], is_hopeless: false }
+    }
+
+    fn hopeless() -> Measurement {
+        Measurement { is_hopeless: true, ..measured(1) }
+    }
 
     #[test]
     fn a_hopeless_head_is_tried_again_at_twice_the_keys() {
         let mut head = HeadClusters { units: 7, ..HeadClusters::default() };
         assert_eq!(head.wanted(7), FIRST_REGIONS);
-        let hopeless = || vec![Measurement { places: 1, is_hopeless: true, ..Measurement::default() }];
-        head.take(0.05, hopeless());
+        head.take(0.05, vec![hopeless()]);
         assert_eq!([8, 13, 14, 20].map(|total| head.wanted(total)), [0, 0, 7, 10]);
         head.units = 14;
-        head.take(0.05, hopeless());
+        head.take(0.05, vec![hopeless()]);
         assert_eq!([20, 27, 28].map(|total| head.wanted(total)), [0, 0, 14]);
-        let rows = vec![MeasuredRow { bearable: 0.01, ratio: None, spread: 1.0 }; 24];
-        head.take(0.02, vec![Measurement { places: 4, rows, ..Measurement::default() }]);
+        head.take(0.02, vec![measured(4)]);
         assert_eq!(head.wanted(15), 15, "it pays");
     }
 
     #[test]
     fn a_hopeless_head_is_tried_again_after_another_text() {
-        let hopeless = vec![Measurement { places: 1, is_hopeless: true, ..Measurement::default() }];
         let mut index = ClusterIndex::default();
         index.heads.push(HeadClusters { units: 97, ..HeadClusters::default() });
-        index.heads[0].take(0.05, hopeless);
+        index.heads[0].take(0.05, vec![hopeless()]);
         // Its regions lie before what is dropped.
         assert_eq!(index.truncate(0, FIRST_KEYS + 8 * REGION_KEYS), None);
         assert_eq!([15, 16].map(|total| index.heads[0].wanted(total)), [0, 8]);
+    }
+
+    #[test]
+    fn what_was_measured_on_dropped_tokens_is_forgotten() {
+        let mut index = ClusterIndex::default();
+        index.heads.push(HeadClusters { units: 9, ..HeadClusters::default() });
+        index.heads[0].take(0.05, vec![measured(PLACES)]);
+        index.truncate(0, FIRST_KEYS + 1);
+        assert!(index.heads[0].calibration(0).pays());
+        index.truncate(0, FIRST_KEYS);
+        assert_eq!(index.heads[0].calibration(0).places(), 0);
     }
 
     #[test]
@@ -657,10 +671,7 @@ mod tests {
             Region::new(&cache, 0, keys, &QueryMetric::default(), &mut scratch)
         };
         let mut head = HeadClusters { regions: (0..4).map(&mut region).collect(), units: 4, ..HeadClusters::default() };
-        let row = MeasuredRow { bearable: 0.01, ratio: None, spread: 1.0 };
-        let measured = Measurement { places: 2, rows: vec![row; 12], is_hopeless: false };
-        let hopeless = Measurement { is_hopeless: true, ..measured.clone() };
-        head.take(0.05, vec![hopeless, measured]);
+        head.take(0.05, vec![hopeless(), measured(2)]);
         assert_eq!(head.places_wanted(0.05, 60, false), 0, "of the same call");
         head.note_tokens(1);
         for resemble in [true, false] {
@@ -668,8 +679,9 @@ mod tests {
         }
         assert_eq!(head.places_wanted(0.1, 1, true), 1, "another budget");
         head.regions.push(region(4));
-        assert_eq!(head.places_wanted(0.05, 1, true), 0, "as many keys, nearly");
-        head.tried_keys = 3 * REGION_KEYS;
+        head.units = 4;
+        assert_eq!(head.places_wanted(0.05, 1, true), 0, "as many keys");
+        head.units = 5;
         assert_eq!(head.places_wanted(0.05, 1, true), 1, "more keys");
     }
 

@@ -6,7 +6,9 @@
 use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
 
 use super::Budgeted;
-use super::calibration::{Calibration, DEMANDING_OF_LATEST, LEAST_PLACES, MeasuredRow, Measurement, bearable_by_most};
+use super::calibration::{
+    Calibration, DEMANDING_OF_LATEST, LEAST_PLACES, MeasuredPlace, MeasuredRow, Measurement, bearable_by_most,
+};
 use super::tile::{TileScratch, Work, distance};
 use crate::tiles::{self, Call, HeadKeys, Task};
 
@@ -102,7 +104,7 @@ impl Trial {
             false => all,
         };
         let least = if steps == all { 0.0 } else { 0.5 * limit_at(steps) };
-        let is_known = known.places >= LEAST_PLACES && !known.is_hopeless() && !is_outdated;
+        let is_known = known.places() >= LEAST_PLACES && !known.is_hopeless() && !is_outdated;
         Self { first_step, steps, least, is_known, measured: Measurement::default(), costs: Vec::new() }
     }
 
@@ -110,9 +112,14 @@ impl Trial {
         self.measured.is_hopeless
     }
 
+    /// Notes a row of the place that is measured.
+    fn note(&mut self, row: MeasuredRow) {
+        self.measured.places.last_mut().expect("a place that is measured").rows.push(row);
+    }
+
     /// Share of the clusters that are computed within what most measured rows bear.
     fn computed_share(&self) -> f32 {
-        let limit = bearable_by_most(&self.measured.rows, DEMANDING_OF_LATEST);
+        let limit = bearable_by_most(self.measured.rows(), DEMANDING_OF_LATEST);
         let clusters: usize = self.costs.iter().map(|place| place.clusters).sum();
         let computed: usize = self.costs.iter().map(|place| place.computed_within(limit)).sum();
         computed as f32 / clusters.max(1) as f32
@@ -121,11 +128,11 @@ impl Trial {
     /// Gives up where the places measured so far show that clusters do not pay: the first alone where it needed all of
     /// them, unless it is known that others do not.
     fn judge(&mut self) {
-        if self.is_known && self.measured.rows.is_empty() {
+        if self.is_known && self.measured.rows().next().is_none() {
             return;
         }
         let share = self.computed_share();
-        self.measured.is_hopeless |= match self.measured.places {
+        self.measured.is_hopeless |= match self.measured.places.len() {
             0 => false,
             LEAST_PLACES.. => ESTIMATE_COST + COMPUTE_COST * share > MOST_COST,
             _ => share >= 1.0 && !self.is_known,
@@ -248,8 +255,9 @@ impl MeasurementScratch {
         let heads = first..first + trials.len();
         let micro_tiles = first * rows_of_head / MICRO_ROWS..(heads.end * rows_of_head).div_ceil(MICRO_ROWS);
         let rows = work.rows_of(micro_tiles.start).start..work.rows_of(micro_tiles.end - 1).end;
+        let position = work.budgeted.call.first_position + work.task.tokens.start;
         for trial in trials.iter_mut() {
-            trial.measured.places += 1;
+            trial.measured.places.push(MeasuredPlace { position, rows: Vec::with_capacity(rows_of_head) });
             trial.costs.push(PlaceCosts { clusters: micro_tiles.len() * work.clusters(), computed: Vec::new() });
         }
         let budget = work.budgeted.settings.budget;
@@ -265,7 +273,7 @@ impl MeasurementScratch {
             let (mut computed, mut rest) = (0, 0.0_f32);
             for micro_tile in micro_tiles.clone() {
                 let tried = self.try_limits(work, micro_tile, &limits, &mut open, |head, row| {
-                    trials[head - first].measured.rows.push(row);
+                    trials[head - first].note(row);
                 });
                 (computed, rest) = (computed + tried.computed, rest.max(tried.rest));
             }
@@ -285,7 +293,7 @@ impl MeasurementScratch {
                     let bearable = trial.least * budget;
                     for row in open.extract_if(.., |row| of_head(row)) {
                         let spread = work.spread_of(row, &mut self.query);
-                        trial.measured.rows.push(MeasuredRow { bearable, ratio: None, spread });
+                        trial.note(MeasuredRow { bearable, ratio: None, spread });
                     }
                     *step -= 1;
                 }
@@ -373,16 +381,18 @@ mod tests {
     fn what_is_known_is_where_a_measurement_begins_and_ends() {
         let budget = 0.05;
         let mut known = Calibration::default();
-        let rows = vec![MeasuredRow { bearable: MOST * budget / 8.0, ratio: None, spread: 1.0 }; 96];
-        known.take(Measurement { places: 16, rows, ..Measurement::default() }, budget);
+        let measured = |bearable, count| {
+            let rows = vec![MeasuredRow { bearable, ratio: None, spread: 1.0 }];
+            Measurement { places: vec![MeasuredPlace { position: 0, rows }; count], is_hopeless: false }
+        };
+        known.take(measured(MOST * budget / 8.0, 96), 8, budget);
         let trial = Trial::after(&known, budget, false);
         assert_eq!((trial.first_step, trial.steps), (6 - STEPS_UP, 6 + STEPS_DOWN));
         assert!(trial.least > 0.0 && trial.least < limit_at(trial.steps));
         let trial = Trial::after(&known, budget, true);
         assert_eq!((trial.first_step, trial.steps, trial.least), (6 - STEPS_UP, STEPS, 0.0), "it may be far less");
         // A row that bears an eighth: the next may bear as much as those before.
-        let rows = vec![MeasuredRow { bearable: MOST * budget / 64.0, ratio: None, spread: 1.0 }];
-        known.take(Measurement { places: 1, rows, ..Measurement::default() }, budget);
+        known.take(measured(MOST * budget / 64.0, 1), 8, budget);
         assert_eq!(Trial::after(&known, budget, false).first_step, 6 - STEPS_UP);
     }
 

@@ -37,7 +37,7 @@ use crate::strided::FromF32;
 use crate::tiles::{Call, Plan};
 use crate::{HeadReport, Mask, Report, ThreadTeam};
 use calibration::Measurement;
-use index::IndexScratch;
+use index::{HeadClusters, IndexScratch};
 use measurement::MeasurementScratch;
 use tile::{AUDITED_CALL, Budgeted, NEAR_KEYS, TileScratch};
 
@@ -132,19 +132,24 @@ fn run_step<T: FromF32>(
     guard.heads_mut().iter_mut().for_each(|head| head.note_tokens(call.tokens()));
     // The second round adds what the first has shown to pay, and measures more of queries that the first found to be of
     // another matter.
+    let mut turned = vec![false; cache.shape().kv_heads];
     for _ in 0..2 {
         guard.extend(call, len, settled, many, team, &scratch.budgeted.index);
-        let wanted = |head: &index::HeadClusters| head.places_wanted(settings.budget, call.tokens(), resemble);
-        let places: Vec<usize> = guard.heads_mut().iter().map(wanted).collect();
+        let wanted = |(head, has_turned): (&mut HeadClusters, &bool)| match has_turned {
+            true => HeadClusters::places_of_turned(call.tokens()),
+            false => head.places_wanted(settings.budget, call.tokens(), resemble),
+        };
+        let places: Vec<usize> = guard.heads_mut().iter_mut().zip(&turned).map(wanted).collect();
         // Most decode steps: nothing to measure, and so nothing to add either.
         if places.iter().all(|places| *places == 0) {
             break;
         }
         let budgeted = Budgeted { call: *call, settings: *settings, index: &guard, audits_last };
         let measured = measure(&budgeted, &places, team, &mut scratch.budgeted);
-        for (head, measured) in guard.heads_mut().iter_mut().zip(measured).filter(|(_, measured)| !measured.is_empty())
-        {
-            head.take(settings.budget, measured);
+        for ((head, has_turned), measured) in guard.heads_mut().iter_mut().zip(&mut turned).zip(measured) {
+            if !measured.is_empty() {
+                *has_turned = head.take(settings.budget, measured);
+            }
         }
     }
     // Other calls may use the clusters from here on, but none may add some.
