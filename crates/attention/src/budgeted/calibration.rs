@@ -12,8 +12,8 @@ pub(super) const PLACES: usize = 16;
 /// Places without which nothing is left to an estimate, and after which a head is given up whose clusters do not pay so
 /// far; one is enough where no cluster is spared at all.
 pub(super) const LEAST_PLACES: usize = 4;
-/// Rows of a head that count: those of 32 places of a prompt.
-const LATEST_ROWS: usize = 192;
+/// Rows of a head that count: those of 64 places of a prompt, so that a hundredth of them is some rows.
+const LATEST_ROWS: usize = 384;
 /// Share of the rows that may miss more than the budget.
 const DEMANDING: f32 = 0.01;
 /// The same of the rows that were measured last: few, but of the matter that the text is about now.
@@ -21,9 +21,9 @@ pub(super) const DEMANDING_OF_LATEST: f32 = 0.05;
 /// Rows below which the most demanding may not be among them: what they bear is divided as there are fewer.
 const ENOUGH_ROWS: usize = 48;
 /// Room for rows to come, which see more keys than those that were measured: where all [`LATEST_ROWS`] are known, …
-const SAFETY: f32 = 1.2;
+const SAFETY: f32 = 1.1;
 /// … and what is added as there are fewer, whose most demanding says less of others.
-const SAFETY_OF_FEW: f32 = 0.6;
+const SAFETY_OF_FEW: f32 = 0.3;
 /// Spread of a row that is computed exactly, beside the largest of a measured one.
 const MOST_SPREAD: f32 = 2.0;
 /// Share of what a head was known to bear below which its text has turned to another matter.
@@ -246,7 +246,8 @@ mod tests {
         calibration.take(measured((0..96).map(|index| if index == 40 { 0.001 } else { 0.02 })), 7, 0.05);
         assert!((calibration.limit() / 0.02 - 0.95).abs() < 0.01, "{}", calibration.limit());
         assert!(calibration.pays() && !calibration.is_hopeless());
-        assert!((calibration.safe_limit() * (SAFETY + 0.5 * SAFETY_OF_FEW) / calibration.limit() - 1.0).abs() < 1e-6);
+        let room = SAFETY + 0.75 * SAFETY_OF_FEW;
+        assert!((calibration.safe_limit() * room / calibration.limit() - 1.0).abs() < 1e-6);
         // Three are more than one.
         calibration.take(measured((0..48).map(|index| if index < 2 { 0.001 } else { 0.02 })), 7, 0.05);
         assert!(calibration.limit() < 0.002, "{}", calibration.limit());
@@ -257,7 +258,7 @@ mod tests {
         let mut calibration = Calibration::default();
         calibration.take(measured([0.001; 96]), 7, 0.05);
         calibration.take(measured([0.01; LATEST_ROWS]), 7, 0.05);
-        assert_eq!((calibration.limit(), calibration.places()), (0.01, 32));
+        assert_eq!((calibration.limit(), calibration.places()), (0.01, LATEST_ROWS / 6));
         assert_eq!(calibration.rows().count(), LATEST_ROWS);
     }
 
@@ -269,7 +270,7 @@ mod tests {
         assert_eq!(calibration.limit(), 0.01);
         calibration.take(measured([0.02; 6]), 7, 0.05);
         assert!(calibration.limit() < 0.011, "it may come up again");
-        (0..31).for_each(|_| {
+        (0..LATEST_ROWS / 6 - 1).for_each(|_| {
             calibration.take(measured([0.02; 6]), 7, 0.05);
         });
         assert_eq!(calibration.limit(), 0.02);

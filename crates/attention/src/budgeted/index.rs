@@ -32,8 +32,11 @@ pub(super) const FIRST_KEYS: usize = 64;
 const FIRST_REGIONS: usize = 2;
 
 /// Tokens of a long call from one place that is measured to the next, …
-const PLACE_TOKENS: usize = 512;
-/// … of a shorter one, which is measured whatever was before, as are calls that have so many together, …
+const PLACE_TOKENS: usize = 256;
+/// … of a call of fewer tokens than this, which is often a text of its own, …
+const LONG_CALL: usize = 512;
+const SHORT_CALL_PLACE_TOKENS: usize = 64;
+/// … tokens from which such a call is measured whatever was before, as are calls that have so many together, …
 const ENOUGH_TOKENS: usize = 128;
 /// … and decoded tokens from one that is measured to the next.
 const DECODED_TOKENS: usize = 64;
@@ -371,9 +374,8 @@ impl HeadClusters {
         }
         let regular = match tokens {
             _ if !self.may_pay() => 0,
-            PLACE_TOKENS.. => tokens.div_ceil(PLACE_TOKENS).max(4),
-            // Often a text of its own.
-            ENOUGH_TOKENS.. => (tokens / 64).min(4),
+            LONG_CALL.. => tokens.div_ceil(PLACE_TOKENS),
+            ENOUGH_TOKENS.. => (tokens / SHORT_CALL_PLACE_TOKENS).min(LEAST_PLACES),
             MICRO_ROWS.. => usize::from(self.since >= ENOUGH_TOKENS),
             _ => usize::from(self.since >= DECODED_TOKENS),
         };
