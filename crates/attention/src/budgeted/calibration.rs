@@ -23,7 +23,13 @@ const ENOUGH_ROWS: usize = 48;
 /// Room for rows to come, which see more keys than those that were measured: where all [`LATEST_ROWS`] are known, …
 const SAFETY: f32 = 1.1;
 /// … and what is added as there are fewer, whose most demanding says less of others.
-const SAFETY_OF_FEW: f32 = 0.3;
+const SAFETY_OF_FEW: f32 = 0.4;
+/// Time that estimating clusters takes, as a share of computing their keys exactly.
+const ESTIMATE_COST: f32 = 0.04;
+/// Time that chosen clusters take, beside that of as many keys in their own order.
+const COMPUTE_COST: f32 = 1.2;
+/// Share of exact attention's time on far keys above which clusters are not worth it: making them takes time too.
+const MOST_COST: f32 = 0.85;
 /// Spread of a row that is computed exactly, beside the largest of a measured one.
 const MOST_SPREAD: f32 = 2.0;
 /// Share of what a head was known to bear below which its text has turned to another matter.
@@ -50,6 +56,10 @@ pub(super) struct MeasuredPlace {
     pub position: usize,
     /// Its rows, but those that are no numbers: these tell nothing.
     pub rows: Vec<MeasuredRow>,
+    /// Clusters that there were.
+    pub clusters: usize,
+    /// Limits that were tried, each smaller than the one before, with the clusters computed within them.
+    pub computed: Vec<(f32, usize)>,
 }
 
 /// What some places show of a query head.
@@ -65,6 +75,8 @@ pub(super) struct Measurement {
 pub(super) struct Calibration {
     /// The latest that were measured, in the order in which they were.
     places: VecDeque<MeasuredPlace>,
+    /// How many of them were measured last, together.
+    latest: usize,
     /// Places and keys of the text when it was found that clusters do not pay.
     given_up_at: Option<usize>,
     /// What the rows bear, all but the most demanding, in the unit of [`MeasuredRow::bearable`]; 0: too little for clusters
@@ -72,6 +84,8 @@ pub(super) struct Calibration {
     usual_limit: f32,
     /// The same, and no more than those measured last bear; 0: nothing may be left to clusters for now.
     limit: f32,
+    /// The same, with room for rows to come.
+    safe_limit: f32,
     /// Missed mass of a row in the unit of its estimated error: of most rows.
     pub error_factor: f32,
     /// The largest spread of a row that bears the limit: of the others nothing was learnt but that they want more.
@@ -80,12 +94,39 @@ pub(super) struct Calibration {
 /// Of a head that was not measured yet.
 pub(super) static UNKNOWN: Calibration = Calibration {
     places: VecDeque::new(),
+    latest: 0,
     given_up_at: None,
     usual_limit: 0.0,
     limit: 0.0,
+    safe_limit: 0.0,
     error_factor: 0.0,
     spread: 0.0,
 };
+
+impl MeasuredPlace {
+    /// Clusters computed within `limit`: as at the smallest limit tried that is not smaller by more than rounding to a
+    /// step.
+    fn computed_within(&self, limit: f32) -> usize {
+        let border = limit * (-0.25_f32).exp2();
+        let tried = self.computed.iter().rev().find(|(tried, _)| *tried >= border).or(self.computed.first());
+        tried.map_or(self.clusters, |(_, computed)| *computed)
+    }
+}
+
+/// Share of the clusters that `places` compute within `limit`.
+pub(super) fn computed_share<'a>(places: impl IntoIterator<Item = &'a MeasuredPlace>, limit: f32) -> f32 {
+    let (mut computed, mut clusters) = (0, 0);
+    for place in places {
+        computed += place.computed_within(limit);
+        clusters += place.clusters;
+    }
+    computed as f32 / clusters.max(1) as f32
+}
+
+/// Whether clusters are not worth it where a `share` of them is computed.
+pub(super) fn costs_too_much(share: f32) -> bool {
+    ESTIMATE_COST + COMPUTE_COST * share > MOST_COST
+}
 
 impl Measurement {
     /// The rows of all places.
@@ -104,12 +145,9 @@ impl Calibration {
         self.places.iter().flat_map(|place| &place.rows)
     }
 
-    /// The error, as estimated, that may be left to clusters: what rows bear, with room for those to come. A few tokens that
-    /// are decoded one after another are much alike, and tell little.
+    /// The error, as estimated, that may be left to clusters: what rows bear, with room for those to come.
     pub fn safe_limit(&self) -> f32 {
-        let rows = self.rows().count() as f32;
-        let room = SAFETY + SAFETY_OF_FEW * (1.0 - rows / LATEST_ROWS as f32);
-        self.limit / room.max(SAFETY * ENOUGH_ROWS as f32 / rows.max(1.0))
+        self.safe_limit
     }
 
     /// What most rows bear, whatever those measured last do.
@@ -151,7 +189,7 @@ impl Calibration {
             return false;
         }
         let before = self.limit;
-        let latest: Vec<MeasuredRow> = measured.rows().copied().collect();
+        self.latest = measured.places.len();
         self.places.extend(measured.places);
         // A place without rows counts as one, or there would be more and more.
         let count = |place: &MeasuredPlace| place.rows.len().max(1);
@@ -159,13 +197,17 @@ impl Calibration {
         while rows > LATEST_ROWS {
             rows -= self.places.pop_front().map_or(rows, |place| count(&place));
         }
-        if measured.is_hopeless {
+        self.learn(budget);
+        let is_too_costly =
+            || self.places() >= LEAST_PLACES && costs_too_much(computed_share(&self.places, self.usual_limit));
+        let is_given_up = measured.is_hopeless || self.usual_limit == 0.0 || is_too_costly();
+        self.given_up_at = is_given_up.then_some(keys);
+        if is_given_up {
+            // When it is tried again it is as if for the first time.
             self.places.clear();
+            self.learn(budget);
         }
-        let latest = if latest.is_empty() { f32::INFINITY } else { bearable_by_most(&latest, DEMANDING_OF_LATEST) };
-        self.learn(latest, budget);
-        self.given_up_at = (self.usual_limit == 0.0).then_some(keys);
-        self.limit < TURNED * before
+        !is_given_up && self.limit < TURNED * before
     }
 
     /// Forgets what was measured at `position` or after it. What was given up in a longer text than of `keys` keys counts
@@ -173,26 +215,38 @@ impl Calibration {
     pub fn forget_from(&mut self, position: usize, keys: usize, budget: f32) {
         self.given_up_at = self.given_up_at.map(|then| then.min(keys));
         let places = self.places();
-        self.places.retain(|place| place.position < position);
+        let is_kept = |place: &MeasuredPlace| place.position < position;
+        self.latest = self.places.iter().rev().take(self.latest).filter(|place| is_kept(place)).count();
+        self.places.retain(is_kept);
         if self.places() < places {
-            self.learn(f32::INFINITY, budget);
+            self.learn(budget);
         }
     }
 
-    /// Learns from all rows, of which those measured last bear `latest`.
-    fn learn(&mut self, latest: f32, budget: f32) {
+    /// Learns from all rows. A few tokens that are decoded one after another are much alike, and tell little.
+    fn learn(&mut self, budget: f32) {
         self.usual_limit = bearable_by_most(self.rows(), DEMANDING);
-        self.limit = self.usual_limit.min(latest);
+        // Where those measured last are forgotten, the ones before are the latest.
+        let latest = self.places.iter().rev().take(self.latest.max(1));
+        let latest: Vec<_> = latest.flat_map(|place| &place.rows).collect();
+        self.limit = match latest.is_empty() {
+            true => self.usual_limit,
+            false => self.usual_limit.min(bearable_by_most(latest, DEMANDING_OF_LATEST)),
+        };
+        let rows = self.rows().count() as f32;
+        let room = SAFETY + SAFETY_OF_FEW * (1.0 - rows / LATEST_ROWS as f32);
+        self.safe_limit = self.limit / room.max(SAFETY * ENOUGH_ROWS as f32 / rows.max(1.0));
         let bearing = self.rows().filter(|row| row.bearable >= self.limit);
         self.spread = bearing.map(|row| row.spread).fold(0.0, f32::max);
         let mut ratios: Vec<f32> = self.rows().filter_map(|row| row.ratio).collect();
         // A row at the limit misses no more than the budget.
-        let most = if self.limit > 0.0 { budget / self.safe_limit() } else { 1.0 };
+        let most = if self.limit > 0.0 { budget / self.safe_limit } else { 1.0 };
         self.error_factor = quantile(&mut ratios, REPORTED).unwrap_or(1.0).min(most);
     }
 
     pub fn bytes(&self) -> usize {
-        let of_place = |place: &MeasuredPlace| size_of_val(place) + size_of_val(&*place.rows);
+        let of_place =
+            |place: &MeasuredPlace| size_of_val(place) + size_of_val(&*place.rows) + size_of_val(&*place.computed);
         size_of_val(self) + self.places.iter().map(of_place).sum::<usize>()
     }
 }
@@ -221,7 +275,8 @@ mod tests {
     }
 
     fn place(position: usize, rows: impl IntoIterator<Item = f32>) -> MeasuredPlace {
-        MeasuredPlace { position, rows: rows.into_iter().map(row).collect() }
+        let rows = rows.into_iter().map(row).collect();
+        MeasuredPlace { position, rows, clusters: 100, computed: vec![(0.1, 20)] }
     }
 
     /// Places of six rows.
@@ -297,7 +352,7 @@ mod tests {
     fn rows_that_are_passed_over_do_not_tell_what_is_alike() {
         let sharp = |bearable| {
             let rows = vec![MeasuredRow { spread: 50.0, ..row(bearable) }];
-            Measurement { places: vec![MeasuredPlace { position: 0, rows }], is_hopeless: false }
+            Measurement { places: vec![MeasuredPlace { rows, ..place(0, []) }], is_hopeless: false }
         };
         let mut calibration = Calibration::default();
         calibration.take(measured([0.02; LATEST_ROWS]), 7, 0.05);
@@ -344,7 +399,51 @@ mod tests {
         let places = vec![place(0, []); LATEST_ROWS + 8];
         calibration.take(Measurement { places, is_hopeless: false }, 8, 0.05);
         assert!(calibration.is_hopeless());
-        assert_eq!(calibration.places(), LATEST_ROWS);
+        calibration.take(measured([0.01; 96]), 16, 0.05);
+        let nothing = vec![place(0, []); LATEST_ROWS - 48];
+        calibration.take(Measurement { places: nothing, is_hopeless: false }, 16, 0.05);
+        assert_eq!(calibration.places(), 8 + LATEST_ROWS - 48);
+    }
+
+    #[test]
+    fn a_head_that_was_given_up_comes_back() {
+        let mut calibration = Calibration::default();
+        calibration.take(measured([0.02; 96]), 8, 0.05);
+        // Most of few rows bear nothing.
+        assert!(!calibration.take(measured([0.0; 24]), 8, 0.05), "that is no other matter");
+        assert!(calibration.is_hopeless() && !calibration.pays());
+        calibration.forget_from(3 * 512, 8, 0.05);
+        assert!(calibration.is_hopeless() && !calibration.pays());
+        calibration.take(measured([0.02; 24]), 16, 0.05);
+        assert!(!calibration.is_hopeless() && calibration.pays());
+    }
+
+    #[test]
+    fn what_a_place_computes_within_a_limit() {
+        let place = MeasuredPlace { computed: vec![(0.4, 3), (0.2, 7), (0.1, 20)], ..place(0, []) };
+        for (limit, computed) in [(1.0, 3), (0.4, 3), (0.3, 3), (0.2, 7), (0.15, 7), (0.11, 20), (0.01, 20)] {
+            assert_eq!(place.computed_within(limit), computed, "{limit}");
+        }
+    }
+
+    #[test]
+    fn all_places_that_count_tell_whether_clusters_pay() {
+        let costly = |position| MeasuredPlace { computed: vec![(0.1, 80)], ..place(position, [0.02]) };
+        let costly = |places: usize| Measurement { places: (0..places).map(costly).collect(), is_hopeless: false };
+        let mut calibration = Calibration::default();
+        for place in 1..LEAST_PLACES {
+            calibration.take(costly(1), 8, 0.05);
+            assert!(!calibration.is_hopeless(), "{place}");
+        }
+        calibration.take(costly(1), 8, 0.05);
+        assert!(calibration.is_hopeless());
+        // A few are no reason to give up what many show to pay.
+        let mut calibration = Calibration::default();
+        calibration.take(measured([0.02; 96]), 8, 0.05);
+        calibration.take(costly(LEAST_PLACES), 8, 0.05);
+        assert!(!calibration.is_hopeless());
+        calibration.take(costly(5 * PLACES), 8, 0.05);
+        assert!(calibration.is_hopeless());
     }
 
     #[test]
@@ -365,5 +464,17 @@ mod tests {
         assert_eq!(calibration.places(), 8);
         calibration.forget_from(3 * 512, 4, 0.05);
         assert!(!calibration.pays() && !calibration.is_hopeless(), "too little is left");
+        // Of the places that were measured last one is dropped: what the others bear counts as before.
+        let mut calibration = Calibration::default();
+        calibration.take(measured([0.02; LATEST_ROWS - 24]), 8, 0.05);
+        let latest = (0..4).map(|index| place(64 * 512 + index, [if index == 0 { 0.004 } else { 0.01 }; 6])).collect();
+        calibration.take(Measurement { places: latest, is_hopeless: false }, 8, 0.05);
+        assert!((calibration.limit() - 0.004).abs() < 1e-6);
+        calibration.forget_from(64 * 512 + 3, 4, 0.05);
+        assert!((calibration.limit() - 0.004).abs() < 1e-6);
+        calibration.forget_from(64 * 512 + 1, 4, 0.05);
+        assert!((calibration.limit() - 0.004).abs() < 1e-6);
+        calibration.forget_from(64 * 512, 4, 0.05);
+        assert!((calibration.limit() - 0.02).abs() < 1e-6);
     }
 }

@@ -79,11 +79,14 @@ pub(super) struct HeadClusters {
     settled: Settled,
     /// One for each query head that reads the head, empty before the first measurement.
     calibrations: Vec<Calibration>,
-    /// Budget and clustered keys at the last measurement.
+    /// Budget of the measurements, and clustered keys at the first of them.
     calibrated: (f32, usize),
     /// Tokens whose queries were seen since then.
     since: usize,
-    /// Units of [`REGION_KEYS`] keys that there were, clustered or not, at the last call.
+    /// Whether the metric has learnt from the queries of this call.
+    has_learnt: bool,
+    /// Query heads that read the head, and units of [`REGION_KEYS`] keys that there were, clustered or not, at the last call.
+    group: usize,
     units: usize,
 }
 
@@ -204,7 +207,7 @@ impl ClusterIndex {
         let settled = (settled.saturating_sub(FIRST_KEYS) / REGION_KEYS).min(total);
         let mut built: Vec<(usize, Range<usize>, Option<Region>)> = Vec::new();
         for (index, head) in self.heads.iter_mut().enumerate() {
-            head.units = total;
+            (head.group, head.units) = (call.group(), total);
             // Never fewer: queries at earlier positions may follow.
             let wanted = head.wanted(total).max(head.keys() / REGION_KEYS);
             head.settled.small = head.settled.small.max(settled.min(wanted));
@@ -220,9 +223,9 @@ impl ClusterIndex {
             return;
         }
         team.run_chunks(&mut self.heads, 1, |index, head, _| {
-            // Once the queries of this call were measured they were also learnt from.
-            if head[0].since > 0 && built.iter().any(|(head, ..)| *head == index) {
+            if !head[0].has_learnt && built.iter().any(|(head, ..)| *head == index) {
                 head[0].metric.learn(call, index);
+                head[0].has_learnt = true;
             }
         });
         team.run_chunks(&mut built, 1, |_, region, worker| {
@@ -346,6 +349,7 @@ impl HeadClusters {
     /// Notes that the queries of `tokens` tokens are about to be answered.
     pub fn note_tokens(&mut self, tokens: usize) {
         self.since = self.since.saturating_add(tokens);
+        self.has_learnt = false;
     }
 
     /// At how many places of a call of `tokens` tokens queries should be measured. Where they `resemble` those that were just
@@ -393,7 +397,7 @@ impl HeadClusters {
     /// Whether the last measurement tells nothing of now.
     pub fn is_outdated(&self, budget: f32) -> bool {
         let (calibrated_budget, keys) = self.calibrated;
-        self.calibrations.is_empty() || calibrated_budget != budget || self.keys() >= OUTDATED * keys
+        self.calibrations.len() != self.group || calibrated_budget != budget || self.keys() >= OUTDATED * keys
     }
 
     /// Takes what was measured of every query head of the group, now and at `budget`. Returns whether the text has turned to
@@ -401,11 +405,9 @@ impl HeadClusters {
     pub fn take(&mut self, budget: f32, measured: Vec<Measurement>) -> bool {
         if self.is_outdated(budget) {
             self.calibrations = vec![UNKNOWN.clone(); measured.len()];
-        }
-        self.since = 0;
-        if measured.iter().any(|measured| !measured.places.is_empty()) {
             self.calibrated = (budget, self.keys());
         }
+        self.since = 0;
         let units = self.units;
         let pairs = self.calibrations.iter_mut().zip(measured);
         pairs.map(|(known, measured)| known.take(measured, units, budget)).fold(false, |any, turned| any | turned)
@@ -618,7 +620,8 @@ mod tests {
     }
 
     fn measured(places: usize) -> Measurement {
-        let place = MeasuredPlace { position: FIRST_KEYS, rows: vec![row(); MICRO_ROWS] };
+        let rows = vec![row(); MICRO_ROWS];
+        let place = MeasuredPlace { position: FIRST_KEYS, rows, clusters: 100, computed: vec![(0.1, 20)] };
         Measurement { places: vec![place; places], is_hopeless: false }
     }
 
@@ -628,7 +631,7 @@ mod tests {
 
     #[test]
     fn a_hopeless_head_is_tried_again_at_twice_the_keys() {
-        let mut head = HeadClusters { units: 7, ..HeadClusters::default() };
+        let mut head = HeadClusters { group: 1, units: 7, ..HeadClusters::default() };
         assert_eq!(head.wanted(7), FIRST_REGIONS);
         head.take(0.05, vec![hopeless()]);
         assert_eq!([8, 13, 14, 20].map(|total| head.wanted(total)), [0, 0, 7, 10]);
@@ -642,7 +645,7 @@ mod tests {
     #[test]
     fn a_hopeless_head_is_tried_again_after_another_text() {
         let mut index = ClusterIndex::default();
-        index.heads.push(HeadClusters { units: 97, ..HeadClusters::default() });
+        index.heads.push(HeadClusters { group: 1, units: 97, ..HeadClusters::default() });
         index.heads[0].take(0.05, vec![hopeless()]);
         // Its regions lie before what is dropped.
         assert_eq!(index.truncate(0, FIRST_KEYS + 8 * REGION_KEYS), None);
@@ -652,7 +655,7 @@ mod tests {
     #[test]
     fn what_was_measured_on_dropped_tokens_is_forgotten() {
         let mut index = ClusterIndex::default();
-        index.heads.push(HeadClusters { units: 9, ..HeadClusters::default() });
+        index.heads.push(HeadClusters { group: 1, units: 9, ..HeadClusters::default() });
         index.heads[0].take(0.05, vec![measured(PLACES)]);
         index.truncate(0, FIRST_KEYS + 1);
         assert!(index.heads[0].calibration(0).pays());
@@ -672,7 +675,8 @@ mod tests {
             let keys = FIRST_KEYS + first * REGION_KEYS..FIRST_KEYS + (first + 1) * REGION_KEYS;
             Region::new(&cache, 0, keys, &QueryMetric::default(), &mut scratch)
         };
-        let mut head = HeadClusters { regions: (0..4).map(&mut region).collect(), units: 4, ..HeadClusters::default() };
+        let regions = (0..4).map(&mut region).collect();
+        let mut head = HeadClusters { regions, group: 2, units: 4, ..HeadClusters::default() };
         head.take(0.05, vec![hopeless(), measured(2)]);
         assert_eq!(head.places_wanted(0.05, 60, false), 0, "of the same call");
         head.note_tokens(1);

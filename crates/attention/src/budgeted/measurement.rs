@@ -8,6 +8,7 @@ use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
 use super::Budgeted;
 use super::calibration::{
     Calibration, DEMANDING_OF_LATEST, LEAST_PLACES, MeasuredPlace, MeasuredRow, Measurement, bearable_by_most,
+    computed_share, costs_too_much,
 };
 use super::tile::{TileScratch, Work, distance};
 use crate::tiles::{self, Call, HeadKeys, Task};
@@ -30,13 +31,6 @@ const STEPS_DOWN: usize = 4;
 /// Largest error in relation to the output: where values average out, as under diffuse attention to unrelated values,
 /// an error that is small beside a value can still be all of the output.
 const MOST_OF_OUTPUT: f32 = 0.5;
-
-/// Time that estimating clusters takes, as a share of computing their keys exactly.
-const ESTIMATE_COST: f32 = 0.04;
-/// Time that chosen clusters take, beside that of as many keys in their own order.
-const COMPUTE_COST: f32 = 1.2;
-/// Share of exact attention's time on far keys above which clusters are not worth it: making them takes time too.
-const MOST_COST: f32 = 0.85;
 
 /// Buffers of one thread.
 #[derive(Default)]
@@ -66,14 +60,6 @@ struct Trial {
     /// Whether it is known from enough places that clusters pay, so that a few more do not say the contrary.
     is_known: bool,
     measured: Measurement,
-    /// What was computed at each place.
-    costs: Vec<PlaceCosts>,
-}
-
-/// What a place would have computed within limits that get smaller: each limit, with clusters of all that there are.
-struct PlaceCosts {
-    clusters: usize,
-    computed: Vec<(f32, usize)>,
 }
 
 /// Steps down from the largest limit: the limit, in budgets.
@@ -89,8 +75,9 @@ fn next_step(step: usize, rest: f32) -> usize {
 }
 
 impl Trial {
-    /// Begins a little above what is known, or was where that `is_outdated`.
-    fn after(known: &Calibration, budget: f32, is_outdated: bool) -> Self {
+    /// Begins a little above what is known, or was where that `is_outdated`. Ends a little below, where the call has places
+    /// `enough` that more of them can be measured if rows do not bear that.
+    fn after(known: &Calibration, budget: f32, is_outdated: bool, enough: bool) -> Self {
         let more = (2.0 * (budget / USUAL_BUDGET).log2()).round().max(0.0) as usize;
         let all = STEPS + more;
         let step_of = |limit: f32| (2.0 * (MOST * budget / limit).log2()).round().max(0.0) as usize;
@@ -99,54 +86,37 @@ impl Trial {
             true => step_of(known.usual_limit()).saturating_sub(STEPS_UP).min(all - 1),
             false => 0,
         };
-        let steps = match known.limit() > 0.0 && !is_outdated {
+        let steps = match known.limit() > 0.0 && !is_outdated && enough {
             true => (step_of(known.limit()) + STEPS_DOWN).min(all),
             false => all,
         };
         let least = if steps == all { 0.0 } else { 0.5 * limit_at(steps) };
         let is_known = known.places() >= LEAST_PLACES && !known.is_hopeless() && !is_outdated;
-        Self { first_step, steps, least, is_known, measured: Measurement::default(), costs: Vec::new() }
+        Self { first_step, steps, least, is_known, measured: Measurement::default() }
     }
 
     fn is_given_up(&self) -> bool {
         self.measured.is_hopeless
     }
 
-    /// Notes a row of the place that is measured.
-    fn note(&mut self, row: MeasuredRow) {
-        self.measured.places.last_mut().expect("a place that is measured").rows.push(row);
-    }
-
-    /// Share of the clusters that are computed within what most measured rows bear.
-    fn computed_share(&self) -> f32 {
-        let limit = bearable_by_most(self.measured.rows(), DEMANDING_OF_LATEST);
-        let clusters: usize = self.costs.iter().map(|place| place.clusters).sum();
-        let computed: usize = self.costs.iter().map(|place| place.computed_within(limit)).sum();
-        computed as f32 / clusters.max(1) as f32
+    /// The place that is measured.
+    fn place(&mut self) -> &mut MeasuredPlace {
+        self.measured.places.last_mut().expect("a place that is measured")
     }
 
     /// Gives up where the places measured so far show that clusters do not pay: the first alone where it needed all of
-    /// them, unless it is known that others do not.
+    /// them. Where they are known to pay, those before count as well, and others decide.
     fn judge(&mut self) {
-        if self.is_known && self.measured.rows().next().is_none() {
+        if self.is_known {
             return;
         }
-        let share = self.computed_share();
+        let limit = bearable_by_most(self.measured.rows(), DEMANDING_OF_LATEST);
+        let share = computed_share(&self.measured.places, limit);
         self.measured.is_hopeless |= match self.measured.places.len() {
             0 => false,
-            LEAST_PLACES.. => ESTIMATE_COST + COMPUTE_COST * share > MOST_COST,
-            _ => share >= 1.0 && !self.is_known,
+            LEAST_PLACES.. => costs_too_much(share),
+            _ => share >= 1.0,
         };
-    }
-}
-
-impl PlaceCosts {
-    /// Clusters computed within `limit`: as at the smallest limit tried that is not smaller by more than rounding to a
-    /// step.
-    fn computed_within(&self, limit: f32) -> usize {
-        let border = limit * (-0.25_f32).exp2();
-        let tried = self.computed.iter().rev().find(|(tried, _)| *tried >= border).or(self.computed.first());
-        tried.map_or(self.clusters, |(_, computed)| *computed)
     }
 }
 
@@ -159,11 +129,13 @@ pub(crate) fn share_of_allowed(missed: f32, exact_output: &[f32], budget: f32, v
     if missed <= allowed { missed / allowed.max(f32::MIN_POSITIVE) } else { f32::INFINITY }
 }
 
-/// Measures the query heads of `kv_head` at `places` places of the call at most.
+/// Measures the query heads of `kv_head` at `places` places of the call at most: `between` those that were measured of it
+/// before, or from the last tokens on.
 pub(super) fn measure(
     budgeted: &Budgeted<'_>,
     kv_head: usize,
     places: usize,
+    between: bool,
     scratch: &mut MeasurementScratch,
 ) -> Vec<Measurement> {
     let call = &budgeted.call;
@@ -178,15 +150,15 @@ pub(super) fn measure(
     let budget = budgeted.settings.budget;
     let head = budgeted.index.head(kv_head);
     let is_outdated = head.is_outdated(budget);
-    let mut trials: Vec<_> =
-        (0..group).map(|query_head| Trial::after(head.known(query_head, budget), budget, is_outdated)).collect();
+    // Heads whose rows share micro-tiles are tried together: they share the clusters that are computed.
+    let together = if place_tokens == MICRO_ROWS { 1 } else { group };
+    let trial = |query_head| Trial::after(head.known(query_head, budget), budget, is_outdated, together == 1);
+    let mut trials: Vec<_> = (0..group).map(trial).collect();
     for (query_head, trial) in trials.iter_mut().enumerate() {
         trial.measured.is_hopeless = head.is_given_up(query_head, budget);
     }
-    // Heads whose rows share micro-tiles are tried together: they share the clusters that are computed.
-    let together = if place_tokens == MICRO_ROWS { 1 } else { group };
     let task = |place: usize| {
-        let end = tokens - (tokens - earliest - place_tokens) * place / places;
+        let end = tokens - (tokens - earliest - place_tokens) * (2 * place + usize::from(between)) / (2 * places);
         Task { kv_head, tokens: end - place_tokens..end, keys: 0..call.cache.len() }
     };
     // The first alone, as it shows which heads are hopeless. Then some are computed exactly together: a block of keys is
@@ -255,10 +227,11 @@ impl MeasurementScratch {
         let heads = first..first + trials.len();
         let micro_tiles = first * rows_of_head / MICRO_ROWS..(heads.end * rows_of_head).div_ceil(MICRO_ROWS);
         let rows = work.rows_of(micro_tiles.start).start..work.rows_of(micro_tiles.end - 1).end;
+        let clusters = micro_tiles.len() * work.clusters();
         let position = work.budgeted.call.first_position + work.task.tokens.start;
         for trial in trials.iter_mut() {
-            trial.measured.places.push(MeasuredPlace { position, rows: Vec::with_capacity(rows_of_head) });
-            trial.costs.push(PlaceCosts { clusters: micro_tiles.len() * work.clusters(), computed: Vec::new() });
+            let rows = Vec::with_capacity(rows_of_head);
+            trial.measured.places.push(MeasuredPlace { position, rows, clusters, computed: Vec::new() });
         }
         let budget = work.budgeted.settings.budget;
         let mut steps: Vec<usize> = trials.iter().map(|trial| trial.first_step).collect();
@@ -273,12 +246,12 @@ impl MeasurementScratch {
             let (mut computed, mut rest) = (0, 0.0_f32);
             for micro_tile in micro_tiles.clone() {
                 let tried = self.try_limits(work, micro_tile, &limits, &mut open, |head, row| {
-                    trials[head - first].note(row);
+                    trials[head - first].place().rows.push(row);
                 });
                 (computed, rest) = (computed + tried.computed, rest.max(tried.rest));
             }
             for (trial, limit) in trials.iter_mut().zip(&limits[heads.clone()]) {
-                trial.costs.last_mut().expect("a place that is measured").computed.push((*limit, computed));
+                trial.place().computed.push((*limit, computed));
             }
             // Heads that share clusters go down one by one.
             let rest = if trials.len() > 1 { 1.0 } else { rest };
@@ -293,7 +266,7 @@ impl MeasurementScratch {
                     let bearable = trial.least * budget;
                     for row in open.extract_if(.., |row| of_head(row)) {
                         let spread = work.spread_of(row, &mut self.query);
-                        trial.note(MeasuredRow { bearable, ratio: None, spread });
+                        trial.place().rows.push(MeasuredRow { bearable, ratio: None, spread });
                     }
                     *step -= 1;
                 }
@@ -370,7 +343,8 @@ mod tests {
 
     #[test]
     fn the_smallest_limit_is_the_same_for_larger_budgets() {
-        let smallest = |budget: f32| limit_at(Trial::after(&Calibration::default(), budget, true).steps - 1) * budget;
+        let smallest =
+            |budget: f32| limit_at(Trial::after(&Calibration::default(), budget, true, true).steps - 1) * budget;
         for budget in [0.05, 0.1, 0.2, 0.4, 0.8] {
             assert!((smallest(budget) / smallest(0.05) - 1.0).abs() < 1e-3, "{budget}");
         }
@@ -383,24 +357,23 @@ mod tests {
         let mut known = Calibration::default();
         let measured = |bearable, count| {
             let rows = vec![MeasuredRow { bearable, ratio: None, spread: 1.0 }];
-            Measurement { places: vec![MeasuredPlace { position: 0, rows }; count], is_hopeless: false }
+            let place = MeasuredPlace { position: 0, rows, clusters: 0, computed: Vec::new() };
+            Measurement { places: vec![place; count], is_hopeless: false }
         };
         known.take(measured(MOST * budget / 8.0, 96), 8, budget);
-        let trial = Trial::after(&known, budget, false);
+        let trial = Trial::after(&known, budget, false, true);
         assert_eq!((trial.first_step, trial.steps), (6 - STEPS_UP, 6 + STEPS_DOWN));
         assert!(trial.least > 0.0 && trial.least < limit_at(trial.steps));
-        let trial = Trial::after(&known, budget, true);
+        let trial = Trial::after(&known, budget, true, true);
         assert_eq!((trial.first_step, trial.steps, trial.least), (6 - STEPS_UP, STEPS, 0.0), "it may be far less");
+        let trial = Trial::after(&known, budget, false, false);
+        assert_eq!(
+            (trial.first_step, trial.steps, trial.least),
+            (6 - STEPS_UP, STEPS, 0.0),
+            "no more would be measured"
+        );
         // A row that bears an eighth: the next may bear as much as those before.
         known.take(measured(MOST * budget / 64.0, 1), 8, budget);
-        assert_eq!(Trial::after(&known, budget, false).first_step, 6 - STEPS_UP);
-    }
-
-    #[test]
-    fn what_a_place_computes_within_a_limit() {
-        let place = PlaceCosts { clusters: 100, computed: vec![(0.4, 3), (0.2, 7), (0.1, 20)] };
-        for (limit, computed) in [(1.0, 3), (0.4, 3), (0.3, 3), (0.2, 7), (0.15, 7), (0.11, 20), (0.01, 20)] {
-            assert_eq!(place.computed_within(limit), computed, "{limit}");
-        }
+        assert_eq!(Trial::after(&known, budget, false, true).first_step, 6 - STEPS_UP);
     }
 }

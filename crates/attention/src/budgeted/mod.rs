@@ -145,7 +145,7 @@ fn run_step<T: FromF32>(
             break;
         }
         let budgeted = Budgeted { call: *call, settings: *settings, index: &guard, audits_last };
-        let measured = measure(&budgeted, &places, team, &mut scratch.budgeted);
+        let measured = measure(&budgeted, &places, &turned, team, &mut scratch.budgeted);
         for ((head, has_turned), measured) in guard.heads_mut().iter_mut().zip(&mut turned).zip(measured) {
             if !measured.is_empty() {
                 *has_turned = head.take(settings.budget, measured);
@@ -188,10 +188,12 @@ fn run_step<T: FromF32>(
     report
 }
 
-/// Measures the query heads of each key/value head at so many `places`; nothing where none are wanted.
+/// Measures the query heads of each key/value head at so many `places`, between those that were measured before where their
+/// text has `turned`; nothing where none are wanted.
 fn measure(
     budgeted: &Budgeted<'_>,
     places: &[usize],
+    turned: &[bool],
     team: &ThreadTeam,
     scratch: &mut BudgetScratch,
 ) -> Vec<Vec<Measurement>> {
@@ -200,7 +202,7 @@ fn measure(
     team.run_chunks(&mut measured, 1, |kv_head, measured, worker| {
         if places[kv_head] > 0 {
             let mut scratch = scratch.measurement[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            measured[0] = measurement::measure(budgeted, kv_head, places[kv_head], &mut scratch);
+            measured[0] = measurement::measure(budgeted, kv_head, places[kv_head], turned[kv_head], &mut scratch);
         }
     });
     measured
