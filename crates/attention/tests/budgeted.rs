@@ -312,7 +312,8 @@ fn one_decoded_token_gives_no_head_up() {
         tokens.map(|token| case.run(BUDGETED, &cache, token..token + 1, &team).2.fallback_rows).sum()
     };
     assert!(fell_back(prompt..measured) < 8);
-    assert!(fell_back(measured..measured + 64) > 0, "nothing was learnt from the odd one");
+    fell_back(measured..measured + 1);
+    assert!(fell_back(measured + 1..measured + 64) > 0, "nothing was learnt from the odd one");
     // The next that is measured is like all others.
     assert!(fell_back(measured + 64..tokens) < 8);
 }
@@ -326,9 +327,10 @@ fn a_smaller_budget_is_kept_on_what_was_measured_at_a_larger() {
     let cache = case.cache(KeyValueType::F32, 0..8_400, &team);
     case.run(method(large), &cache, 0..300, &team);
     let (exact, _, _) = case.run(Method::Exact, &cache, 300..400, &team);
-    let (output, _, _) = case.run(method(small), &cache, 300..400, &team);
-    let missed = quantile(&case.missed(&exact, &output), 0.98);
-    assert!(missed <= f64::from(small), "{missed}");
+    let (output, _, report) = case.run(method(small), &cache, 300..400, &team);
+    let missed = case.missed(&exact, &output);
+    assert!(quantile(&missed, 0.98) <= f64::from(small), "{}", quantile(&missed, 0.98));
+    assert!(report.kept_share() < 0.99, "nothing was left to estimates");
     // And the other way round as little is computed as if nothing else had been measured.
     let cache = case.cache(KeyValueType::F32, 0..8_400, &team);
     case.run(method(0.01), &cache, 0..300, &team);
@@ -342,11 +344,13 @@ fn a_smaller_budget_is_kept_on_what_was_measured_at_a_larger() {
 fn every_call_of_enough_tokens_is_audited() {
     let team = ThreadTeam::new(2);
     // A last tile of five tokens; a step that ends amid the call, or three tokens before its end.
-    for (keys, tokens) in [(8_600, 128), (8_600, 197), (8_300, 200), (8_195, 150)] {
+    for (keys, tokens) in [(8_600, 128), (8_600, 197), (8_300, 200), (8_195, 151)] {
         let case = topical(shape(tokens, keys, 32, 32), Mask::causal());
         let cache = case.cache(KeyValueType::F32, 0..keys, &team);
         let (_, _, report) = case.run(BUDGETED, &cache, 0..tokens, &team);
-        assert!(report.audited_missed_mass.count() > 0, "{tokens} tokens up to {keys}");
+        // None of its other tiles is audited.
+        let audited = report.audited_missed_mass.count();
+        assert!((1..=4).contains(&audited), "{audited} rows of {tokens} tokens up to {keys}");
     }
 }
 

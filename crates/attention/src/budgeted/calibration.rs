@@ -77,7 +77,7 @@ pub(super) struct Calibration {
     places: VecDeque<MeasuredPlace>,
     /// How many of them were measured last, together.
     latest: usize,
-    /// Places and keys of the text when it was found that clusters do not pay.
+    /// Keys of the text when it was found that clusters do not pay.
     given_up_at: Option<usize>,
     /// What the rows bear, all but the most demanding, in the unit of [`MeasuredRow::bearable`]; 0: too little for clusters
     /// to pay.
@@ -91,6 +91,7 @@ pub(super) struct Calibration {
     /// The largest spread of a row that bears the limit: of the others nothing was learnt but that they want more.
     spread: f32,
 }
+
 /// Of a head that was not measured yet.
 pub(super) static UNKNOWN: Calibration = Calibration {
     places: VecDeque::new(),
@@ -128,11 +129,11 @@ pub(super) fn costs_too_much(share: f32) -> bool {
     ESTIMATE_COST + COMPUTE_COST * share > MOST_COST
 }
 
-impl Measurement {
-    /// The rows of all places.
-    pub fn rows(&self) -> impl Iterator<Item = &MeasuredRow> {
-        self.places.iter().flat_map(|place| &place.rows)
-    }
+/// The rows of all `places`.
+pub(super) fn rows_of<'a>(
+    places: impl IntoIterator<Item = &'a MeasuredPlace>,
+) -> impl Iterator<Item = &'a MeasuredRow> {
+    places.into_iter().flat_map(|place| &place.rows)
 }
 
 impl Calibration {
@@ -142,7 +143,7 @@ impl Calibration {
     }
 
     fn rows(&self) -> impl Iterator<Item = &MeasuredRow> {
-        self.places.iter().flat_map(|place| &place.rows)
+        rows_of(&self.places)
     }
 
     /// The error, as estimated, that may be left to clusters: what rows bear, with room for those to come.
@@ -198,9 +199,9 @@ impl Calibration {
             rows -= self.places.pop_front().map_or(rows, |place| count(&place));
         }
         self.learn(budget);
-        let is_too_costly =
+        let is_given_up = measured.is_hopeless
+            || self.usual_limit == 0.0
             || self.places() >= LEAST_PLACES && costs_too_much(computed_share(&self.places, self.usual_limit));
-        let is_given_up = measured.is_hopeless || self.usual_limit == 0.0 || is_too_costly();
         self.given_up_at = is_given_up.then_some(keys);
         if is_given_up {
             // When it is tried again it is as if for the first time.
@@ -228,7 +229,7 @@ impl Calibration {
         self.usual_limit = bearable_by_most(self.rows(), DEMANDING);
         // Where those measured last are forgotten, the ones before are the latest.
         let latest = self.places.iter().rev().take(self.latest.max(1));
-        let latest: Vec<_> = latest.flat_map(|place| &place.rows).collect();
+        let latest: Vec<_> = rows_of(latest).collect();
         self.limit = match latest.is_empty() {
             true => self.usual_limit,
             false => self.usual_limit.min(bearable_by_most(latest, DEMANDING_OF_LATEST)),

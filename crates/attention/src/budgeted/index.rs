@@ -81,7 +81,7 @@ pub(super) struct HeadClusters {
     calibrations: Vec<Calibration>,
     /// Budget of the measurements, and clustered keys at the first of them.
     calibrated: (f32, usize),
-    /// Tokens whose queries were seen since then.
+    /// Tokens whose queries were seen since the last.
     since: usize,
     /// Whether the metric has learnt from the queries of this call.
     has_learnt: bool,
@@ -383,9 +383,9 @@ impl HeadClusters {
             MICRO_ROWS.. => usize::from(self.since >= ENOUGH_TOKENS),
             _ => usize::from(self.since >= DECODED_TOKENS),
         };
-        let retry = self.retry();
-        let is_tried_again = |known: &Calibration| known.is_hopeless() && !known.is_given_up(self.units, retry);
-        most.min(if self.calibrations.iter().any(is_tried_again) { regular.max(LEAST_PLACES) } else { regular })
+        let is_tried_again = |head: usize| self.calibrations[head].is_hopeless() && !is_given_up(head);
+        let any_again = (0..self.calibrations.len()).any(is_tried_again);
+        most.min(if any_again { regular.max(LEAST_PLACES) } else { regular })
     }
 
     /// At how many places of a call of `tokens` tokens queries should be measured once it was seen that they have turned to

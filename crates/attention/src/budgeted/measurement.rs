@@ -8,7 +8,7 @@ use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
 use super::Budgeted;
 use super::calibration::{
     Calibration, DEMANDING_OF_LATEST, LEAST_PLACES, MeasuredPlace, MeasuredRow, Measurement, bearable_by_most,
-    computed_share, costs_too_much,
+    computed_share, costs_too_much, rows_of,
 };
 use super::tile::{TileScratch, Work, distance};
 use crate::tiles::{self, Call, HeadKeys, Task};
@@ -110,7 +110,7 @@ impl Trial {
         if self.is_known {
             return;
         }
-        let limit = bearable_by_most(self.measured.rows(), DEMANDING_OF_LATEST);
+        let limit = bearable_by_most(rows_of(&self.measured.places), DEMANDING_OF_LATEST);
         let share = computed_share(&self.measured.places, limit);
         self.measured.is_hopeless |= match self.measured.places.len() {
             0 => false,
