@@ -586,9 +586,13 @@ impl KeyValueCache {
 
     /// The segment of head `head` that holds key `index`, and its slot there.
     pub(crate) fn place(&self, head: usize, index: usize) -> (&Segment, usize) {
-        let Head { segments, places, .. } = &self.heads[head];
-        let slot = places.slot(index);
-        (&segments[slot / SEGMENT_KEYS], slot % SEGMENT_KEYS)
+        let slot = self.slot(head, index);
+        (&self.heads[head].segments[slot / SEGMENT_KEYS], slot % SEGMENT_KEYS)
+    }
+
+    /// The slot of key and value `index` of head `head`, counted over all segments.
+    pub(crate) fn slot(&self, head: usize, index: usize) -> usize {
+        self.heads[head].places.slot(index)
     }
 }
 

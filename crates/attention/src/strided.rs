@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use iceformer_kernels::attention::fetch;
 use iceformer_kernels::brain_bits;
 use iceformer_kernels::half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use iceformer_kernels::half::{bf16, f16};
@@ -142,6 +143,17 @@ impl<'a> StridedView<'a> {
                 Some(&values[self.start(head, token)..][..width])
             }
             _ => None,
+        }
+    }
+
+    /// Asks the memory for the numbers of `token` of row head `head`, if they lie one behind the other.
+    pub(crate) fn fetch_row(&self, head: usize, token: usize) {
+        if self.strides[3] == 1 {
+            let range = self.start(head, token)..self.start(head, token) + self.shape[3];
+            match self.elements {
+                Elements::F32(values) => fetch(&values[range]),
+                Elements::F16(bits) | Elements::Bf16(bits) => fetch(&bits[range]),
+            }
         }
     }
 

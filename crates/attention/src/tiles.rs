@@ -291,6 +291,10 @@ pub(crate) fn attend_to_all(tile: &mut AttentionTile, call: &Call<'_>, task: &Ta
     }
 }
 
+/// Queries are asked for so many rows before they are read: those of a head lie apart from one another, and a processor does
+/// not foresee them.
+const QUERIES_AHEAD: usize = 16;
+
 /// As [`begin`], with `rows` rows, of which `query_of` gives the query head and the token, over those of `keys` that they
 /// see.
 pub(crate) fn begin_rows(
@@ -306,6 +310,10 @@ pub(crate) fn begin_rows(
     let (mut low, mut high) = (usize::MAX, 0);
     let mut buffer = Vec::new();
     for row in 0..rows {
+        if row + QUERIES_AHEAD < rows {
+            let (head, token) = query_of(row + QUERIES_AHEAD);
+            call.queries.fetch_row(head, token);
+        }
         let (head, token) = query_of(row);
         let seen = call.seen(token);
         let (start, end) = (seen.start.max(keys.start), seen.end.min(keys.end));

@@ -1,6 +1,7 @@
 //! Clusters of keys: balanced bisection along the direction in which queries see the keys of a group differ most.
 
-use iceformer_kernels::rows::{Rows, add_scaled, dot_chosen_rows, dot_rows};
+use iceformer_kernels::attention::KeyMoments;
+use iceformer_kernels::rows::{Rows, add_weighted_rows, dot_chosen_rows, dot_rows};
 
 use super::metric::QueryMetric;
 
@@ -12,9 +13,11 @@ const STEPS: usize = 3;
 /// Buffers of [`bisect`].
 #[derive(Default)]
 pub(super) struct BisectionScratch {
-    /// `[SAMPLE][width]`
+    /// Rows of the sample.
+    sampled: Vec<u32>,
+    moments: KeyMoments,
+    /// `[SAMPLE][width]`, less the mean.
     sample: Vec<f32>,
-    mean: Vec<f32>,
     direction: Vec<f32>,
     next_direction: Vec<f32>,
     buffer: Vec<f32>,
@@ -81,36 +84,24 @@ impl BisectionScratch {
     /// covariance of a sample of `members`. Along it the keys differ most in the eyes of the queries.
     fn find_direction(&mut self, keys: &[f32], width: usize, metric: &QueryMetric, members: &[u32]) {
         let sampled = members.len().min(SAMPLE);
+        self.sampled.clear();
+        self.sampled.extend((0..sampled).map(|index| members[index * members.len() / sampled]));
+        self.moments.take(&self.sampled, keys, width);
         self.sample.clear();
-        for index in 0..sampled {
-            let row = members[index * members.len() / sampled] as usize;
-            self.sample.extend_from_slice(&keys[row * width..][..width]);
-        }
-        self.mean.clear();
-        self.mean.resize(width, 0.0);
-        for key in self.sample.chunks_exact(width) {
-            add_scaled(&mut self.mean, 1.0 / sampled as f32, key);
+        for &row in &self.sampled {
+            let key = &keys[row as usize * width..][..width];
+            self.sample.extend(key.iter().zip(&self.moments.mean).map(|(value, mean)| value - mean));
         }
         // The key farthest from the mean points somewhere along the main direction, and is never zero unless all are.
-        let (mut farthest, mut distance) = (0, -1.0);
-        for (index, key) in self.sample.chunks_exact_mut(width).enumerate() {
-            add_scaled(key, -1.0, &self.mean);
-            let square = squared_norm(key);
-            if square > distance {
-                (farthest, distance) = (index, square);
-            }
-        }
-        self.direction.clear();
-        self.direction.extend_from_slice(&self.sample[farthest * width..][..width]);
+        self.direction.clone_from(&self.moments.farthest);
         metric.apply(&mut self.direction, &mut self.next_direction);
         self.projections.resize(sampled, 0.0);
         for _ in 0..STEPS {
-            dot_rows(&self.direction, Rows::F32(&self.sample), &mut self.projections[..sampled]);
+            let projections = &mut self.projections[..sampled];
+            dot_rows(&self.direction, Rows::F32(&self.sample), projections);
             self.next_direction.clear();
             self.next_direction.resize(width, 0.0);
-            for (key, &projection) in self.sample.chunks_exact(width).zip(&self.projections) {
-                add_scaled(&mut self.next_direction, projection, key);
-            }
+            add_weighted_rows(&mut self.next_direction, projections, Rows::F32(&self.sample));
             metric.apply(&mut self.next_direction, &mut self.buffer);
             let length = squared_norm(&self.next_direction).sqrt();
             if !(length > 0.0 && length.is_finite()) {
@@ -122,12 +113,24 @@ impl BisectionScratch {
     }
 }
 
-/// `Σ valueᵢ²`, in sixteen sums that do not wait for one another.
+/// `Σ valueᵢ²`
 pub(super) fn squared_norm(values: &[f32]) -> f32 {
+    sum_of_products(values, values, |a, b| a * b)
+}
+
+/// `Σ valueᵢ² · weightᵢ`, as far as both go.
+pub(super) fn weighted_squared_norm(values: &[f32], weights: &[f32]) -> f32 {
+    let len = values.len().min(weights.len());
+    sum_of_products(&values[..len], &weights[..len], |value, weight| value * value * weight)
+}
+
+/// `Σ term(aᵢ, bᵢ)`, in sixteen sums that do not wait for one another.
+fn sum_of_products(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
     let mut sums = [0.0_f32; 16];
-    let (chunks, rest) = values.as_chunks::<16>();
-    for chunk in chunks.iter().map(<[f32; 16]>::as_slice).chain([rest]) {
-        sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum += value * value);
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
+    let chunks = a.iter().zip(b).map(|(a, b)| (a.as_slice(), b.as_slice()));
+    for (a, b) in chunks.chain([(a_rest, b_rest)]) {
+        sums.iter_mut().zip(a).zip(b).for_each(|((sum, a), b)| *sum += term(*a, *b));
     }
     sums.iter().sum()
 }

@@ -1,23 +1,16 @@
-//! The clusters of a cache: an order of its older keys and values in which keys that are alike lie together, with a
-//! summary of each cluster.
+//! The clusters of a cache: which of its older keys lie in which region, and what is known of each head.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use iceformer_kernels::AlignedBuffer;
-use iceformer_kernels::attention::{ClusterSummaries, KeyBlock, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, PANEL_CLUSTERS};
-use iceformer_kernels::half::bf16;
-use iceformer_kernels::rows::{ROW_MULTIPLE, add_scaled};
+use iceformer_kernels::attention::MICRO_ROWS;
 
 use super::calibration::{Calibration, LEAST_PLACES, Measurement, PLACES, UNKNOWN};
-use super::clustering::{BisectionScratch, bisect, squared_norm};
 use super::metric::QueryMetric;
-use crate::segment::{SEGMENT_KEYS, Segment};
+use super::region::{FIRST_KEYS, REGION_KEYS, Region, RegionScratch, SortedKeys};
+use crate::ThreadTeam;
 use crate::tiles::Call;
-use crate::{CacheShape, KeyValueCache, ThreadTeam};
 
-/// Keys of the smallest region.
-pub(super) const REGION_KEYS: usize = 1024;
 /// Sizes of regions, in units of [`REGION_KEYS`] keys, the largest first. As many of one size as make the next become one,
 /// which is clustered anew: the more keys, the tighter their clusters. Sorting them again takes as long as some thousand
 /// keys of exact attention do, which is little beside many keys, so that the larger sizes are only twice one another.
@@ -26,8 +19,6 @@ const REGION_UNITS: [usize; 7] = [256, 128, 64, 32, 16, 4, 1];
 const MOST_UNITS_OF_FEW: usize = 4;
 /// The same in keys.
 pub(super) const LARGEST_OF_FEW: usize = MOST_UNITS_OF_FEW * REGION_KEYS;
-/// Keys at the start that are in no region: attention sinks are unlike all others and would spoil a cluster.
-pub(super) const FIRST_KEYS: usize = 64;
 /// Regions that a head is tried on.
 const FIRST_REGIONS: usize = 2;
 
@@ -44,18 +35,6 @@ const DECODED_TOKENS: usize = 64;
 const TURNED_TOKENS: usize = 4 * MICRO_ROWS;
 /// What was measured on a part of the keys is forgotten when there are so many times as many.
 const OUTDATED: usize = 2;
-
-/// Keys of a cluster: whole pages.
-pub(super) const CLUSTER_KEYS: usize = 64;
-/// Clusters of a segment.
-const SEGMENT_CLUSTERS: usize = SEGMENT_KEYS / CLUSTER_KEYS;
-
-const _: () = assert!((REGION_KEYS / CLUSTER_KEYS).is_multiple_of(PANEL_CLUSTERS));
-const _: () = assert!(REGION_KEYS.is_multiple_of(SEGMENT_KEYS) && CLUSTER_KEYS.is_multiple_of(PAGE_KEYS));
-// All regions begin at the same slot of a segment.
-const _: () = assert!(FIRST_KEYS.is_multiple_of(CLUSTER_KEYS));
-// Neighbouring clusters of a segment are computed as one block.
-const _: () = assert!(SEGMENT_KEYS <= MAX_BLOCK_KEYS);
 
 /// The clusters of all heads of a cache.
 #[derive(Default)]
@@ -105,63 +84,6 @@ const RETRY: f32 = 1.25;
 /// … and where they pay for none: then only half of the keys are clustered for it.
 const RETRY_OF_NONE: f32 = 2.0;
 
-/// Consecutive keys in clusters.
-pub(super) struct Region {
-    /// Position of the first key.
-    first: usize,
-    len: usize,
-    /// The keys and values, cluster after cluster, until they lie so in the cache itself.
-    sorted: Option<SortedKeys>,
-    summaries: Summaries,
-    /// Sum of the values, channel by channel.
-    value_sum: Vec<f64>,
-    /// Sum of the squares of the values' norms.
-    value_squares: f64,
-    /// Variance of keys within clusters, channel by channel, the mean over the clusters.
-    mean_variance: Vec<f32>,
-}
-
-/// Keys and values of a head, cluster after cluster, on their way into the cache.
-pub(crate) struct SortedKeys {
-    /// Their positions.
-    pub keys: Range<usize>,
-    /// Segments as the cache has them from the one with the first key on.
-    pub segments: Vec<Segment>,
-    /// Slot of the cache that each key belongs in.
-    pub places: Vec<u32>,
-}
-
-/// What is known of clusters, as brain floats.
-struct Summaries {
-    /// `[panels][key_dim / 2][16][2]`
-    means: AlignedBuffer<u16>,
-    /// `[panels][key_dim / 2][16][2]`
-    variances: AlignedBuffer<u16>,
-    /// `[panels][key_dim / 2][16][2]`
-    farthest: AlignedBuffer<u16>,
-    /// `[clusters / 2][value_dim][2]`
-    values: AlignedBuffer<u16>,
-}
-
-/// Mean key, channel variances, farthest key (less the mean) and mean value of one cluster.
-#[derive(Default)]
-struct Moments {
-    mean: Vec<f32>,
-    variance: Vec<f32>,
-    farthest: Vec<f32>,
-    deviation: Vec<f32>,
-    value: Vec<f32>,
-}
-
-/// Buffers of one thread.
-#[derive(Default)]
-pub(super) struct IndexScratch {
-    /// `[keys][width]`
-    keys: Vec<f32>,
-    order: Vec<u32>,
-    bisection: BisectionScratch,
-}
-
 impl ClusterIndex {
     pub(super) fn head(&self, head: usize) -> &HeadClusters {
         &self.heads[head]
@@ -199,7 +121,7 @@ impl ClusterIndex {
         settled: usize,
         many: bool,
         team: &ThreadTeam,
-        scratch: &[Mutex<IndexScratch>],
+        scratch: &[Mutex<RegionScratch>],
     ) {
         let cache = call.cache;
         self.heads.resize_with(cache.shape().kv_heads, HeadClusters::default);
@@ -267,14 +189,6 @@ impl ClusterIndex {
     }
 }
 
-/// Whether cluster `cluster`, counted over whole regions, does not lie behind the one before: it is the first of a segment,
-/// or may be of a region.
-pub(super) fn begins_block(cluster: u32) -> bool {
-    let cluster = cluster as usize;
-    (FIRST_KEYS / CLUSTER_KEYS + cluster).is_multiple_of(SEGMENT_CLUSTERS)
-        || cluster.is_multiple_of(REGION_KEYS / CLUSTER_KEYS)
-}
-
 /// The regions that `wanted` units of [`REGION_KEYS`] keys form, of which those that are `settled` may be merged: as large
 /// ones as there are first, then smaller ones.
 fn layout(settled: Settled, wanted: usize) -> Vec<Range<usize>> {
@@ -308,7 +222,7 @@ impl HeadClusters {
 
     fn take_sorted_keys(&mut self, passed: usize) -> Vec<SortedKeys> {
         let regions = self.regions.iter_mut().take_while(|region| region.keys().end <= passed);
-        regions.filter_map(|region| region.sorted.take()).collect()
+        regions.filter_map(Region::take_sorted).collect()
     }
 
     /// Units of [`REGION_KEYS`] keys that should be in regions, of `total` that there are.
@@ -413,19 +327,17 @@ impl HeadClusters {
         pairs.map(|(known, measured)| known.take(measured, units, budget)).fold(false, |any, turned| any | turned)
     }
 
-    /// By how much the logits of a query (`scale` is its factor) with the keys of a cluster vary: half their variance in a
-    /// cluster of the mean channel variances. Infinite without clusters.
+    /// By how much the logits of a query with the keys of a cluster vary; see [`Region::logit_spread`]. Infinite without
+    /// clusters.
     pub fn logit_spread(&self, query: &[f32], scale: f32) -> f32 {
-        let Some(region) = self.regions.first() else { return f32::INFINITY };
-        let terms = query.iter().zip(&region.mean_variance).map(|(value, variance)| value * value * variance);
-        0.5 * scale * scale * terms.sum::<f32>()
+        self.regions.first().map_or(f32::INFINITY, |region| region.logit_spread(query, scale))
     }
 
     /// Root mean square distance of the values in `regions` from their mean.
     pub fn value_spread(&self, regions: &[usize]) -> f32 {
         let regions = || regions.iter().map(|region| &self.regions[*region]);
         let Some(width) = regions().next().map(|region| region.value_sum.len()) else { return 0.0 };
-        let count = regions().map(|region| region.len).sum::<usize>() as f64;
+        let count = regions().map(|region| region.keys().len()).sum::<usize>() as f64;
         let squares: f64 = regions().map(|region| region.value_squares).sum();
         let mean_square: f64 = (0..width)
             .map(|channel| (regions().map(|region| region.value_sum[channel]).sum::<f64>() / count).powi(2))
@@ -434,186 +346,12 @@ impl HeadClusters {
     }
 }
 
-impl Region {
-    /// Clusters `keys` of head `head` as `metric` tells them apart.
-    fn new(
-        cache: &KeyValueCache,
-        head: usize,
-        keys: Range<usize>,
-        metric: &QueryMetric,
-        scratch: &mut IndexScratch,
-    ) -> Self {
-        let (shape, first, len) = (cache.shape(), keys.start, keys.len());
-        let width = shape.key_dim.next_multiple_of(ROW_MULTIPLE);
-        scratch.keys.clear();
-        scratch.keys.resize(len * width, 0.0);
-        for (offset, key) in scratch.keys.chunks_exact_mut(width).enumerate() {
-            cache.read_centred_key(head, first + offset, &mut key[..shape.key_dim]);
-        }
-        bisect(&scratch.keys, width, CLUSTER_KEYS, metric, &mut scratch.order, &mut scratch.bisection);
-
-        let mut region = Self {
-            first,
-            len,
-            sorted: Some(SortedKeys::new(cache, head, keys, &scratch.order)),
-            summaries: Summaries::new(len / CLUSTER_KEYS, shape),
-            value_sum: vec![0.0; shape.value_dim],
-            value_squares: 0.0,
-            mean_variance: vec![0.0; width],
-        };
-        let share = CLUSTER_KEYS as f32 / len as f32;
-        let mut moments = Moments::default();
-        for (cluster, members) in scratch.order.chunks_exact(CLUSTER_KEYS).enumerate() {
-            moments.of_keys(members, &scratch.keys, width);
-            for (mean, variance) in region.mean_variance.iter_mut().zip(&moments.variance) {
-                *mean += share * variance;
-            }
-            region.value_squares += moments.of_values(members, first, head, cache);
-            for (sum, value) in region.value_sum.iter_mut().zip(&moments.value) {
-                *sum += CLUSTER_KEYS as f64 * f64::from(*value);
-            }
-            region.summaries.set(cluster, &moments, shape);
-        }
-        if len > LARGEST_OF_FEW {
-            // Seldom as large again, and more than all else a thread keeps.
-            *scratch = IndexScratch::default();
-        }
-        region
-    }
-
-    /// Positions of the keys.
-    pub fn keys(&self) -> Range<usize> {
-        self.first..self.first + self.len
-    }
-
-    pub fn clusters(&self) -> usize {
-        self.len / CLUSTER_KEYS
-    }
-
-    pub fn summaries(&self) -> ClusterSummaries<'_> {
-        let Summaries { means, variances, farthest, values } = &self.summaries;
-        ClusterSummaries { keys: CLUSTER_KEYS, means, variances, farthest, values }
-    }
-
-    /// The keys and values of `clusters`, of one segment, of the region of head `head` of `cache`.
-    pub fn block<'a>(&'a self, clusters: Range<usize>, cache: &'a KeyValueCache, head: usize) -> KeyBlock<'a> {
-        assert!(clusters.end <= self.clusters(), "clusters {clusters:?} of {}", self.clusters());
-        let (first, keys) = (self.first + clusters.start * CLUSTER_KEYS, clusters.len() * CLUSTER_KEYS);
-        match &self.sorted {
-            Some(sorted) => sorted.block(first, keys, cache.shape()),
-            None => cache.block(head, first, keys),
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        let sums = 8 * self.value_sum.len() + 4 * self.mean_variance.len();
-        self.sorted.as_ref().map_or(0, SortedKeys::bytes) + self.summaries.bytes() + sums
-    }
-}
-
-impl SortedKeys {
-    /// Copies `keys` of head `head` in the order `order`, which counts from the first of them.
-    fn new(cache: &KeyValueCache, head: usize, keys: Range<usize>, order: &[u32]) -> Self {
-        let shape = cache.shape();
-        let first_segment = keys.start / SEGMENT_KEYS;
-        let new_segment = |_| Segment::new(cache.kind(), shape);
-        let mut segments: Vec<_> = (first_segment..keys.end.div_ceil(SEGMENT_KEYS)).map(new_segment).collect();
-        let mut places = vec![0; keys.len()];
-        for (slot, &member) in keys.clone().zip(order) {
-            let (source, from) = cache.place(head, keys.start + member as usize);
-            segments[slot / SEGMENT_KEYS - first_segment].copy_slot(slot % SEGMENT_KEYS, source, from, shape);
-            places[member as usize] = slot as u32;
-        }
-        Self { keys, segments, places }
-    }
-
-    /// What lies in `keys` slots of the cache-to-be from `first` on, of one segment.
-    fn block(&self, first: usize, keys: usize, shape: CacheShape) -> KeyBlock<'_> {
-        let slots = first % SEGMENT_KEYS..first % SEGMENT_KEYS + keys;
-        self.segments[first / SEGMENT_KEYS - self.keys.start / SEGMENT_KEYS].block(slots, shape)
-    }
-
-    fn bytes(&self) -> usize {
-        self.segments.iter().map(Segment::bytes).sum::<usize>() + size_of_val(&*self.places)
-    }
-}
-
-impl Moments {
-    /// Takes the mean, the variances and the farthest of the rows `members` of `keys` `[keys][width]`.
-    fn of_keys(&mut self, members: &[u32], keys: &[f32], width: usize) {
-        let share = 1.0 / members.len() as f32;
-        let key = |member: &u32| &keys[*member as usize * width..][..width];
-        self.mean.clear();
-        self.mean.resize(width, 0.0);
-        self.variance.clear();
-        self.variance.resize(width, 0.0);
-        members.iter().for_each(|member| add_scaled(&mut self.mean, share, key(member)));
-        self.farthest.clear();
-        self.farthest.resize(width, 0.0);
-        let mut most = 0.0;
-        for member in members {
-            self.deviation.clear();
-            self.deviation.extend(key(member).iter().zip(&self.mean).map(|(value, mean)| value - mean));
-            for (variance, deviation) in self.variance.iter_mut().zip(&self.deviation) {
-                *variance += share * deviation * deviation;
-            }
-            let distance = squared_norm(&self.deviation);
-            if distance > most {
-                most = distance;
-                std::mem::swap(&mut self.farthest, &mut self.deviation);
-            }
-        }
-    }
-
-    /// Takes the mean of the values at `first + members`; returns the sum of the squares of their norms.
-    fn of_values(&mut self, members: &[u32], first: usize, head: usize, cache: &KeyValueCache) -> f64 {
-        let share = 1.0 / members.len() as f32;
-        self.value.clear();
-        self.value.resize(cache.shape().value_dim, 0.0);
-        let mut value = vec![0.0_f32; cache.shape().value_dim];
-        let mut squares = 0.0;
-        for &member in members {
-            cache.read_value(head, first + member as usize, &mut value);
-            add_scaled(&mut self.value, share, &value);
-            squares += f64::from(squared_norm(&value));
-        }
-        squares
-    }
-}
-
-impl Summaries {
-    fn new(clusters: usize, shape: CacheShape) -> Self {
-        Self {
-            means: AlignedBuffer::zeroed(clusters * shape.padded_key_dim()),
-            variances: AlignedBuffer::zeroed(clusters * shape.padded_key_dim()),
-            farthest: AlignedBuffer::zeroed(clusters * shape.padded_key_dim()),
-            values: AlignedBuffer::zeroed(clusters * shape.padded_value_dim()),
-        }
-    }
-
-    fn set(&mut self, cluster: usize, moments: &Moments, shape: CacheShape) {
-        let panel = cluster / PANEL_CLUSTERS * PANEL_CLUSTERS * shape.padded_key_dim();
-        let lane = cluster % PANEL_CLUSTERS;
-        for channel in 0..shape.key_dim {
-            let place = panel + 2 * (channel / 2 * PANEL_CLUSTERS + lane) + channel % 2;
-            self.means[place] = bf16::from_f32(moments.mean[channel]).to_bits();
-            self.variances[place] = bf16::from_f32(moments.variance[channel]).to_bits();
-            self.farthest[place] = bf16::from_f32(moments.farthest[channel]).to_bits();
-        }
-        let pair = &mut self.values[cluster / 2 * 2 * shape.padded_value_dim()..];
-        let target = pair.iter_mut().skip(cluster % 2).step_by(2);
-        target.zip(&moments.value).for_each(|(target, value)| *target = bf16::from_f32(*value).to_bits());
-    }
-
-    fn bytes(&self) -> usize {
-        self.means.bytes() + self.variances.bytes() + self.farthest.bytes() + self.values.bytes()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::budgeted::calibration::{MeasuredPlace, MeasuredRow};
+    use crate::budgeted::region::CLUSTER_KEYS;
+    use crate::{CacheShape, KeyValueCache};
 
     fn row() -> MeasuredRow {
         MeasuredRow { bearable: 0.01, ratio: None, spread: 1.0 }
@@ -670,7 +408,7 @@ mod tests {
         let mut cache = KeyValueCache::new(shape, crate::KeyValueType::F32);
         let keys = FIRST_KEYS + 5 * REGION_KEYS;
         cache.append(&vec![0.5; keys * 16], &vec![0.5; keys * 16], &team);
-        let mut scratch = IndexScratch::default();
+        let mut scratch = RegionScratch::default();
         let mut region = |first: usize| {
             let keys = FIRST_KEYS + first * REGION_KEYS..FIRST_KEYS + (first + 1) * REGION_KEYS;
             Region::new(&cache, 0, keys, &QueryMetric::default(), &mut scratch)

@@ -1,6 +1,6 @@
 //! How the queries of a key/value head tell keys apart: what keys differ in and no query looks at need not be told apart.
 
-use iceformer_kernels::rows::{ROW_MULTIPLE, Rows, add_scaled, dot_rows};
+use iceformer_kernels::rows::{ROW_MULTIPLE, Rows, add_scaled, add_weighted_rows, dot_rows};
 
 use super::clustering::squared_norm;
 use crate::tiles::Call;
@@ -33,25 +33,26 @@ impl QueryMetric {
         if count < LEAST_TOKENS {
             return;
         }
-        let (mut query, mut padded) = (Vec::new(), vec![0.0; width]);
+        let mut buffer = Vec::new();
+        // Queries `[count][width]`, and one channel of each.
+        let (mut queries, mut channel_values) = (vec![0.0; count * width], vec![0.0; count]);
         let mut learnt = vec![0.0; width * width];
         for head in kv_head * group..(kv_head + 1) * group {
-            let mut moments = vec![0.0; width * width];
-            let mut norms = 0.0;
-            for index in 0..count {
-                let query = call.query(head, index * call.tokens() / count, &mut query);
-                padded[..query.len()].copy_from_slice(query);
-                norms += squared_norm(&padded);
-                for (row, value) in moments.chunks_exact_mut(width).zip(&padded) {
-                    add_scaled(row, *value, &padded);
-                }
+            for (index, row) in queries.chunks_exact_mut(width).enumerate() {
+                let query = call.query(head, index * call.tokens() / count, &mut buffer);
+                row[..query.len()].copy_from_slice(query);
             }
             // Queries that are zero, or no numbers, tell nothing.
-            let share = 1.0 / (norms * group as f32);
+            let share = 1.0 / (squared_norm(&queries) * group as f32);
             if !(share > 0.0 && share.is_normal()) {
                 return;
             }
-            add_scaled(&mut learnt, share, &moments);
+            for (channel, moments) in learnt.chunks_exact_mut(width).enumerate() {
+                for (value, query) in channel_values.iter_mut().zip(queries.chunks_exact(width)) {
+                    *value = share * query[channel];
+                }
+                add_weighted_rows(moments, &channel_values, Rows::F32(&queries));
+            }
         }
         if !learnt.iter().all(|value| value.is_finite()) {
             return;

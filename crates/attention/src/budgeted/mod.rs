@@ -18,16 +18,19 @@ mod clustering;
 mod index;
 mod measurement;
 mod metric;
+mod region;
 mod selection;
 mod settings;
+mod summaries;
 mod tile;
 
 use std::sync::{Mutex, PoisonError, RwLockWriteGuard};
 
 use iceformer_kernels::attention::MICRO_ROWS;
 
-pub(crate) use index::{ClusterIndex, SortedKeys};
+pub(crate) use index::ClusterIndex;
 pub(crate) use measurement::share_of_allowed;
+pub(crate) use region::SortedKeys;
 pub use settings::{BudgetError, BudgetSettings};
 pub(crate) use tile::distance;
 
@@ -37,8 +40,9 @@ use crate::strided::FromF32;
 use crate::tiles::{Call, Plan};
 use crate::{HeadReport, Mask, Report, ThreadTeam};
 use calibration::Measurement;
-use index::{HeadClusters, IndexScratch};
+use index::HeadClusters;
 use measurement::MeasurementScratch;
+use region::RegionScratch;
 use tile::{AUDITED_CALL, Budgeted, NEAR_KEYS, TileScratch};
 
 /// Keys from which clusters are made: below, they save a tenth at best, and cost a twentieth where they are tried in vain.
@@ -57,7 +61,7 @@ const REGIONS_OF_WINDOW: usize = 8;
 #[derive(Default)]
 pub(crate) struct BudgetScratch {
     /// One per thread.
-    index: Vec<Mutex<IndexScratch>>,
+    index: Vec<Mutex<RegionScratch>>,
     /// One per thread.
     measurement: Vec<Mutex<MeasurementScratch>>,
     /// One per thread.

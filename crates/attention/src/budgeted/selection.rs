@@ -1,6 +1,7 @@
 //! Which clusters are computed exactly: the fewest whose absence from the estimate keeps the error within a limit.
 
 use iceformer_kernels::attention::{largest, sums_up_to};
+use iceformer_kernels::selection::push_reaching;
 
 /// Borders that are tried at a time.
 const BORDERS: i32 = 8;
@@ -26,13 +27,7 @@ pub(super) fn select(errors: &[f32], limit: f32, selected: &mut Vec<u32>) {
     }
     // Behind the last border nothing may be left out.
     let border = if steps >= BORDERS * BORDERS { -1.0 } else { border_at(steps) };
-    for (chunk, errors) in errors.chunks(16).enumerate() {
-        let is_selected = |error: f32| error > border || error.is_nan();
-        if errors.iter().fold(false, |any, &error| any | is_selected(error)) {
-            let indices = (16 * chunk as u32..).zip(errors);
-            selected.extend(indices.filter(|(_, error)| is_selected(**error)).map(|(index, _)| index));
-        }
-    }
+    push_reaching(border.next_up(), errors, selected);
 }
 
 #[cfg(test)]

@@ -8,7 +8,8 @@ use iceformer_kernels::attention::{
 };
 
 use super::calibration::Calibration;
-use super::index::{CLUSTER_KEYS, ClusterIndex, HeadClusters, begins_block};
+use super::index::{ClusterIndex, HeadClusters};
+use super::region::{CLUSTER_KEYS, begins_block};
 use super::selection::select;
 use super::settings::BudgetSettings;
 use crate::HeadReport;
@@ -504,7 +505,7 @@ mod tests {
     use iceformer_testing::random::Random;
 
     use super::*;
-    use crate::budgeted::index::IndexScratch;
+    use crate::budgeted::region::RegionScratch;
     use crate::strided::StridedView;
     use crate::{Attention, CacheShape, KeyValueCache, KeyValueType, Mask, Method, ThreadTeam};
 
@@ -514,7 +515,7 @@ mod tests {
         let (keys, width) = (3_000, 16);
         let mut random = Random::new(21);
         let attention = Attention { method: Method::Exact, mask: Mask::causal(), scale: 0.5 };
-        let (queries, scratch) = (random.normals(width, 1.0), [Mutex::new(IndexScratch::default())]);
+        let (queries, scratch) = (random.normals(width, 1.0), [Mutex::new(RegionScratch::default())]);
         let queries = StridedView::token_major(&queries, 1, 1, width);
         fn call<'a>(attention: &'a Attention, queries: StridedView<'a>, cache: &'a KeyValueCache) -> Call<'a> {
             Call { attention, queries, first_position: cache.len() - 1, cache, soft_cap: None }

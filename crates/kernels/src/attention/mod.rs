@@ -27,7 +27,9 @@ mod float;
 #[cfg(target_arch = "x86_64")]
 mod int8;
 mod masses;
+mod moments;
 mod queries;
+mod read;
 #[cfg(target_arch = "x86_64")]
 mod softmax;
 mod tile;
@@ -38,6 +40,8 @@ pub use ahead::fetch;
 pub use block::KeyBlock;
 pub use clusters::{ClusterQueries, ClusterSummaries, PANEL_CLUSTERS};
 pub use masses::{add_squared_errors, largest, masses_in_place, sum_of_squared_errors, sums_up_to};
+pub use moments::{KeyMoments, value_moments};
+pub use read::read_keys;
 pub use tile::{AttentionTile, TileShape, multiplies_brain_floats};
 pub use transpose::transpose_keys;
 
