@@ -9,8 +9,7 @@ use std::collections::VecDeque;
 
 /// Places in the text that are measured of each head before it counts as known, a few tokens each.
 pub(super) const PLACES: usize = 16;
-/// Places without which nothing is left to an estimate, and after which a head is given up whose clusters do not pay so
-/// far; one is enough where no cluster is spared at all.
+/// Places without which nothing is left to an estimate. A head is given up after one, where its clusters do not pay there.
 pub(super) const LEAST_PLACES: usize = 4;
 /// Rows of a head that count: those of 64 places of a prompt, so that a hundredth of them is some rows.
 const LATEST_ROWS: usize = 384;

@@ -104,19 +104,15 @@ impl Trial {
         self.measured.places.last_mut().expect("a place that is measured")
     }
 
-    /// Gives up where the places measured so far show that clusters do not pay: the first alone where it needed all of
-    /// them. Where they are known to pay, those before count as well, and others decide.
+    /// Gives up where the places measured so far, and be it the first alone, show that clusters do not pay: measuring more
+    /// costs where it is in vain. Where they are known to pay, those before count as well, and others decide.
     fn judge(&mut self) {
         if self.is_known {
             return;
         }
         let limit = bearable_by_most(rows_of(&self.measured.places), DEMANDING_OF_LATEST);
         let share = computed_share(&self.measured.places, limit);
-        self.measured.is_hopeless |= match self.measured.places.len() {
-            0 => false,
-            LEAST_PLACES.. => costs_too_much(share),
-            _ => share >= 1.0,
-        };
+        self.measured.is_hopeless |= !self.measured.places.is_empty() && costs_too_much(share);
     }
 }
 
@@ -375,5 +371,20 @@ mod tests {
         // A row that bears an eighth: the next may bear as much as those before.
         known.take(measured(MOST * budget / 64.0, 1), 8, budget);
         assert_eq!(Trial::after(&known, budget, false, true).first_step, 6 - STEPS_UP);
+    }
+    #[test]
+    fn one_place_where_clusters_do_not_pay_is_enough_unless_they_were_known_to() {
+        for (computed, is_known, gives_up) in
+            [(10, false, false), (95, false, true), (100, false, true), (100, true, false)]
+        {
+            let mut trial = Trial { is_known, ..Trial::after(&Calibration::default(), 0.05, true, true) };
+            trial.judge();
+            assert!(!trial.is_given_up(), "nothing was measured");
+            let rows = vec![MeasuredRow { bearable: 0.02, ratio: None, spread: 1.0 }];
+            let computed = vec![(0.02, computed)];
+            trial.measured.places.push(MeasuredPlace { position: 0, rows, clusters: 100, computed });
+            trial.judge();
+            assert_eq!(trial.is_given_up(), gives_up, "{:?}, known: {is_known}", trial.measured.places);
+        }
     }
 }
