@@ -45,8 +45,10 @@ use measurement::MeasurementScratch;
 use region::RegionScratch;
 use tile::{AUDITED_CALL, Budgeted, NEAR_KEYS, TileScratch};
 
-/// Keys from which clusters are made: below, they save a tenth at best, and cost a twentieth where they are tried in vain.
-const LEAST_KEYS: usize = 5 * 1024;
+/// Keys from which clusters are made: where they are tried in vain on fewer, that takes more than a tenth of the time.
+const LEAST_KEYS: usize = 4 * 1024;
+/// Windows in which they are: of a narrower one, too much is near or seen in part.
+const LEAST_WINDOW: usize = 5 * 1024;
 /// Queries from which a call makes large regions: their clusters take as long to make as exact attention of so many queries
 /// to their keys.
 const MANY_TOKENS: usize = 256;
@@ -72,7 +74,7 @@ pub(crate) struct BudgetScratch {
 
 /// Whether there are keys enough for clusters, within the window where there is one; else every key is computed.
 pub(crate) fn makes_clusters(mask: &Mask, keys: usize) -> bool {
-    keys.min(mask.window.unwrap_or(keys)) >= LEAST_KEYS
+    keys >= LEAST_KEYS && mask.window.is_none_or(|window| window >= LEAST_WINDOW)
 }
 
 /// Runs `call` within a budget. Shapes and settings were checked by the caller.
