@@ -372,6 +372,7 @@ mod tests {
         known.take(measured(MOST * budget / 64.0, 1), 8, budget);
         assert_eq!(Trial::after(&known, budget, false, true).first_step, 6 - STEPS_UP);
     }
+
     #[test]
     fn one_place_where_clusters_do_not_pay_is_enough_unless_they_were_known_to() {
         for (computed, is_known, gives_up) in

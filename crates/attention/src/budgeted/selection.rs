@@ -25,7 +25,7 @@ pub(super) fn select(errors: &[f32], limit: f32, selected: &mut Vec<u32>) {
         // Between the last border that is too large and the first that is not, or that was not tried.
         steps += stride * if stride == 1 { within } else { within - 1 };
     }
-    // Behind the last border nothing may be left out.
+    // Behind the last border nothing may be left out. What lies on a border is left to the estimate.
     let border = if steps >= BORDERS * BORDERS { -1.0 } else { border_at(steps) };
     push_reaching(border.next_up(), errors, selected);
 }

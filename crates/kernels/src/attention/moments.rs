@@ -25,7 +25,7 @@ pub struct KeyMoments {
 }
 
 impl KeyMoments {
-    /// Takes the moments of the rows `members` of `keys` `[keys][width]`.
+    /// Takes the moments of the rows `members` of `keys` `[keys][width]`; mean and variances of none are NaN.
     ///
     /// # Panics
     /// When `width` is no multiple of [`ROW_MULTIPLE`], or there is no such row.
@@ -108,10 +108,11 @@ impl Operation for TakeKeys<'_> {
     }
 }
 
-/// Writes the mean of the values of `block` to `mean` `[value_dim]`, and returns the sum of the squares of their norms.
+/// Writes the mean of the values of `block`, of padded width `value_dim`, to `mean` `[value_dim]`, and returns the sum of the
+/// squares of their norms. The mean of no values is NaN.
 ///
 /// # Panics
-/// When the width is no multiple of [`VALUE_DIM_MULTIPLE`], or the block is not of that width or empty.
+/// When the width is no multiple of [`VALUE_DIM_MULTIPLE`].
 pub fn value_moments(block: KeyBlock<'_>, mean: &mut [f32]) -> f32 {
     value_moments_at(InstructionSet::current(), block, mean)
 }

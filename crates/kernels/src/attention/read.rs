@@ -43,31 +43,26 @@ impl Operation for ReadKeys<'_> {
 
     /// Plain loops over the words of a key, which the compiler turns into the vectors of the caller's instruction set.
     #[inline(always)]
-    fn eval<S: Simd>(self, _: S) {
-        let Self { level, block, key_dim, targets, width, rows } = self;
-        let mut target = Target { numbers: targets, key_dim, width, rows };
-        match block {
-            KeyBlock::F32 { keys, .. } => target.read_pages(
-                level,
+    fn eval<S: Simd>(mut self, _: S) {
+        match self.block {
+            KeyBlock::F32 { keys, .. } => self.read_pages(
                 cast_slice(keys),
-                key_dim,
+                1,
                 #[inline(always)]
                 |_, words, row| row.copy_from_slice(cast_slice(words)),
             ),
-            KeyBlock::Bf16 { keys, .. } => target.read_pages(
-                level,
+            KeyBlock::Bf16 { keys, .. } => self.read_pages(
                 cast_slice(keys),
-                key_dim / 2,
+                2,
                 #[inline(always)]
                 |_, words, row| {
                     let bits = cast_slice::<u32, u16>(words);
                     row.iter_mut().zip(bits).for_each(|(value, bits)| *value = f32::from_bits(u32::from(*bits) << 16));
                 },
             ),
-            KeyBlock::Int8 { keys, key_scales, .. } => target.read_pages(
-                level,
+            KeyBlock::Int8 { keys, key_scales, .. } => self.read_pages(
                 cast_slice(keys),
-                key_dim / 4,
+                4,
                 #[inline(always)]
                 |key, words, row| {
                     let (bytes, scale) = (cast_slice::<u32, u8>(words), key_scales[key]);
@@ -78,36 +73,20 @@ impl Operation for ReadKeys<'_> {
     }
 }
 
-/// The rows that keys are written to.
-struct Target<'a> {
-    /// One for each key.
-    numbers: &'a [u32],
-    key_dim: usize,
-    width: usize,
-    rows: &'a mut [f32],
-}
-
-impl Target<'_> {
-    /// Calls `convert` with the number of each key of `keys`, pages of `[words][16]`, up to [`WORDS`] of its words at a time,
-    /// and what they are written to.
+impl ReadKeys<'_> {
+    /// Calls `convert` with the number of each key of `keys`, pages of `[words][16]` with `in_word` numbers in a word, up to
+    /// [`WORDS`] of its words at a time, and what they are written to.
     #[inline(always)]
-    fn read_pages(
-        &mut self,
-        level: InstructionSet,
-        keys: &[u32],
-        words: usize,
-        convert: impl Fn(usize, &[u32], &mut [f32]),
-    ) {
+    fn read_pages(&mut self, keys: &[u32], in_word: usize, convert: impl Fn(usize, &[u32], &mut [f32])) {
         let mut buffer = [0; PAGE_KEYS * WORDS];
-        for (page, source) in keys.chunks_exact(PAGE_KEYS * words).enumerate() {
+        for (page, source) in keys.chunks_exact(PAGE_KEYS * self.key_dim / in_word).enumerate() {
             for (part, source) in source.chunks(PAGE_KEYS * WORDS).enumerate() {
-                rows_of_page(level, source, &mut buffer);
+                rows_of_page(self.level, source, &mut buffer);
                 let in_part = source.len() / PAGE_KEYS;
-                for (lane, key_words) in buffer.chunks_exact(in_part).take(PAGE_KEYS).enumerate() {
+                for (lane, words) in buffer.chunks_exact(in_part).take(PAGE_KEYS).enumerate() {
                     let key = page * PAGE_KEYS + lane;
-                    let in_word = self.key_dim / words;
-                    let first = self.numbers[key] as usize * self.width + part * WORDS * in_word;
-                    convert(key, key_words, &mut self.rows[first..][..in_part * in_word]);
+                    let first = self.targets[key] as usize * self.width + part * WORDS * in_word;
+                    convert(key, words, &mut self.rows[first..][..in_part * in_word]);
                 }
             }
         }
