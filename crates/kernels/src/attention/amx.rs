@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use super::PAGE_KEYS;
-use super::ahead::NextBlock;
+use super::ahead::Ahead;
 use super::softmax::{BrainRow, exp2};
 use super::tile::MicroTile;
 use crate::amx::{Elements, PRODUCT_ROWS, Product, ROW_BYTES, TILE_ROWS, Tiles};
@@ -36,7 +36,7 @@ pub(super) unsafe fn micro_tiles(elements: Elements, micro_tiles: &[(usize, Micr
     let mut tiles = Tiles::new();
     let most = micro_tiles.iter().map(|(_, tile)| tile.pages).max().unwrap_or(0);
     let all_rows: usize = micro_tiles.iter().map(|(rows, tile)| rows * tile.pages.div_ceil(STRIP_PAGES)).sum();
-    let mut ahead = Ahead::new(elements, micro_tiles, most, all_rows);
+    let mut share = Share::new(elements, micro_tiles, most, all_rows);
     for first in (0..most).step_by(STRIP_PAGES) {
         for (rows, tile) in micro_tiles.iter().filter(|(_, tile)| first < tile.pages) {
             let strip = Strip { rows: *rows, elements, first, pages: STRIP_PAGES.min(tile.pages - first) };
@@ -44,7 +44,7 @@ pub(super) unsafe fn micro_tiles(elements: Elements, micro_tiles: &[(usize, Micr
             unsafe {
                 strip.scores(&mut tiles, tile);
                 strip.mask(tile);
-                strip.softmax(tile, &mut ahead);
+                strip.softmax(tile, &mut share);
                 strip.weighted_values(&mut tiles, tile);
             }
         }
@@ -68,31 +68,35 @@ fn step_bytes(row_bytes: usize) -> usize {
 
 /// The keys and values of the next block, asked for little by little: the processor waits when too many lines are on
 /// their way at a time.
-struct Ahead {
-    /// Where the next keys and the next values to ask for lie, and how many bytes of each are left.
-    ranges: [(*const u8, usize); 2],
+struct Share {
+    /// Where the next keys, values and scales to ask for lie, and how many bytes of each are left.
+    ranges: [(*const u8, usize); 4],
     /// Bytes of each to ask for at a time.
     share: usize,
-    next: NextBlock,
+    ahead: Ahead,
 }
 
-impl Ahead {
+impl Share {
     /// Asks in `times` times for as many `pages` as this block has, after the first of the tiles that says where.
     fn new(elements: Elements, micro_tiles: &[(usize, MicroTile<'_>)], pages: usize, times: usize) -> Self {
-        let nothing = Self { ranges: [(std::ptr::null(), 0); 2], share: 0, next: NextBlock::default() };
-        let Some((tile, next)) = micro_tiles.iter().find_map(|(_, tile)| Some((tile, tile.ahead?))) else {
+        let nothing = Self { ranges: [(std::ptr::null(), 0); 4], share: 0, ahead: Ahead::default() };
+        let Some((tile, ahead)) = micro_tiles.iter().find_map(|(_, tile)| Some((tile, tile.ahead?))) else {
             return nothing;
         };
         let element_bytes = if elements == Elements::Bf16 { 2 } else { 1 };
         let bytes = |width: usize| width * PAGE_KEYS * pages * element_bytes;
         let (key_bytes, value_bytes) = (bytes(tile.key_dim), bytes(tile.value_dim));
+        let scale_bytes = if elements == Elements::Int8 { pages * PAGE_KEYS * size_of::<f32>() } else { 0 };
+        let [key_scales, value_scales] = ahead.scales();
         Self {
             ranges: [
-                (tile.keys.wrapping_offset(next.keys), key_bytes),
-                (tile.values.wrapping_offset(next.values), value_bytes),
+                (ahead.key_page(0), key_bytes),
+                (ahead.value_page(0), value_bytes),
+                (key_scales, scale_bytes),
+                (value_scales, scale_bytes),
             ],
             share: key_bytes.max(value_bytes).div_ceil(times.max(1)).next_multiple_of(64),
-            next,
+            ahead,
         }
     }
 
@@ -101,7 +105,7 @@ impl Ahead {
         for (start, left) in &mut self.ranges {
             let bytes = self.share.min(*left);
             for offset in (0..bytes).step_by(64) {
-                self.next.fetch(*start, offset as isize);
+                self.ahead.fetch(*start, offset);
             }
             *start = start.wrapping_add(bytes);
             *left -= bytes;
@@ -214,7 +218,7 @@ impl Strip {
     /// As [`micro_tiles`].
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn softmax(&self, tile: &MicroTile<'_>, ahead: &mut Ahead) {
+    unsafe fn softmax(&self, tile: &MicroTile<'_>, ahead: &mut Share) {
         for first in (0..self.rows).step_by(TILE_ROWS) {
             let count = TILE_ROWS.min(self.rows - first);
             // SAFETY: the rows have `pages` vectors of scores, a maximum, a sum and an output each.

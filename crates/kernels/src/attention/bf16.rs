@@ -1,11 +1,14 @@
 //! AVX-512 BF16 micro-tiles (6 rows × 64 keys): bf16 queries, keys, weights and values, f32 sums.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
+use super::ahead;
 use super::clusters_bf16::pairs;
-use super::softmax::{BrainRow, exp2, largest_score};
-use super::tile::MicroTile;
-use super::{MAX_BLOCK_KEYS, PAGE_KEYS, pages_at_once};
+use super::passes::{Pass, WeightedValues, WideValues, lines_of_pair, pass_over_values};
+use super::softmax::{BrainRow, exp2, lanes, largest_score};
+use super::tile::{MicroTile, NOTHING_SEEN};
+use super::{FEW_ROWS, MAX_BLOCK_KEYS, PAGE_KEYS, PAGE_PAIRS, pages_at_once};
 
 /// bf16 queries, keys and values for `rows` (1 to 6) rows.
 ///
@@ -15,26 +18,34 @@ use super::{MAX_BLOCK_KEYS, PAGE_KEYS, pages_at_once};
 pub(super) unsafe fn micro_tile_rows(rows: usize, tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller.
     unsafe {
-        match (rows, tile.ahead.is_some()) {
-            (1, true) => micro_tile::<1, true>(tile),
-            (2, true) => micro_tile::<2, true>(tile),
-            (3, true) => micro_tile::<3, true>(tile),
-            (4, true) => micro_tile::<4, true>(tile),
-            (5, true) => micro_tile::<5, true>(tile),
-            (_, true) => micro_tile::<6, true>(tile),
-            (1, false) => micro_tile::<1, false>(tile),
-            (2, false) => micro_tile::<2, false>(tile),
-            (3, false) => micro_tile::<3, false>(tile),
-            (4, false) => micro_tile::<4, false>(tile),
-            (5, false) => micro_tile::<5, false>(tile),
-            (_, false) => micro_tile::<6, false>(tile),
+        match tile.ahead.map_or(0, |ahead| ahead.level()) {
+            ahead::FIRST => any_rows::<{ ahead::FIRST }>(rows, tile),
+            ahead::SECOND => any_rows::<{ ahead::SECOND }>(rows, tile),
+            _ => any_rows::<{ ahead::NOTHING }>(rows, tile),
+        }
+    }
+}
+
+/// As [`micro_tile_rows`], asking for lines to the cache `AHEAD`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn any_rows<const AHEAD: u8>(rows: usize, tile: &mut MicroTile<'_>) {
+    // SAFETY: forwarded from the caller.
+    unsafe {
+        match rows {
+            1 => micro_tile::<1, AHEAD>(tile),
+            2 => micro_tile::<2, AHEAD>(tile),
+            3 => micro_tile::<3, AHEAD>(tile),
+            4 => micro_tile::<4, AHEAD>(tile),
+            5 => micro_tile::<5, AHEAD>(tile),
+            _ => micro_tile::<6, AHEAD>(tile),
         }
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<'_>) {
+unsafe fn micro_tile<const ROWS: usize, const AHEAD: u8>(tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller; each call stays within the block's pages and the value width.
     unsafe {
         let mut page = 0;
@@ -49,39 +60,32 @@ unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<
             page += panels;
         }
         tile.apply_mask::<ROWS>();
-        let decay = softmax::<ROWS>(tile);
-        let mut column = 0;
-        while column < tile.value_dim {
-            let panels = ((tile.value_dim - column) / PAGE_KEYS).min(4);
-            match panels {
-                4 => weighted_values::<ROWS, 4, AHEAD>(tile, &decay, column),
-                3 => weighted_values::<ROWS, 3, AHEAD>(tile, &decay, column),
-                2 => weighted_values::<ROWS, 2, AHEAD>(tile, &decay, column),
-                _ => weighted_values::<ROWS, 1, AHEAD>(tile, &decay, column),
-            }
-            column += panels * PAGE_KEYS;
+        let mut softmax = Softmax::<ROWS, AHEAD>::begin(tile);
+        if ROWS > FEW_ROWS {
+            softmax.weigh(tile, 0..tile.pages);
         }
+        pass_over_values(tile, &mut softmax);
     }
 }
 
 /// Dot products of `ROWS` bf16 queries with the keys of `PANELS` pages from `page` on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile: &MicroTile<'_>, page: usize) {
+unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: u8>(tile: &MicroTile<'_>, page: usize) {
     // SAFETY: page `page + PANELS − 1` is in the block; a page is `[steps][16]` pairs, a query `steps` pairs.
     unsafe {
         let steps = tile.key_dim / 2;
         let keys = tile.keys.cast::<__m512i>().add(page * steps);
         let queries = tile.queries.cast::<i32>();
-        let ahead = tile.ahead.unwrap_or_default();
+        let asks = tile.ahead.unwrap_or_default();
+        let asked = asks.key_page(page);
         let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
         let add_products = |step: usize, sums: &mut [[__m512; PANELS]; ROWS]| {
             let mut lanes = [_mm512_setzero_si512(); PANELS];
             for (panel, lanes) in lanes.iter_mut().enumerate() {
-                let source = keys.add(panel * steps + step);
-                *lanes = _mm512_loadu_si512(source);
-                if AHEAD {
-                    ahead.fetch_key(keys.add(step * PANELS + panel));
+                *lanes = _mm512_loadu_si512(keys.add(panel * steps + step));
+                if AHEAD != ahead::NOTHING {
+                    ahead::fetch_to::<AHEAD>(asked, 64 * (step * PANELS + panel));
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
@@ -116,80 +120,133 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile
     }
 }
 
-/// Factors by which the earlier sums of the rows shrink.
-#[repr(align(64))]
-struct Decay([f32; 16]);
-
 /// One step of the online softmax (Milakov & Gimelshein 2018): scores become bf16 weights.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Decay {
-    // SAFETY: a row of scores and weights has `pages` vectors of 16; there are ROWS maxima, query scales and sums.
-    unsafe {
-        let mut result = Decay([0.0; 16]);
-        let mut maxima = [0.0_f32; ROWS];
-        for (row, maximum) in maxima.iter_mut().enumerate() {
-            let largest = largest_score(tile, row);
-            let before = *tile.maxima.add(row);
-            *maximum = before.max(largest);
-            *tile.maxima.add(row) = *maximum;
-            result.0[row] = before - *maximum;
+#[repr(align(64))]
+struct Softmax<const ROWS: usize, const AHEAD: u8> {
+    /// Factor by which the earlier sums of each row shrink.
+    decay: [f32; 16],
+    /// Largest score of each row so far.
+    maxima: [f32; 16],
+}
+
+impl<const ROWS: usize, const AHEAD: u8> Softmax<ROWS, AHEAD> {
+    /// # Safety
+    /// A row of scores and weights of `tile` has `pages` vectors of 16; there are ROWS maxima and sums.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn begin(tile: &mut MicroTile<'_>) -> Self {
+        // SAFETY: forwarded from the caller.
+        unsafe {
+            let mut maxima = [NOTHING_SEEN; 16];
+            for (row, maximum) in maxima.iter_mut().enumerate().take(ROWS) {
+                *maximum = largest_score(tile, row);
+            }
+            let rows = u16::MAX >> (16 - ROWS);
+            let largest = _mm512_loadu_ps(maxima.as_ptr());
+            let before = _mm512_mask_loadu_ps(largest, rows, tile.maxima);
+            // What is no number counts as nothing seen: the weights of its row show it.
+            let after = _mm512_max_ps(largest, before);
+            _mm512_mask_storeu_ps(tile.maxima, rows, after);
+            Self { decay: lanes(exp2(_mm512_sub_ps(before, after))), maxima: lanes(after) }
         }
-        _mm512_store_ps(result.0.as_mut_ptr(), exp2(_mm512_load_ps(result.0.as_ptr())));
-        for (row, maximum) in maxima.into_iter().enumerate() {
-            let row_of_scores = BrainRow {
-                scores: tile.scores.add(row * MAX_BLOCK_KEYS),
-                page_stride: PAGE_KEYS,
-                weights: tile.weights.add(row * MAX_BLOCK_KEYS),
-                pair_stride: 2 * PAGE_KEYS,
-                pages: tile.pages,
-                sum: tile.sums.add(row * PAGE_KEYS),
-                factors: std::ptr::null(),
-            };
-            row_of_scores.weigh::<false>(maximum, result.0[row]);
+    }
+
+    /// Makes the weights of all rows for the keys of `pages`, the first of which is an even one, and adds them to the rows'
+    /// sums, which shrink with the block's first page.
+    ///
+    /// # Safety
+    /// As for [`begin`](Self::begin).
+    #[inline(always)]
+    unsafe fn weigh(&self, tile: &MicroTile<'_>, pages: Range<usize>) {
+        for (row, maximum) in self.maxima.iter().enumerate().take(ROWS) {
+            // SAFETY: forwarded from the caller.
+            unsafe {
+                let at = row * MAX_BLOCK_KEYS + pages.start * PAGE_KEYS;
+                let row_of_scores = BrainRow {
+                    scores: tile.scores.add(at),
+                    page_stride: PAGE_KEYS,
+                    weights: tile.weights.add(at),
+                    pair_stride: 2 * PAGE_KEYS,
+                    pages: pages.len(),
+                    sum: tile.sums.add(row * PAGE_KEYS),
+                    factors: std::ptr::null(),
+                };
+                row_of_scores.weigh::<false>(*maximum, if pages.start == 0 { self.decay[row] } else { 1.0 });
+            }
         }
-        result
     }
 }
 
-/// `output = decay · output + weights · values` for `PANELS` · 16 value channels from `column` on.
+pub(super) const WIDE: WideValues = WideValues { pages: 2, by_rows: true };
+
+impl<const ROWS: usize, const AHEAD: u8> WeightedValues<ROWS> for Softmax<ROWS, AHEAD> {
+    const WIDE: WideValues = WIDE;
+
+    #[inline]
+    unsafe fn add<const NOW: usize, const PANELS: usize>(&mut self, tile: &MicroTile<'_>, pass: Pass) {
+        // SAFETY: forwarded from the caller.
+        unsafe { weighted_values::<ROWS, NOW, PANELS, AHEAD>(tile, self, &pass) }
+    }
+
+    fn has_shrunk(&mut self) {
+        self.decay = [1.0; 16];
+    }
+}
+
+/// `output = decay · output + weights · values` for `PANELS` · 16 value channels.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(
+unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usize, const AHEAD: u8>(
     tile: &MicroTile<'_>,
-    decay: &Decay,
-    column: usize,
+    softmax: &Softmax<ROWS, AHEAD>,
+    pass: &Pass,
 ) {
     // SAFETY: values are `[pages · 8][value_dim]` pairs, output rows `value_dim` f32, and
     // `column + PANELS · 16 <= value_dim`; a row of weights has `pages · 8` pairs.
     unsafe {
-        let pairs_of_keys = tile.pages * PAGE_KEYS / 2;
+        let Pass { ref pages, column, first_row } = *pass;
+        let weighs = ROWS <= FEW_ROWS && column == 0 && first_row == 0;
         let values = tile.values.cast::<i32>().add(column);
-        let weights = tile.weights.cast::<i32>();
-        let ahead = tile.ahead.unwrap_or_default();
-        let lines = tile.values.cast::<i32>().add(pairs_of_keys * column);
-        let output = tile.output.add(column);
-        let mut sums = [[_mm512_setzero_ps(); PANELS]; ROWS];
+        let weights = tile.weights.cast::<i32>().add(first_row * MAX_BLOCK_KEYS / 2);
+        let asks = tile.ahead.unwrap_or_default();
+        let output = tile.output.add(first_row * tile.value_dim + column);
+        let mut sums = [[_mm512_setzero_ps(); PANELS]; NOW];
         for (row, sums) in sums.iter_mut().enumerate() {
-            let decay = _mm512_set1_ps(decay.0[row]);
+            let decay = _mm512_set1_ps(softmax.decay[first_row + row]);
             for (panel, sum) in sums.iter_mut().enumerate() {
                 let before = _mm512_loadu_ps(output.add(row * tile.value_dim + panel * PAGE_KEYS));
                 *sum = _mm512_mul_ps(before, decay);
             }
         }
-        for pair in 0..pairs_of_keys {
-            let mut lanes = [_mm512_setzero_si512(); PANELS];
-            for (panel, lanes) in lanes.iter_mut().enumerate() {
-                let source = values.add(pair * tile.value_dim + panel * PAGE_KEYS);
-                *lanes = _mm512_loadu_si512(source.cast());
-                if AHEAD {
-                    ahead.fetch_value(lines.add((pair * PANELS + panel) * PAGE_KEYS));
-                }
+        if weighs && pages.start == 0 {
+            softmax.weigh(tile, 0..tile.pages.min(2));
+        }
+        // More than a few rows have their weights already, and go on to the end.
+        let step = if ROWS <= FEW_ROWS { 1 } else { pages.len() };
+        for page in pages.clone().step_by(step) {
+            // Two pages early, so that no product waits for its weights.
+            if weighs && page % 2 == 0 && page + 2 < tile.pages {
+                softmax.weigh(tile, page + 2..tile.pages.min(page + 4));
             }
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let weight = pairs(_mm512_set1_epi32(*weights.add(row * MAX_BLOCK_KEYS / 2 + pair)));
-                for (sum, lanes) in sums.iter_mut().zip(lanes) {
-                    *sum = _mm512_dpbf16_ps(*sum, pairs(lanes), weight);
+            let asked = asks.value_line(pass, page, (NOW, ROWS), (PANELS * PAGE_KEYS, tile.value_dim));
+            let first_pair = page * PAGE_PAIRS;
+            let lines = const { lines_of_pair(4 * PANELS * PAGE_KEYS, NOW, ROWS) };
+            let asked = asked.wrapping_sub(first_pair * lines * 64);
+            // A number of steps that the compiler knows would make it unroll the loop and spill sums.
+            for pair in first_pair..(first_pair + step * PAGE_PAIRS).min(pages.end * PAGE_PAIRS) {
+                if AHEAD != ahead::NOTHING {
+                    (0..lines).for_each(|line| ahead::fetch_to::<AHEAD>(asked, (pair * lines + line) * 64));
+                }
+                let mut lanes = [_mm512_setzero_si512(); PANELS];
+                for (panel, lanes) in lanes.iter_mut().enumerate() {
+                    let source = values.add(pair * tile.value_dim + panel * PAGE_KEYS);
+                    *lanes = _mm512_loadu_si512(source.cast());
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let weight = pairs(_mm512_set1_epi32(*weights.add(row * MAX_BLOCK_KEYS / 2 + pair)));
+                    for (sum, lanes) in sums.iter_mut().zip(lanes) {
+                        *sum = _mm512_dpbf16_ps(*sum, pairs(lanes), weight);
+                    }
                 }
             }
         }

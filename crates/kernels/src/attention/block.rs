@@ -39,4 +39,11 @@ impl KeyBlock<'_> {
             Self::Int8 { keys, values, .. } => (keys.as_ptr().addr(), values.as_ptr().addr()),
         }
     }
+    /// Addresses of the scales of keys and of values, where there are any.
+    pub(super) fn scale_addresses(self) -> [usize; 2] {
+        match self {
+            Self::F32 { .. } | Self::Bf16 { .. } => [0; 2],
+            Self::Int8 { key_scales, value_scales, .. } => [key_scales.as_ptr().addr(), value_scales.as_ptr().addr()],
+        }
+    }
 }

@@ -152,14 +152,14 @@ unsafe fn scores<S: Simd, const ROWS: usize, const VECTORS: usize, const AHEAD: 
         );
         let queries = tile.queries.cast::<f32>();
         let ahead = tile.ahead.unwrap_or_default();
+        let asked = ahead.key_page(key / PAGE_KEYS).wrapping_add(4 * (key % PAGE_KEYS));
         let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
         for channel in 0..tile.key_dim {
             let mut keys = [simd.splat(0.0); VECTORS];
-            for (keys, source) in keys.iter_mut().zip(sources) {
-                let source = source.add(channel * PAGE_KEYS);
-                *keys = load(simd, source);
+            for (vector, (keys, source)) in keys.iter_mut().zip(sources).enumerate() {
+                *keys = load(simd, source.add(channel * PAGE_KEYS));
                 if AHEAD {
-                    ahead.fetch_key(source);
+                    ahead.fetch(asked, 4 * (channel * VECTORS + vector) * S::LANES);
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
@@ -274,7 +274,7 @@ unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: usize, cons
         let keys = tile.pages * PAGE_KEYS;
         let values = tile.values.cast::<f32>().add(column);
         let ahead = tile.ahead.unwrap_or_default();
-        let lines = tile.values.cast::<f32>().add(keys * column);
+        let asked = ahead.value_page(0).wrapping_add(4 * keys * column);
         let mut sums = decayed_output::<S, ROWS, VECTORS>(simd, tile, decay, column);
         for key in 0..keys {
             let source = values.add(key * tile.value_dim);
@@ -282,7 +282,7 @@ unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: usize, cons
             for (vector, values) in values.iter_mut().enumerate() {
                 *values = load(simd, source.add(vector * S::LANES));
                 if AHEAD {
-                    ahead.fetch_value(lines.add((key * VECTORS + vector) * S::LANES));
+                    ahead.fetch(asked, 4 * (key * VECTORS + vector) * S::LANES);
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {

@@ -8,9 +8,11 @@
 
 use std::arch::x86_64::*;
 
-use super::softmax::{exp2, largest_score};
+use super::ahead;
+use super::passes::{Pass, WeightedValues, WideValues, lines_of_pair, pass_over_values};
+use super::softmax::{exp2, lanes, largest_score};
 use super::tile::{MicroTile, NOTHING_SEEN, WEIGHT_STEPS};
-use super::{MAX_BLOCK_KEYS, PAGE_KEYS, pages_at_once};
+use super::{FEW_ROWS, MAX_BLOCK_KEYS, PAGE_KEYS, PAGE_PAIRS, pages_at_once};
 
 const _: () = assert!(MAX_BLOCK_KEYS * WEIGHT_STEPS as usize * 127 < 1 << 31);
 
@@ -56,26 +58,34 @@ pub(super) fn scale_values(scales: &[f32], factors: &mut [f32]) -> (f32, bool) {
 pub(super) unsafe fn micro_tile_rows(rows: usize, tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller.
     unsafe {
-        match (rows, tile.ahead.is_some()) {
-            (1, true) => micro_tile::<1, true>(tile),
-            (2, true) => micro_tile::<2, true>(tile),
-            (3, true) => micro_tile::<3, true>(tile),
-            (4, true) => micro_tile::<4, true>(tile),
-            (5, true) => micro_tile::<5, true>(tile),
-            (_, true) => micro_tile::<6, true>(tile),
-            (1, false) => micro_tile::<1, false>(tile),
-            (2, false) => micro_tile::<2, false>(tile),
-            (3, false) => micro_tile::<3, false>(tile),
-            (4, false) => micro_tile::<4, false>(tile),
-            (5, false) => micro_tile::<5, false>(tile),
-            (_, false) => micro_tile::<6, false>(tile),
+        match tile.ahead.map_or(0, |ahead| ahead.level()) {
+            ahead::FIRST => any_rows::<{ ahead::FIRST }>(rows, tile),
+            ahead::SECOND => any_rows::<{ ahead::SECOND }>(rows, tile),
+            _ => any_rows::<{ ahead::NOTHING }>(rows, tile),
+        }
+    }
+}
+
+/// As [`micro_tile_rows`], asking for lines to the cache `AHEAD`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn any_rows<const AHEAD: u8>(rows: usize, tile: &mut MicroTile<'_>) {
+    // SAFETY: forwarded from the caller.
+    unsafe {
+        match rows {
+            1 => micro_tile::<1, AHEAD>(tile),
+            2 => micro_tile::<2, AHEAD>(tile),
+            3 => micro_tile::<3, AHEAD>(tile),
+            4 => micro_tile::<4, AHEAD>(tile),
+            5 => micro_tile::<5, AHEAD>(tile),
+            _ => micro_tile::<6, AHEAD>(tile),
         }
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<'_>) {
+unsafe fn micro_tile<const ROWS: usize, const AHEAD: u8>(tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller; each call stays within the block's pages and the value width.
     unsafe {
         let mut page = 0;
@@ -90,18 +100,12 @@ unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<
             page += panels;
         }
         tile.apply_mask::<ROWS>();
-        let factors = softmax::<ROWS>(tile);
-        let mut column = 0;
-        while column < tile.value_dim {
-            let panels = ((tile.value_dim - column) / PAGE_KEYS).min(4);
-            match panels {
-                4 => weighted_values::<ROWS, 4, AHEAD>(tile, &factors, column),
-                3 => weighted_values::<ROWS, 3, AHEAD>(tile, &factors, column),
-                2 => weighted_values::<ROWS, 2, AHEAD>(tile, &factors, column),
-                _ => weighted_values::<ROWS, 1, AHEAD>(tile, &factors, column),
-            }
-            column += panels * PAGE_KEYS;
+        let mut softmax = Softmax::<ROWS, AHEAD>::begin(tile);
+        if !softmax.is_interleaved {
+            softmax.weigh_all(tile);
         }
+        pass_over_values(tile, &mut softmax);
+        softmax.end(tile);
     }
 }
 
@@ -109,14 +113,15 @@ unsafe fn micro_tile<const ROWS: usize, const AHEAD: bool>(tile: &mut MicroTile<
 /// (the softmax multiplies by it).
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile: &MicroTile<'_>, page: usize) {
+unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: u8>(tile: &MicroTile<'_>, page: usize) {
     // SAFETY: page `page + PANELS − 1` is in the block; a page is `[steps][16]` groups of four, a query `steps`
     // groups; there is one key scale for each key of the block.
     unsafe {
         let steps = tile.key_dim / 4;
         let keys = tile.keys.cast::<__m512i>().add(page * steps);
         let queries = tile.queries.cast::<i32>();
-        let ahead = tile.ahead.unwrap_or_default();
+        let asks = tile.ahead.unwrap_or_default();
+        let asked = asks.key_page(page);
         let mut sums = [[_mm512_setzero_si512(); PANELS]; ROWS];
         for (row, sums) in sums.iter_mut().enumerate() {
             // Keys are stored with an offset of 128; starting here takes it out again.
@@ -125,10 +130,9 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile
         let add_products = |step: usize, sums: &mut [[__m512i; PANELS]; ROWS]| {
             let mut lanes = [_mm512_setzero_si512(); PANELS];
             for (panel, lanes) in lanes.iter_mut().enumerate() {
-                let source = keys.add(panel * steps + step);
-                *lanes = _mm512_loadu_si512(source);
-                if AHEAD {
-                    ahead.fetch_key(keys.add(step * PANELS + panel));
+                *lanes = _mm512_loadu_si512(keys.add(panel * steps + step));
+                if AHEAD != ahead::NOTHING {
+                    ahead::fetch_to::<AHEAD>(asked, 64 * (step * PANELS + panel));
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
@@ -165,59 +169,113 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(tile
     }
 }
 
-/// How a block's sums join the earlier ones of each row.
+/// One step of the online softmax (Milakov & Gimelshein 2018): scores become int16 weights, relative to the largest of the
+/// row in this block, times the values' scales.
 #[repr(align(64))]
-struct Factors {
-    /// Factor on the earlier sums.
+struct Softmax<const ROWS: usize, const AHEAD: u8> {
+    /// Factor on the earlier sums of each row.
+    decay: [f32; 16],
+    /// Factor on its output so far.
     earlier: [f32; 16],
-    /// Factor on the block's.
+    /// Factor on the block's weights.
     block: [f32; 16],
+    /// Factor on the block's weighted values.
+    values: [f32; 16],
+    /// Largest logit of each row in the block.
+    maxima: [f32; 16],
+    /// Sum of each row's weights, by lane.
+    sums: [__m512; ROWS],
+    /// Whether weights are made page by page as their values are read, not all before.
+    is_interleaved: bool,
 }
 
-/// One step of the online softmax (Milakov & Gimelshein 2018): scores become int16 weights, relative to the largest
-/// of the row in this block, times the values' scales.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Factors {
-    // SAFETY: a row of scores and weights has `pages` vectors of 16; there are ROWS maxima, query scales and sums, and
-    // one value factor for each key of the block.
-    unsafe {
-        let mut factors = Factors { earlier: [0.0; 16], block: [0.0; 16] };
-        let mut maxima = [0.0_f32; ROWS];
-        for (row, maximum) in maxima.iter_mut().enumerate() {
-            *maximum = NOTHING_SEEN.max(largest_score(tile, row) * *tile.query_scales.add(row));
-            let before = *tile.maxima.add(row);
-            let after = before.max(*maximum);
-            *tile.maxima.add(row) = after;
-            factors.earlier[row] = before - after;
-            factors.block[row] = *maximum - after;
-        }
-        _mm512_store_ps(factors.earlier.as_mut_ptr(), exp2(_mm512_load_ps(factors.earlier.as_ptr())));
-        _mm512_store_ps(factors.block.as_mut_ptr(), exp2(_mm512_load_ps(factors.block.as_ptr())));
-        for (row, maximum) in maxima.into_iter().enumerate() {
-            let scores = tile.scores.add(row * MAX_BLOCK_KEYS);
-            let weights = tile.weights.add(row * MAX_BLOCK_KEYS);
-            let maximum = _mm512_set1_ps(maximum);
-            let scale = _mm512_set1_ps(*tile.query_scales.add(row));
-            let mut sum = _mm512_setzero_ps();
-            for page in 0..tile.pages {
-                let score = _mm512_loadu_ps(scores.add(page * PAGE_KEYS));
-                let weight = exp2(_mm512_fmsub_ps(score, scale, maximum));
-                sum = _mm512_add_ps(sum, weight);
-                let scaled = _mm512_mul_ps(weight, _mm512_loadu_ps(tile.value_factors.add(page * PAGE_KEYS)));
-                let integers = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(scaled));
-                _mm256_storeu_si256(weights.add(page * PAGE_KEYS).cast(), integers);
+impl<const ROWS: usize, const AHEAD: u8> Softmax<ROWS, AHEAD> {
+    /// # Safety
+    /// A row of scores and weights of `tile` has `pages` vectors of 16; there are ROWS maxima, query scales and sums, and one
+    /// value factor for each key of the block.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn begin(tile: &mut MicroTile<'_>) -> Self {
+        // SAFETY: forwarded from the caller.
+        unsafe {
+            let mut maxima = [NOTHING_SEEN; 16];
+            for (row, maximum) in maxima.iter_mut().enumerate().take(ROWS) {
+                *maximum = NOTHING_SEEN.max(largest_score(tile, row) * *tile.query_scales.add(row));
             }
-            let step = match tile.values_are_even {
-                true => tile.value_step,
-                false => tile.value_step * round_to_own_largest(tile, row, maximum),
-            };
-            let total = tile.sums.add(row * PAGE_KEYS);
-            let earlier = _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(factors.earlier[row]));
-            _mm512_storeu_ps(total, _mm512_fmadd_ps(sum, _mm512_set1_ps(factors.block[row]), earlier));
-            factors.block[row] *= step;
+            let rows = u16::MAX >> (16 - ROWS);
+            let largest = _mm512_loadu_ps(maxima.as_ptr());
+            let before = _mm512_mask_loadu_ps(largest, rows, tile.maxima);
+            let after = _mm512_max_ps(before, largest);
+            _mm512_mask_storeu_ps(tile.maxima, rows, after);
+            let (decay, block) = (exp2(_mm512_sub_ps(before, after)), exp2(_mm512_sub_ps(largest, after)));
+            Self {
+                decay: lanes(decay),
+                earlier: lanes(decay),
+                block: lanes(block),
+                values: lanes(_mm512_mul_ps(block, _mm512_set1_ps(tile.value_step))),
+                maxima,
+                sums: [_mm512_setzero_ps(); ROWS],
+                is_interleaved: ROWS <= FEW_ROWS && tile.values_are_even,
+            }
         }
-        factors
+    }
+
+    /// Makes the weights of row `row` for the keys of `page`. Returns them as they add to the row's sum.
+    ///
+    /// # Safety
+    /// As for [`begin`](Self::begin).
+    #[inline(always)]
+    unsafe fn weigh(&self, tile: &MicroTile<'_>, row: usize, page: usize) -> __m512 {
+        // SAFETY: forwarded from the caller.
+        unsafe {
+            let at = row * MAX_BLOCK_KEYS + page * PAGE_KEYS;
+            let scale = _mm512_set1_ps(*tile.query_scales.add(row));
+            let score = _mm512_loadu_ps(tile.scores.add(at));
+            let weight = exp2(_mm512_fmsub_ps(score, scale, _mm512_set1_ps(self.maxima[row])));
+            let scaled = _mm512_mul_ps(weight, _mm512_loadu_ps(tile.value_factors.add(page * PAGE_KEYS)));
+            let integers = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(scaled));
+            _mm256_storeu_si256(tile.weights.add(at).cast(), integers);
+            weight
+        }
+    }
+
+    /// Makes all weights, before any value is read.
+    ///
+    /// # Safety
+    /// As for [`begin`](Self::begin).
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn weigh_all(&mut self, tile: &MicroTile<'_>) {
+        // SAFETY: forwarded from the caller.
+        unsafe {
+            for row in 0..ROWS {
+                let mut sum = _mm512_setzero_ps();
+                for page in 0..tile.pages {
+                    sum = _mm512_add_ps(sum, self.weigh(tile, row, page));
+                }
+                self.sums[row] = sum;
+                if !tile.values_are_even {
+                    self.values[row] *= round_to_own_largest(tile, row, _mm512_set1_ps(self.maxima[row]));
+                }
+            }
+        }
+    }
+
+    /// Adds the weights to the sums of the rows.
+    ///
+    /// # Safety
+    /// As for [`begin`](Self::begin).
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn end(&self, tile: &mut MicroTile<'_>) {
+        for (row, sum) in self.sums.iter().enumerate() {
+            // SAFETY: forwarded from the caller.
+            unsafe {
+                let total = tile.sums.add(row * PAGE_KEYS);
+                let earlier = _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(self.decay[row]));
+                _mm512_storeu_ps(total, _mm512_fmadd_ps(*sum, _mm512_set1_ps(self.block[row]), earlier));
+            }
+        }
     }
 }
 
@@ -226,11 +284,11 @@ unsafe fn softmax<const ROWS: usize>(tile: &mut MicroTile<'_>) -> Factors {
 /// largest logit in the block, in each lane.
 ///
 /// # Safety
-/// As [`softmax`], which calls it.
+/// As [`Softmax::weigh_all`], which calls it.
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn round_to_own_largest(tile: &MicroTile<'_>, row: usize, maximum: __m512) -> f32 {
-    // SAFETY: as in `softmax`.
+    // SAFETY: forwarded from the caller.
     unsafe {
         let scores = tile.scores.add(row * MAX_BLOCK_KEYS);
         let weights = tile.weights.add(row * MAX_BLOCK_KEYS);
@@ -257,43 +315,81 @@ unsafe fn round_to_own_largest(tile: &MicroTile<'_>, row: usize, maximum: __m512
     }
 }
 
-/// `output = earlier · output + block · (weights · values)` for `PANELS` · 16 value channels from `column` on.
+/// Four panels for all rows: for two rows values would be widened twice.
+pub(super) const WIDE: WideValues = WideValues { pages: 4, by_rows: false };
+
+impl<const ROWS: usize, const AHEAD: u8> WeightedValues<ROWS> for Softmax<ROWS, AHEAD> {
+    const WIDE: WideValues = WIDE;
+
+    #[inline]
+    unsafe fn add<const NOW: usize, const PANELS: usize>(&mut self, tile: &MicroTile<'_>, pass: Pass) {
+        // SAFETY: forwarded from the caller.
+        unsafe { weighted_values::<ROWS, NOW, PANELS, AHEAD>(tile, self, &pass) }
+    }
+
+    fn has_shrunk(&mut self) {
+        self.earlier = [1.0; 16];
+    }
+}
+
+/// `output = earlier · output + block · (weights · values)` for `PANELS` · 16 value channels.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn weighted_values<const ROWS: usize, const PANELS: usize, const AHEAD: bool>(
+unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usize, const AHEAD: u8>(
     tile: &MicroTile<'_>,
-    factors: &Factors,
-    column: usize,
+    softmax: &mut Softmax<ROWS, AHEAD>,
+    pass: &Pass,
 ) {
     // SAFETY: values are `[pages · 8][value_dim]` pairs of i8, output rows `value_dim` f32, and
     // `column + PANELS · 16 <= value_dim`; a row of weights has `pages · 8` pairs.
     unsafe {
-        let pairs_of_keys = tile.pages * PAGE_KEYS / 2;
+        let Pass { ref pages, column, first_row } = *pass;
+        let weighs = softmax.is_interleaved && column == 0 && first_row == 0;
         let values = tile.values.add(2 * column);
-        let weights = tile.weights.cast::<i32>();
-        let ahead = tile.ahead.unwrap_or_default();
-        let lines = tile.values.add(2 * pairs_of_keys * column);
-        let output = tile.output.add(column);
-        let mut sums = [[_mm512_setzero_si512(); PANELS]; ROWS];
-        for pair in 0..pairs_of_keys {
-            let mut lanes = [_mm512_setzero_si512(); PANELS];
-            for (panel, lanes) in lanes.iter_mut().enumerate() {
-                let bytes = values.add(2 * (pair * tile.value_dim + panel * PAGE_KEYS));
-                *lanes = _mm512_cvtepi8_epi16(_mm256_loadu_si256(bytes.cast()));
-                if AHEAD && panel % 2 == 0 {
-                    ahead.fetch_value(lines.add(2 * (pair * PANELS + panel) * PAGE_KEYS));
+        let weights = tile.weights.cast::<i32>().add(first_row * MAX_BLOCK_KEYS / 2);
+        let asks = tile.ahead.unwrap_or_default();
+        let output = tile.output.add(first_row * tile.value_dim + column);
+        let mut sums = [[_mm512_setzero_si512(); PANELS]; NOW];
+        if weighs && pages.start == 0 {
+            (0..ROWS).for_each(|row| softmax.sums[row] = softmax.weigh(tile, row, 0));
+        }
+        // More than a few rows have their weights already, and go on to the end.
+        let step = if ROWS <= FEW_ROWS { 1 } else { pages.len() };
+        for page in pages.clone().step_by(step) {
+            // A page early, so that no product waits for its weights.
+            if weighs && page + 1 < tile.pages {
+                for row in 0..ROWS {
+                    softmax.sums[row] = _mm512_add_ps(softmax.sums[row], softmax.weigh(tile, row, page + 1));
                 }
             }
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let weight = _mm512_set1_epi32(*weights.add(row * MAX_BLOCK_KEYS / 2 + pair));
-                for (sum, lanes) in sums.iter_mut().zip(lanes) {
-                    *sum = _mm512_dpwssd_epi32(*sum, lanes, weight);
+            if AHEAD != ahead::NOTHING && column == 0 && first_row == 0 {
+                (page..page + step).for_each(|page| asks.fetch_scales::<AHEAD>(page));
+            }
+            let asked = asks.value_line(pass, page, (NOW, ROWS), (PANELS * PAGE_KEYS, tile.value_dim));
+            let first_pair = page * PAGE_PAIRS;
+            let lines = const { lines_of_pair(2 * PANELS * PAGE_KEYS, NOW, ROWS) };
+            let asked = asked.wrapping_sub(first_pair * lines * 64);
+            // A number of steps that the compiler knows would make it unroll the loop and spill sums.
+            for pair in first_pair..(first_pair + step * PAGE_PAIRS).min(pages.end * PAGE_PAIRS) {
+                if AHEAD != ahead::NOTHING {
+                    (0..lines).for_each(|line| ahead::fetch_to::<AHEAD>(asked, (pair * lines + line) * 64));
+                }
+                let mut lanes = [_mm512_setzero_si512(); PANELS];
+                for (panel, lanes) in lanes.iter_mut().enumerate() {
+                    let bytes = values.add(2 * (pair * tile.value_dim + panel * PAGE_KEYS));
+                    *lanes = _mm512_cvtepi8_epi16(_mm256_loadu_si256(bytes.cast()));
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let weight = _mm512_set1_epi32(*weights.add(row * MAX_BLOCK_KEYS / 2 + pair));
+                    for (sum, lanes) in sums.iter_mut().zip(lanes) {
+                        *sum = _mm512_dpwssd_epi32(*sum, lanes, weight);
+                    }
                 }
             }
         }
         for (row, sums) in sums.iter().enumerate() {
-            let earlier = _mm512_set1_ps(factors.earlier[row]);
-            let block = _mm512_set1_ps(factors.block[row]);
+            let earlier = _mm512_set1_ps(softmax.earlier[first_row + row]);
+            let block = _mm512_set1_ps(softmax.values[first_row + row]);
             for (panel, sum) in sums.iter().enumerate() {
                 let target = output.add(row * tile.value_dim + panel * PAGE_KEYS);
                 let before = _mm512_mul_ps(_mm512_loadu_ps(target), earlier);

@@ -28,6 +28,8 @@ mod float;
 mod int8;
 mod masses;
 mod moments;
+#[cfg(target_arch = "x86_64")]
+mod passes;
 mod queries;
 mod read;
 #[cfg(target_arch = "x86_64")]
@@ -55,10 +57,16 @@ pub const VALUE_DIM_MULTIPLE: usize = 16;
 pub const MAX_BLOCK_KEYS: usize = 512;
 /// Query rows of a micro-tile: 6 rows × 4 vectors fill 24 of 32 registers with sums.
 pub const MICRO_ROWS: usize = 6;
-/// Pages whose scores a micro-tile of `rows` rows computes side by side. Up to four rows (a decode step of a group of
-/// heads) wait for memory, which is faster when keys are read in order; more are bound by the products, which need the
-/// pages side by side.
+/// Pairs of keys in a page.
+#[cfg(target_arch = "x86_64")]
+const PAGE_PAIRS: usize = PAGE_KEYS / 2;
+/// Up to so many rows (a decode step of a group of heads) wait for memory: keys and values are read in order, each page once,
+/// and the work on each takes much the same time.
+#[cfg(target_arch = "x86_64")]
+const FEW_ROWS: usize = 4;
+/// Pages whose scores a micro-tile of `rows` rows computes side by side: more than a few are bound by the products, which
+/// need the pages side by side.
 #[cfg(target_arch = "x86_64")]
 const fn pages_at_once(rows: usize) -> usize {
-    if rows <= 4 { 1 } else { 4 }
+    if rows <= FEW_ROWS { 1 } else { 4 }
 }

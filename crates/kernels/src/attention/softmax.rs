@@ -23,6 +23,16 @@ pub(super) fn exp2(x: __m512) -> __m512 {
     _mm512_maskz_scalef_ps(wanted, mantissa, x)
 }
 
+/// The lanes of `vector`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn lanes(vector: __m512) -> [f32; 16] {
+    let mut lanes = [0.0; 16];
+    // SAFETY: sixteen f32.
+    unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), vector) };
+    lanes
+}
+
 /// Largest score of row `row` of a micro-tile.
 ///
 /// # Safety

@@ -2,14 +2,14 @@
 
 use std::ops::Range;
 
-use super::ahead::{NextBlock, fetch};
+use super::ahead::Ahead;
 use super::block::KeyBlock;
 use super::clusters::WeightedClusters;
 use super::expand::expand;
 use super::float::FloatMicroTile;
-use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE, queries};
 #[cfg(target_arch = "x86_64")]
-use super::{amx as amx_kernel, bf16 as bf16_kernel, int8 as int8_kernel};
+use super::{FEW_ROWS, amx as amx_kernel, bf16 as bf16_kernel, int8 as int8_kernel};
+use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE, queries};
 #[cfg(target_arch = "x86_64")]
 use crate::amx::{Elements, PRODUCT_ROWS};
 use crate::{AlignedBuffer, InstructionSet, brain_bits, simd};
@@ -91,7 +91,7 @@ pub struct AttentionTile {
 }
 
 /// Up to so many rows of an int8 block the vector kernel is faster, as it need not widen the values first.
-const FEW_ROWS: usize = 12;
+const FEW_INT8_ROWS: usize = 12;
 /// Up to so many rows widening a bf16 block for each micro-tile is faster than expanding it first.
 const FEW_BRAIN_ROWS: usize = 12;
 #[cfg(target_arch = "x86_64")]
@@ -134,8 +134,8 @@ pub(super) struct MicroTile<'a> {
     pub values_are_even: bool,
     /// What scores are soft-capped to, in their unit (f32 only); 0: nothing.
     pub soft_cap: f32,
-    /// Where the next block's keys and values lie, to be fetched meanwhile. One micro-tile of a block does it.
-    pub ahead: Option<NextBlock>,
+    /// What to ask the memory for meanwhile. One micro-tile of a block does it.
+    pub ahead: Option<Ahead>,
     /// First key of the first page, and what each row sees, when some row does not see all of the pages.
     pub mask: Option<(usize, &'a [(usize, usize)])>,
 }
@@ -332,7 +332,7 @@ impl AttentionTile {
             && match arithmetic {
                 Arithmetic::F32 => false,
                 Arithmetic::Bf16 => true,
-                Arithmetic::Int8 => rows.len() > FEW_ROWS && wanted_rows() > FEW_ROWS,
+                Arithmetic::Int8 => rows.len() > FEW_INT8_ROWS && wanted_rows() > FEW_INT8_ROWS,
             };
         let (mut value_step, mut values_are_even) = (0.0, true);
         let mut value_factors = std::ptr::null();
@@ -383,22 +383,16 @@ impl AttentionTile {
         let (query_bytes, key_bytes) = (arithmetic.bytes(), stored_as.bytes());
         let value_bytes = if amx { size_of::<u16>() } else { key_bytes };
 
+        let (key_page, value_page) = (PAGE_KEYS * key_dim * key_bytes, PAGE_KEYS * value_dim * key_bytes);
         // Only where the block is used in place: an expanded one is read by `expand`.
-        let mut ahead = next.filter(|_| is_in_place).map(|next| {
-            let (next_keys, next_values) = next.addresses();
-            NextBlock::new(
-                next_keys.wrapping_sub(keys.addr()) as isize,
-                next_values.wrapping_sub(values.addr()) as isize,
-            )
-        });
-        if ahead.is_some()
-            && let Some(KeyBlock::Int8 { key_scales, value_scales, .. }) = next
-        {
-            // The walk over a block fetches the lines of the next one's keys and values alone.
-            for scales in [key_scales, value_scales] {
-                fetch(scales);
+        let mut ahead = match next.filter(|_| is_in_place) {
+            #[cfg(target_arch = "x86_64")]
+            _ if !amx && arithmetic != Arithmetic::F32 && rows.len() <= FEW_ROWS => {
+                let wide = if arithmetic == Arithmetic::Bf16 { bf16_kernel::WIDE } else { int8_kernel::WIDE };
+                Some(Ahead::along(block, next, pages, key_page, value_page, wide.pages_passed_early(value_dim)))
             }
-        }
+            next => next.map(|next| Ahead::of_next(next, key_page, value_page)),
+        };
         let micro_rows = if amx { PRODUCT_ROWS } else { MICRO_ROWS };
         let mut together = Vec::new();
         // Once for all micro-tiles: those of AMX are kept, and would not outlive another borrow.
@@ -457,7 +451,7 @@ impl AttentionTile {
                     value_step,
                     values_are_even,
                     soft_cap: self.soft_cap,
-                    ahead: ahead.take(),
+                    ahead: ahead.take().map(|ahead| ahead.starting_at(first_page)),
                     mask: partial.then_some((start_key, visible)),
                 }
             };

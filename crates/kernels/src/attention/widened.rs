@@ -31,13 +31,14 @@ pub(super) unsafe fn scores<S: Simd, const ROWS: usize, const AHEAD: bool>(
         let source = tile.keys.cast::<u16>().add(key / PAGE_KEYS * PAGE_KEYS * tile.key_dim + 2 * (key % PAGE_KEYS));
         let queries = tile.queries.cast::<f32>();
         let ahead = tile.ahead.unwrap_or_default();
+        let asked = ahead.key_page(key / PAGE_KEYS);
         // Sums of the even and of the odd channels apart: twice as many additions that do not wait for one another.
         let mut sums = [[simd.splat(0.0); 2]; ROWS];
         for pair in 0..tile.key_dim / 2 {
             let source = source.add(2 * PAGE_KEYS * pair);
             let (even, odd) = load_pairs(simd, source);
             if AHEAD {
-                ahead.fetch_key(source);
+                ahead.fetch(asked, 64 * pair);
             }
             for (row, [even_sum, odd_sum]) in sums.iter_mut().enumerate() {
                 let query = queries.add(row * tile.key_dim + 2 * pair);
@@ -67,7 +68,7 @@ pub(super) unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: 
         let pairs_of_keys = tile.pages * PAGE_KEYS / 2;
         let values = tile.values.cast::<u16>().add(2 * column);
         let ahead = tile.ahead.unwrap_or_default();
-        let lines = tile.values.cast::<u16>().add(2 * pairs_of_keys * column);
+        let asked = ahead.value_page(0).wrapping_add(4 * pairs_of_keys * column);
         let mut sums = decayed_output::<S, ROWS, VECTORS>(simd, tile, decay, column);
         for pair in 0..pairs_of_keys {
             let source = values.add(2 * pair * tile.value_dim);
@@ -75,7 +76,7 @@ pub(super) unsafe fn weighted_values<S: Simd, const ROWS: usize, const VECTORS: 
             for (vector, values) in values.iter_mut().enumerate() {
                 *values = load_pairs(simd, source.add(2 * vector * S::LANES));
                 if AHEAD {
-                    ahead.fetch_value(lines.add(2 * (pair * VECTORS + vector) * S::LANES));
+                    ahead.fetch(asked, 4 * (pair * VECTORS + vector) * S::LANES);
                 }
             }
             for (row, sums) in sums.iter_mut().enumerate() {
