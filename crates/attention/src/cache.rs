@@ -352,6 +352,14 @@ impl KeyValueCache {
         }
     }
 
+    /// Asks for what tells where the segment that holds key `index` of head `head` lies, if there is one: behind a long cache
+    /// it has long left the processor's.
+    pub(crate) fn fetch_segment(&self, head: usize, index: usize) {
+        let segments = &self.heads[head].segments;
+        let segment = (index / SEGMENT_KEYS).min(segments.len());
+        fetch(&segments[segment..segments.len().min(segment + 1)]);
+    }
+
     /// Asks for value `index` of head `head` ahead of its use.
     pub(crate) fn fetch_value(&self, head: usize, index: usize) {
         let (segment, slot) = self.place(head, index);

@@ -365,6 +365,7 @@ impl<'a> HeadKeys<'a> {
             } else {
                 let block = |first: usize| cache.block(kv_head, first, keys_of(first));
                 let next_block = (next < range.end).then(|| block(next));
+                cache.fetch_segment(kv_head, next + SEGMENT_KEYS);
                 tile.accumulate_in(first, block(first), next_block, tile.micro_tiles(), &wanted);
             }
             first = next;
