@@ -1,5 +1,6 @@
 //! Asking for memory before it is needed.
 
+use super::PAGE_KEYS;
 use super::block::KeyBlock;
 #[cfg(target_arch = "x86_64")]
 use super::passes::Pass;
@@ -171,6 +172,7 @@ impl Ahead {
         page: usize,
         (now, rows): (usize, usize),
         (channels, value_dim): (usize, usize),
+        element_bytes: usize,
     ) -> *const u8 {
         if now == rows && channels == value_dim {
             return self.value_page(page);
@@ -178,8 +180,8 @@ impl Ahead {
         let Pass { ref pages, column, first_row } = *pass;
         let earlier = pages.len() * (column * rows + channels * first_row);
         let passed = (earlier + (page - pages.start) * channels * now) / rows;
-        let part = self.of_values.after.bytes / value_dim * (passed % value_dim);
-        self.value_page(pages.start + passed / value_dim).wrapping_add(part)
+        let page = self.value_page(pages.start + passed / value_dim);
+        page.wrapping_add(passed % value_dim * PAGE_KEYS * element_bytes)
     }
 
     /// The cache that lines are asked for to: [`FIRST`] or [`SECOND`].
@@ -210,7 +212,7 @@ impl Ahead {
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn scales(&self) -> [*const u8; 2] {
-        self.scales.map(|scales| std::ptr::without_provenance(scales + 64 * self.first_page))
+        self.scales.map(|scales| std::ptr::without_provenance(scales.wrapping_add(64 * self.first_page)))
     }
 }
 
@@ -229,4 +231,80 @@ pub(super) const SECOND: u8 = 2;
 pub(super) fn fetch_to<const LEVEL: u8>(address: *const u8, offset: usize) {
     let level = if LEVEL == SECOND { CacheLevel::Second } else { CacheLevel::First };
     level.fetch(address, offset as isize);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Keys and values of a block, some pages of them.
+    struct Block {
+        keys: Vec<u8>,
+        values: Vec<i8>,
+        scales: Vec<f32>,
+    }
+
+    impl Block {
+        fn new(pages: usize, key_dim: usize, value_dim: usize) -> Self {
+            let keys = pages * PAGE_KEYS;
+            Self { keys: vec![0; keys * key_dim], values: vec![0; keys * value_dim], scales: vec![0.0; keys] }
+        }
+
+        fn block(&self) -> KeyBlock<'_> {
+            let (key_scales, value_scales) = (&*self.scales, &*self.scales);
+            KeyBlock::Int8 { keys: &self.keys, key_scales, values: &self.values, value_scales }
+        }
+
+        /// Addresses of its pages in the order in which they are read.
+        fn pages(&self, pages: usize) -> Vec<usize> {
+            let (keys, values) = self.block().addresses();
+            let all = |first: usize, bytes: usize| (0..pages).map(move |page| first + page * (bytes / pages));
+            all(keys, self.keys.len()).chain(all(values, self.values.len())).collect()
+        }
+    }
+
+    #[test]
+    fn few_rows_ask_for_each_page_of_a_walk_once_and_in_order() {
+        for (width, pages) in [(64, 32), (128, 32), (1024, 3), (16, 32), (16, 2)] {
+            let blocks: Vec<_> = (0..4).map(|_| Block::new(pages, width, width)).collect();
+            let read: Vec<usize> = blocks.iter().flat_map(|block| block.pages(pages)).collect();
+            let mut asked = Vec::new();
+            for (number, block) in blocks.iter().enumerate() {
+                let next = blocks.get(number + 1).map(Block::block);
+                let ahead = Ahead::along(block.block(), next, pages, PAGE_KEYS * width, PAGE_KEYS * width, 0);
+                asked.extend((0..pages).map(|page| ahead.key_page(page).addr()));
+                asked.extend((0..pages).map(|page| ahead.value_page(page).addr()));
+            }
+            let distance = DISTANCE.div_ceil(PAGE_KEYS * width).min(pages);
+            let known = read.len() - distance;
+            assert_eq!(asked[..known], read[distance..], "width {width}, {pages} pages");
+        }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn the_passes_over_wide_values_ask_for_them_in_order() {
+        // Keys of another width, whose pages come after the values'.
+        let (pages, key_dim, value_dim) = (8, 192, 128);
+        let (block, next) = (Block::new(pages, key_dim, value_dim), Block::new(pages, key_dim, value_dim));
+        let ahead =
+            Ahead::along(block.block(), Some(next.block()), pages, PAGE_KEYS * key_dim, PAGE_KEYS * value_dim, 0);
+        for by_rows in [false, true] {
+            let mut asked = Vec::new();
+            for first in (0..pages).step_by(2) {
+                for pass in 0..2 {
+                    let (column, first_row) = if by_rows { (0, 2 * pass) } else { (64 * pass, 0) };
+                    let pass = Pass { pages: first..first + 2, column, first_row };
+                    let (now, channels) = if by_rows { (2, value_dim) } else { (4, 64) };
+                    let line = |page: usize| ahead.value_line(&pass, page, (now, 4), (channels, value_dim), 1).addr();
+                    asked.extend(pass.pages.clone().map(line));
+                }
+            }
+            let halves = |page: usize| {
+                let start = ahead.value_page(page).addr();
+                [start, start + PAGE_KEYS * value_dim / 2]
+            };
+            assert_eq!(asked, (0..pages).flat_map(halves).collect::<Vec<_>>(), "by rows: {by_rows}");
+        }
+    }
 }

@@ -218,7 +218,7 @@ impl Strip {
     /// As [`micro_tiles`].
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn softmax(&self, tile: &MicroTile<'_>, ahead: &mut Share) {
+    unsafe fn softmax(&self, tile: &MicroTile<'_>, share: &mut Share) {
         for first in (0..self.rows).step_by(TILE_ROWS) {
             let count = TILE_ROWS.min(self.rows - first);
             // SAFETY: the rows have `pages` vectors of scores, a maximum, a sum and an output each.
@@ -239,7 +239,7 @@ impl Strip {
                 _mm512_storeu_ps(maxima.as_mut_ptr(), after);
                 _mm512_storeu_ps(decays.as_mut_ptr(), decay);
                 for index in 0..count {
-                    ahead.fetch_next();
+                    share.fetch_next();
                     match self.elements {
                         Elements::Bf16 => self.weights::<false>(tile, first + index, maxima[index], decays[index]),
                         Elements::Int8 => self.weights::<true>(tile, first + index, maxima[index], decays[index]),

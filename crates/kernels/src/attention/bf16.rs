@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::ahead;
 use super::clusters_bf16::pairs;
 use super::passes::{Pass, WeightedValues, WideValues, lines_of_pair, pass_over_values};
-use super::softmax::{BrainRow, exp2, lanes, largest_score};
+use super::softmax::{BrainRow, exp2, lanes, largest_scores};
 use super::tile::{MicroTile, NOTHING_SEEN};
 use super::{FEW_ROWS, MAX_BLOCK_KEYS, PAGE_KEYS, PAGE_PAIRS, pages_at_once};
 
@@ -18,7 +18,7 @@ use super::{FEW_ROWS, MAX_BLOCK_KEYS, PAGE_KEYS, PAGE_PAIRS, pages_at_once};
 pub(super) unsafe fn micro_tile_rows(rows: usize, tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller.
     unsafe {
-        match tile.ahead.map_or(0, |ahead| ahead.level()) {
+        match tile.ahead.map_or(ahead::NOTHING, |ahead| ahead.level()) {
             ahead::FIRST => any_rows::<{ ahead::FIRST }>(rows, tile),
             ahead::SECOND => any_rows::<{ ahead::SECOND }>(rows, tile),
             _ => any_rows::<{ ahead::NOTHING }>(rows, tile),
@@ -48,19 +48,24 @@ unsafe fn any_rows<const AHEAD: u8>(rows: usize, tile: &mut MicroTile<'_>) {
 unsafe fn micro_tile<const ROWS: usize, const AHEAD: u8>(tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller; each call stays within the block's pages and the value width.
     unsafe {
+        let mut largest = [_mm512_set1_ps(f32::NEG_INFINITY); ROWS];
         let mut page = 0;
         while page < tile.pages {
             let panels = (tile.pages - page).min(pages_at_once(ROWS));
             match panels {
-                4 => scores::<ROWS, 4, AHEAD>(tile, page),
-                3 => scores::<ROWS, 3, AHEAD>(tile, page),
-                2 => scores::<ROWS, 2, AHEAD>(tile, page),
-                _ => scores::<ROWS, 1, AHEAD>(tile, page),
+                4 => scores::<ROWS, 4, AHEAD>(tile, page, &mut largest),
+                3 => scores::<ROWS, 3, AHEAD>(tile, page, &mut largest),
+                2 => scores::<ROWS, 2, AHEAD>(tile, page, &mut largest),
+                _ => scores::<ROWS, 1, AHEAD>(tile, page, &mut largest),
             }
             page += panels;
         }
-        tile.apply_mask::<ROWS>();
-        let mut softmax = Softmax::<ROWS, AHEAD>::begin(tile);
+        // What is masked does not count.
+        if tile.mask.is_some() {
+            tile.apply_mask::<ROWS>();
+            largest = std::array::from_fn(|row| largest_scores(tile, row));
+        }
+        let mut softmax = Softmax::<ROWS, AHEAD>::begin(tile, largest);
         if ROWS > FEW_ROWS {
             softmax.weigh(tile, 0..tile.pages);
         }
@@ -71,7 +76,11 @@ unsafe fn micro_tile<const ROWS: usize, const AHEAD: u8>(tile: &mut MicroTile<'_
 /// Dot products of `ROWS` bf16 queries with the keys of `PANELS` pages from `page` on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: u8>(tile: &MicroTile<'_>, page: usize) {
+unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: u8>(
+    tile: &MicroTile<'_>,
+    page: usize,
+    largest: &mut [__m512; ROWS],
+) {
     // SAFETY: page `page + PANELS − 1` is in the block; a page is `[steps][16]` pairs, a query `steps` pairs.
     unsafe {
         let steps = tile.key_dim / 2;
@@ -114,6 +123,7 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: u8>(tile: 
         }
         for (row, sums) in sums.iter().enumerate() {
             for (panel, sum) in sums.iter().enumerate() {
+                largest[row] = _mm512_max_ps(largest[row], *sum);
                 _mm512_storeu_ps(tile.scores.add(row * MAX_BLOCK_KEYS + (page + panel) * PAGE_KEYS), *sum);
             }
         }
@@ -130,16 +140,18 @@ struct Softmax<const ROWS: usize, const AHEAD: u8> {
 }
 
 impl<const ROWS: usize, const AHEAD: u8> Softmax<ROWS, AHEAD> {
+    /// `largest` holds the largest scores of each row in any of its lanes.
+    ///
     /// # Safety
     /// A row of scores and weights of `tile` has `pages` vectors of 16; there are ROWS maxima and sums.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn begin(tile: &mut MicroTile<'_>) -> Self {
+    unsafe fn begin(tile: &mut MicroTile<'_>, largest: [__m512; ROWS]) -> Self {
         // SAFETY: forwarded from the caller.
         unsafe {
             let mut maxima = [NOTHING_SEEN; 16];
-            for (row, maximum) in maxima.iter_mut().enumerate().take(ROWS) {
-                *maximum = largest_score(tile, row);
+            for (maximum, largest) in maxima.iter_mut().zip(largest) {
+                *maximum = _mm512_reduce_max_ps(largest);
             }
             let rows = u16::MAX >> (16 - ROWS);
             let largest = _mm512_loadu_ps(maxima.as_ptr());
@@ -177,6 +189,7 @@ impl<const ROWS: usize, const AHEAD: u8> Softmax<ROWS, AHEAD> {
     }
 }
 
+/// Two rows at a time, in the order of memory.
 pub(super) const WIDE: WideValues = WideValues { pages: 2, by_rows: true };
 
 impl<const ROWS: usize, const AHEAD: u8> WeightedValues<ROWS> for Softmax<ROWS, AHEAD> {
@@ -194,7 +207,7 @@ impl<const ROWS: usize, const AHEAD: u8> WeightedValues<ROWS> for Softmax<ROWS, 
 }
 
 /// `output = decay · output + weights · values` for `PANELS` · 16 value channels.
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usize, const AHEAD: u8>(
     tile: &MicroTile<'_>,
@@ -228,7 +241,7 @@ unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usi
             if weighs && page % 2 == 0 && page + 2 < tile.pages {
                 softmax.weigh(tile, page + 2..tile.pages.min(page + 4));
             }
-            let asked = asks.value_line(pass, page, (NOW, ROWS), (PANELS * PAGE_KEYS, tile.value_dim));
+            let asked = asks.value_line(pass, page, (NOW, ROWS), (PANELS * PAGE_KEYS, tile.value_dim), 2);
             let first_pair = page * PAGE_PAIRS;
             let lines = const { lines_of_pair(4 * PANELS * PAGE_KEYS, NOW, ROWS) };
             let asked = asked.wrapping_sub(first_pair * lines * 64);

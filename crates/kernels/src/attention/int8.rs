@@ -10,7 +10,7 @@ use std::arch::x86_64::*;
 
 use super::ahead;
 use super::passes::{Pass, WeightedValues, WideValues, lines_of_pair, pass_over_values};
-use super::softmax::{exp2, lanes, largest_score};
+use super::softmax::{exp2, lanes, largest_scores};
 use super::tile::{MicroTile, NOTHING_SEEN, WEIGHT_STEPS};
 use super::{FEW_ROWS, MAX_BLOCK_KEYS, PAGE_KEYS, PAGE_PAIRS, pages_at_once};
 
@@ -58,7 +58,7 @@ pub(super) fn scale_values(scales: &[f32], factors: &mut [f32]) -> (f32, bool) {
 pub(super) unsafe fn micro_tile_rows(rows: usize, tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller.
     unsafe {
-        match tile.ahead.map_or(0, |ahead| ahead.level()) {
+        match tile.ahead.map_or(ahead::NOTHING, |ahead| ahead.level()) {
             ahead::FIRST => any_rows::<{ ahead::FIRST }>(rows, tile),
             ahead::SECOND => any_rows::<{ ahead::SECOND }>(rows, tile),
             _ => any_rows::<{ ahead::NOTHING }>(rows, tile),
@@ -88,19 +88,24 @@ unsafe fn any_rows<const AHEAD: u8>(rows: usize, tile: &mut MicroTile<'_>) {
 unsafe fn micro_tile<const ROWS: usize, const AHEAD: u8>(tile: &mut MicroTile<'_>) {
     // SAFETY: forwarded from the caller; each call stays within the block's pages and the value width.
     unsafe {
+        let mut largest = [_mm512_set1_ps(f32::NEG_INFINITY); ROWS];
         let mut page = 0;
         while page < tile.pages {
             let panels = (tile.pages - page).min(pages_at_once(ROWS));
             match panels {
-                4 => scores::<ROWS, 4, AHEAD>(tile, page),
-                3 => scores::<ROWS, 3, AHEAD>(tile, page),
-                2 => scores::<ROWS, 2, AHEAD>(tile, page),
-                _ => scores::<ROWS, 1, AHEAD>(tile, page),
+                4 => scores::<ROWS, 4, AHEAD>(tile, page, &mut largest),
+                3 => scores::<ROWS, 3, AHEAD>(tile, page, &mut largest),
+                2 => scores::<ROWS, 2, AHEAD>(tile, page, &mut largest),
+                _ => scores::<ROWS, 1, AHEAD>(tile, page, &mut largest),
             }
             page += panels;
         }
-        tile.apply_mask::<ROWS>();
-        let mut softmax = Softmax::<ROWS, AHEAD>::begin(tile);
+        // What is masked does not count.
+        if tile.mask.is_some() {
+            tile.apply_mask::<ROWS>();
+            largest = std::array::from_fn(|row| largest_scores(tile, row));
+        }
+        let mut softmax = Softmax::<ROWS, AHEAD>::begin(tile, largest);
         if !softmax.is_interleaved {
             softmax.weigh_all(tile);
         }
@@ -113,7 +118,11 @@ unsafe fn micro_tile<const ROWS: usize, const AHEAD: u8>(tile: &mut MicroTile<'_
 /// (the softmax multiplies by it).
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: u8>(tile: &MicroTile<'_>, page: usize) {
+unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: u8>(
+    tile: &MicroTile<'_>,
+    page: usize,
+    largest: &mut [__m512; ROWS],
+) {
     // SAFETY: page `page + PANELS − 1` is in the block; a page is `[steps][16]` groups of four, a query `steps`
     // groups; there is one key scale for each key of the block.
     unsafe {
@@ -163,6 +172,7 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: u8>(tile: 
             let scales = _mm512_loadu_ps(tile.key_scales.add((page + panel) * PAGE_KEYS));
             for (row, sums) in sums.iter().enumerate() {
                 let score = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[panel]), scales);
+                largest[row] = _mm512_max_ps(largest[row], score);
                 _mm512_storeu_ps(tile.scores.add(row * MAX_BLOCK_KEYS + (page + panel) * PAGE_KEYS), score);
             }
         }
@@ -190,17 +200,19 @@ struct Softmax<const ROWS: usize, const AHEAD: u8> {
 }
 
 impl<const ROWS: usize, const AHEAD: u8> Softmax<ROWS, AHEAD> {
+    /// `largest` holds the largest scores of each row in any of its lanes.
+    ///
     /// # Safety
     /// A row of scores and weights of `tile` has `pages` vectors of 16; there are ROWS maxima, query scales and sums, and one
     /// value factor for each key of the block.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    unsafe fn begin(tile: &mut MicroTile<'_>) -> Self {
+    unsafe fn begin(tile: &mut MicroTile<'_>, largest: [__m512; ROWS]) -> Self {
         // SAFETY: forwarded from the caller.
         unsafe {
             let mut maxima = [NOTHING_SEEN; 16];
-            for (row, maximum) in maxima.iter_mut().enumerate().take(ROWS) {
-                *maximum = NOTHING_SEEN.max(largest_score(tile, row) * *tile.query_scales.add(row));
+            for (row, (maximum, largest)) in maxima.iter_mut().zip(largest).enumerate() {
+                *maximum = NOTHING_SEEN.max(_mm512_reduce_max_ps(largest) * *tile.query_scales.add(row));
             }
             let rows = u16::MAX >> (16 - ROWS);
             let largest = _mm512_loadu_ps(maxima.as_ptr());
@@ -333,7 +345,7 @@ impl<const ROWS: usize, const AHEAD: u8> WeightedValues<ROWS> for Softmax<ROWS, 
 }
 
 /// `output = earlier · output + block · (weights · values)` for `PANELS` · 16 value channels.
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usize, const AHEAD: u8>(
     tile: &MicroTile<'_>,
@@ -365,7 +377,7 @@ unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usi
             if AHEAD != ahead::NOTHING && column == 0 && first_row == 0 {
                 (page..page + step).for_each(|page| asks.fetch_scales::<AHEAD>(page));
             }
-            let asked = asks.value_line(pass, page, (NOW, ROWS), (PANELS * PAGE_KEYS, tile.value_dim));
+            let asked = asks.value_line(pass, page, (NOW, ROWS), (PANELS * PAGE_KEYS, tile.value_dim), 1);
             let first_pair = page * PAGE_PAIRS;
             let lines = const { lines_of_pair(2 * PANELS * PAGE_KEYS, NOW, ROWS) };
             let asked = asked.wrapping_sub(first_pair * lines * 64);

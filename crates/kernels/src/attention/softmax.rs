@@ -33,13 +33,13 @@ pub(super) fn lanes(vector: __m512) -> [f32; 16] {
     lanes
 }
 
-/// Largest score of row `row` of a micro-tile.
+/// Largest scores of row `row` of a micro-tile, by lane.
 ///
 /// # Safety
 /// The row has `tile.pages ≥ 1` vectors of scores.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn largest_score(tile: &MicroTile<'_>, row: usize) -> f32 {
+pub(super) unsafe fn largest_scores(tile: &MicroTile<'_>, row: usize) -> __m512 {
     // SAFETY: forwarded from the caller.
     unsafe {
         let scores = tile.scores.add(row * MAX_BLOCK_KEYS);
@@ -54,7 +54,7 @@ pub(super) unsafe fn largest_score(tile: &MicroTile<'_>, row: usize) -> f32 {
         if page < tile.pages {
             even = _mm512_max_ps(even, _mm512_loadu_ps(scores.add(page * PAGE_KEYS)));
         }
-        _mm512_reduce_max_ps(_mm512_max_ps(even, odd))
+        _mm512_max_ps(even, odd)
     }
 }
 
