@@ -352,11 +352,11 @@ impl KeyValueCache {
         }
     }
 
-    /// Asks for what tells where the segment that holds key `index` of head `head` lies, if there is one: behind a long cache
-    /// it has long left the processor's.
-    pub(crate) fn fetch_segment(&self, head: usize, index: usize) {
+    /// Asks for the addresses of the segment that holds slot `slot` of head `head`, if there is one: in a long walk they have
+    /// left the processor's caches.
+    pub(crate) fn fetch_segment(&self, head: usize, slot: usize) {
         let segments = &self.heads[head].segments;
-        let segment = (index / SEGMENT_KEYS).min(segments.len());
+        let segment = (slot / SEGMENT_KEYS).min(segments.len());
         fetch(&segments[segment..segments.len().min(segment + 1)]);
     }
 

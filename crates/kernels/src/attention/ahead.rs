@@ -1,5 +1,6 @@
 //! Asking for memory before it is needed.
 
+#[cfg(target_arch = "x86_64")]
 use super::PAGE_KEYS;
 use super::block::KeyBlock;
 #[cfg(target_arch = "x86_64")]
@@ -52,16 +53,18 @@ impl CacheLevel {
 }
 
 /// How far ahead of its use a line is asked for in a walk that waits for memory.
+#[cfg(target_arch = "x86_64")]
 const DISTANCE: usize = 8 << 10;
 
 /// What a micro-tile asks the memory for while it computes: for each page of its keys, then for each page of its values, one
-/// that is needed soon. The lines of a page are asked for one by one between products, as many on their way at a time would
-/// make the processor wait, and in the order of memory, as it fetches more by itself where they follow one another.
+/// that is needed soon. The lines of a page are asked for one by one between products, because the processor waits when too
+/// many are on their way at a time, and in the order of memory, because it fetches more by itself where they follow one another.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Ahead {
     of_keys: Pages,
     of_values: Pages,
     /// The next block's scales of keys and of values. One line of each belongs to a page.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
     scales: [usize; 2],
     /// First page of the block that the micro-tile sees.
     first_page: usize,
@@ -115,6 +118,7 @@ impl Ahead {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
     /// What a walk over the keys of `block`, of so many `pages`, its values and then the `next` block comes to after
     /// [`DISTANCE`], and `value_pages` more: for few rows, which wait for memory. By the time that a line comes it is about
     /// to be used.
@@ -133,12 +137,13 @@ impl Ahead {
             let turn = pages.saturating_sub(distance);
             Pages { turn, before: run(walked.at(pages - turn), walked.bytes), after: then }
         };
-        let distance = |bytes: usize| DISTANCE.div_ceil(bytes.max(1)) + value_pages;
+        // As many pages in both phases, lest some be left out at the turns.
+        let distance = DISTANCE.div_ceil(key_bytes.min(value_bytes).max(1)) + value_pages;
         let (keys, values) = block.addresses();
         let (keys, values) = (run(keys, key_bytes), run(values, value_bytes));
         Self {
-            of_keys: from(distance(key_bytes), keys, values),
-            of_values: from(distance(value_bytes), values, run(next.addresses().0, key_bytes)),
+            of_keys: from(distance, keys, values),
+            of_values: from(distance, values, run(next.addresses().0, key_bytes)),
             scales: next.scale_addresses(),
             first_page: 0,
             level: CacheLevel::wanted(),
@@ -233,7 +238,7 @@ pub(super) fn fetch_to<const LEVEL: u8>(address: *const u8, offset: usize) {
     level.fetch(address, offset as isize);
 }
 
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
     use super::*;
 
@@ -265,24 +270,25 @@ mod tests {
 
     #[test]
     fn few_rows_ask_for_each_page_of_a_walk_once_and_in_order() {
-        for (width, pages) in [(64, 32), (128, 32), (1024, 3), (16, 32), (16, 2)] {
-            let blocks: Vec<_> = (0..4).map(|_| Block::new(pages, width, width)).collect();
+        for (key_dim, width, pages) in
+            [(64, 64, 32), (128, 128, 32), (1024, 1024, 3), (16, 16, 2), (192, 128, 32), (64, 128, 32)]
+        {
+            let blocks: Vec<_> = (0..4).map(|_| Block::new(pages, key_dim, width)).collect();
             let read: Vec<usize> = blocks.iter().flat_map(|block| block.pages(pages)).collect();
             let mut asked = Vec::new();
             for (number, block) in blocks.iter().enumerate() {
                 let next = blocks.get(number + 1).map(Block::block);
-                let ahead = Ahead::along(block.block(), next, pages, PAGE_KEYS * width, PAGE_KEYS * width, 0);
+                let ahead = Ahead::along(block.block(), next, pages, PAGE_KEYS * key_dim, PAGE_KEYS * width, 0);
                 asked.extend((0..pages).map(|page| ahead.key_page(page).addr()));
                 asked.extend((0..pages).map(|page| ahead.value_page(page).addr()));
             }
-            let distance = DISTANCE.div_ceil(PAGE_KEYS * width).min(pages);
+            let distance = DISTANCE.div_ceil(PAGE_KEYS * width.min(key_dim)).min(pages);
             let known = read.len() - distance;
-            assert_eq!(asked[..known], read[distance..], "width {width}, {pages} pages");
+            assert_eq!(asked[..known], read[distance..], "widths {key_dim} and {width}, {pages} pages");
         }
     }
 
     #[test]
-    #[cfg(target_arch = "x86_64")]
     fn the_passes_over_wide_values_ask_for_them_in_order() {
         // Keys of another width, whose pages come after the values'.
         let (pages, key_dim, value_dim) = (8, 192, 128);

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use super::PAGE_KEYS;
 use super::ahead::Ahead;
-use super::softmax::{BrainRow, exp2};
+use super::softmax::{BrainRow, decay};
 use super::tile::MicroTile;
 use crate::amx::{Elements, PRODUCT_ROWS, Product, ROW_BYTES, TILE_ROWS, Tiles};
 
@@ -234,7 +234,7 @@ impl Strip {
                 let before = _mm512_maskz_loadu_ps(rows, tile.maxima.add(first));
                 let after = _mm512_max_ps(before, largest_of_rows(largest));
                 _mm512_mask_storeu_ps(tile.maxima.add(first), rows, after);
-                let decay = exp2(_mm512_sub_ps(before, after));
+                let decay = decay(before, after);
                 let (mut maxima, mut decays) = ([0.0_f32; TILE_ROWS], [0.0_f32; TILE_ROWS]);
                 _mm512_storeu_ps(maxima.as_mut_ptr(), after);
                 _mm512_storeu_ps(decays.as_mut_ptr(), decay);

@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use super::ahead;
 use super::clusters_bf16::pairs;
-use super::passes::{Pass, WeightedValues, WideValues, lines_of_pair, pass_over_values};
-use super::softmax::{BrainRow, exp2, lanes, largest_scores};
+use super::passes::{Pass, WeightedValues, WideValues, bytes_of_pair, pass_over_values};
+use super::softmax::{BrainRow, decay, lanes, largest_scores};
 use super::tile::{MicroTile, NOTHING_SEEN};
 use super::{FEW_ROWS, MAX_BLOCK_KEYS, PAGE_KEYS, PAGE_PAIRS, pages_at_once};
 
@@ -131,7 +131,6 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: u8>(
 }
 
 /// One step of the online softmax (Milakov & Gimelshein 2018): scores become bf16 weights.
-#[repr(align(64))]
 struct Softmax<const ROWS: usize, const AHEAD: u8> {
     /// Factor by which the earlier sums of each row shrink.
     decay: [f32; 16],
@@ -159,7 +158,7 @@ impl<const ROWS: usize, const AHEAD: u8> Softmax<ROWS, AHEAD> {
             // What is no number counts as nothing seen: the weights of its row show it.
             let after = _mm512_max_ps(largest, before);
             _mm512_mask_storeu_ps(tile.maxima, rows, after);
-            Self { decay: lanes(exp2(_mm512_sub_ps(before, after))), maxima: lanes(after) }
+            Self { decay: lanes(decay(before, after)), maxima: lanes(after) }
         }
     }
 
@@ -206,7 +205,8 @@ impl<const ROWS: usize, const AHEAD: u8> WeightedValues<ROWS> for Softmax<ROWS, 
     }
 }
 
-/// `output = decay · output + weights · values` for `PANELS` · 16 value channels.
+/// `output = decay · output + weights · values` for the pages, `NOW` rows and `PANELS` · 16 value
+/// channels of `pass`.
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usize, const AHEAD: u8>(
@@ -215,7 +215,8 @@ unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usi
     pass: &Pass,
 ) {
     // SAFETY: values are `[pages · 8][value_dim]` pairs, output rows `value_dim` f32, and
-    // `column + PANELS · 16 <= value_dim`; a row of weights has `pages · 8` pairs.
+    // `column + PANELS · 16 <= value_dim`, `first_row + NOW <= ROWS`; a row of weights has `pages · 8` pairs, made in the
+    // first pass over a page at the latest. What `Softmax::begin` asks for holds.
     unsafe {
         let Pass { ref pages, column, first_row } = *pass;
         let weighs = ROWS <= FEW_ROWS && column == 0 && first_row == 0;
@@ -243,12 +244,12 @@ unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usi
             }
             let asked = asks.value_line(pass, page, (NOW, ROWS), (PANELS * PAGE_KEYS, tile.value_dim), 2);
             let first_pair = page * PAGE_PAIRS;
-            let lines = const { lines_of_pair(4 * PANELS * PAGE_KEYS, NOW, ROWS) };
-            let asked = asked.wrapping_sub(first_pair * lines * 64);
+            let bytes = const { bytes_of_pair(4 * PANELS * PAGE_KEYS, NOW, ROWS) };
+            let asked = asked.wrapping_sub(first_pair * bytes);
             // A number of steps that the compiler knows would make it unroll the loop and spill sums.
             for pair in first_pair..(first_pair + step * PAGE_PAIRS).min(pages.end * PAGE_PAIRS) {
                 if AHEAD != ahead::NOTHING {
-                    (0..lines).for_each(|line| ahead::fetch_to::<AHEAD>(asked, (pair * lines + line) * 64));
+                    (0..bytes).step_by(64).for_each(|byte| ahead::fetch_to::<AHEAD>(asked, pair * bytes + byte));
                 }
                 let mut lanes = [_mm512_setzero_si512(); PANELS];
                 for (panel, lanes) in lanes.iter_mut().enumerate() {

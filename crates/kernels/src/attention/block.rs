@@ -39,6 +39,7 @@ impl KeyBlock<'_> {
             Self::Int8 { keys, values, .. } => (keys.as_ptr().addr(), values.as_ptr().addr()),
         }
     }
+
     /// Addresses of the scales of keys and of values, where there are any.
     pub(super) fn scale_addresses(self) -> [usize; 2] {
         match self {

@@ -152,7 +152,7 @@ unsafe fn scores<S: Simd, const ROWS: usize, const VECTORS: usize, const AHEAD: 
         );
         let queries = tile.queries.cast::<f32>();
         let ahead = tile.ahead.unwrap_or_default();
-        let asked = ahead.key_page(key / PAGE_KEYS).wrapping_add(4 * (key % PAGE_KEYS));
+        let asked = ahead.key_page(key / PAGE_KEYS);
         let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
         for channel in 0..tile.key_dim {
             let mut keys = [simd.splat(0.0); VECTORS];

@@ -9,8 +9,8 @@
 use std::arch::x86_64::*;
 
 use super::ahead;
-use super::passes::{Pass, WeightedValues, WideValues, lines_of_pair, pass_over_values};
-use super::softmax::{exp2, lanes, largest_scores};
+use super::passes::{Pass, WeightedValues, WideValues, bytes_of_pair, pass_over_values};
+use super::softmax::{decay, exp2, lanes, largest_scores};
 use super::tile::{MicroTile, NOTHING_SEEN, WEIGHT_STEPS};
 use super::{FEW_ROWS, MAX_BLOCK_KEYS, PAGE_KEYS, PAGE_PAIRS, pages_at_once};
 
@@ -181,7 +181,6 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: u8>(
 
 /// One step of the online softmax (Milakov & Gimelshein 2018): scores become int16 weights, relative to the largest of the
 /// row in this block, times the values' scales.
-#[repr(align(64))]
 struct Softmax<const ROWS: usize, const AHEAD: u8> {
     /// Factor on the earlier sums of each row.
     decay: [f32; 16],
@@ -219,10 +218,10 @@ impl<const ROWS: usize, const AHEAD: u8> Softmax<ROWS, AHEAD> {
             let before = _mm512_mask_loadu_ps(largest, rows, tile.maxima);
             let after = _mm512_max_ps(before, largest);
             _mm512_mask_storeu_ps(tile.maxima, rows, after);
-            let (decay, block) = (exp2(_mm512_sub_ps(before, after)), exp2(_mm512_sub_ps(largest, after)));
+            let (earlier, block) = (decay(before, after), decay(largest, after));
             Self {
-                decay: lanes(decay),
-                earlier: lanes(decay),
+                decay: lanes(earlier),
+                earlier: lanes(earlier),
                 block: lanes(block),
                 values: lanes(_mm512_mul_ps(block, _mm512_set1_ps(tile.value_step))),
                 maxima,
@@ -344,7 +343,8 @@ impl<const ROWS: usize, const AHEAD: u8> WeightedValues<ROWS> for Softmax<ROWS, 
     }
 }
 
-/// `output = earlier · output + block · (weights · values)` for `PANELS` · 16 value channels.
+/// `output = earlier · output + block · (weights · values)` for the pages, `NOW` rows and `PANELS` · 16 value
+/// channels of `pass`.
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usize, const AHEAD: u8>(
@@ -353,7 +353,8 @@ unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usi
     pass: &Pass,
 ) {
     // SAFETY: values are `[pages · 8][value_dim]` pairs of i8, output rows `value_dim` f32, and
-    // `column + PANELS · 16 <= value_dim`; a row of weights has `pages · 8` pairs.
+    // `column + PANELS · 16 <= value_dim`, `first_row + NOW <= ROWS`; a row of weights has `pages · 8` pairs, made in the
+    // first pass over a page at the latest. What `Softmax::begin` asks for holds.
     unsafe {
         let Pass { ref pages, column, first_row } = *pass;
         let weighs = softmax.is_interleaved && column == 0 && first_row == 0;
@@ -379,12 +380,12 @@ unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usi
             }
             let asked = asks.value_line(pass, page, (NOW, ROWS), (PANELS * PAGE_KEYS, tile.value_dim), 1);
             let first_pair = page * PAGE_PAIRS;
-            let lines = const { lines_of_pair(2 * PANELS * PAGE_KEYS, NOW, ROWS) };
-            let asked = asked.wrapping_sub(first_pair * lines * 64);
+            let bytes = const { bytes_of_pair(2 * PANELS * PAGE_KEYS, NOW, ROWS) };
+            let asked = asked.wrapping_sub(first_pair * bytes);
             // A number of steps that the compiler knows would make it unroll the loop and spill sums.
             for pair in first_pair..(first_pair + step * PAGE_PAIRS).min(pages.end * PAGE_PAIRS) {
                 if AHEAD != ahead::NOTHING {
-                    (0..lines).for_each(|line| ahead::fetch_to::<AHEAD>(asked, (pair * lines + line) * 64));
+                    (0..bytes).step_by(64).for_each(|byte| ahead::fetch_to::<AHEAD>(asked, pair * bytes + byte));
                 }
                 let mut lanes = [_mm512_setzero_si512(); PANELS];
                 for (panel, lanes) in lanes.iter_mut().enumerate() {

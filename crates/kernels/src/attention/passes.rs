@@ -10,8 +10,8 @@ const PANELS: usize = 4;
 /// As many for each of two rows.
 const WIDE_PANELS: usize = 8;
 
-/// How few rows read values of more than four panels, which take more than one pass: for some pages after the others, so
-/// that the later passes find them in the first-level cache, beside what was asked for.
+/// The way in which few rows read values that take more than one pass: some pages after others, so that the later passes
+/// find them in the first-level cache, beside what was asked for.
 pub(super) struct WideValues {
     /// Pages to pass over before the next ones.
     pub pages: usize,
@@ -20,9 +20,22 @@ pub(super) struct WideValues {
 }
 
 impl WideValues {
-    /// Pages that a pass over values of this width has come to before the lines of as many were asked for.
-    pub const fn pages_passed_early(&self, value_dim: usize) -> usize {
-        if value_dim > PANELS * PAGE_KEYS { self.pages / 2 } else { 0 }
+    /// Passes of `rows` rows over values of this width.
+    const fn passes(&self, rows: usize, value_dim: usize) -> usize {
+        let panels = value_dim / PAGE_KEYS;
+        if self.by_rows && rows <= FEW_ROWS {
+            panels / WIDE_PANELS * rows.div_ceil(2) + (panels % WIDE_PANELS).div_ceil(PANELS)
+        } else {
+            panels.div_ceil(PANELS)
+        }
+    }
+
+    /// Pages by which requests in the order of memory fall behind the first of the passes of `rows` rows.
+    pub const fn pages_behind(&self, rows: usize, value_dim: usize) -> usize {
+        match self.passes(rows, value_dim) {
+            0 | 1 => 0,
+            passes => self.pages - self.pages / passes,
+        }
     }
 }
 
@@ -37,15 +50,15 @@ pub(super) struct Pass {
 
 /// What adds values to the output of `ROWS` rows.
 pub(super) trait WeightedValues<const ROWS: usize> {
-    /// How few rows read wide values.
+    /// The way in which few rows read wide values.
     const WIDE: WideValues;
 
-    /// Does so for `NOW` rows and `PANELS` · 16 channels.
+    /// Adds those of `NOW` rows and `CHANNEL_PANELS` · 16 channels.
     ///
     /// # Safety
     /// The machine has the kernel's features; the pointers of `tile` hold for `ROWS` rows, and `pass` stays within its pages,
     /// rows and value width.
-    unsafe fn add<const NOW: usize, const PANELS: usize>(&mut self, tile: &MicroTile<'_>, pass: Pass);
+    unsafe fn add<const NOW: usize, const CHANNEL_PANELS: usize>(&mut self, tile: &MicroTile<'_>, pass: Pass);
 
     /// All of the output has met the block's first values: earlier sums have shrunk as they must.
     fn has_shrunk(&mut self);
@@ -61,10 +74,8 @@ pub(super) unsafe fn pass_over_values<const ROWS: usize, K: WeightedValues<ROWS>
     kernel: &mut K,
 ) {
     let by_rows = K::WIDE.by_rows && ROWS <= FEW_ROWS;
-    // One or two rows take one pass over eight panels.
-    let in_one_pass = if by_rows && ROWS <= 2 { WIDE_PANELS } else { PANELS };
-    let is_wide = ROWS <= FEW_ROWS && tile.value_dim > in_one_pass * PAGE_KEYS;
-    let pages_at_once = if is_wide { K::WIDE.pages } else { tile.pages };
+    let is_cut = ROWS <= FEW_ROWS && K::WIDE.passes(ROWS, tile.value_dim) > 1;
+    let pages_at_once = if is_cut { K::WIDE.pages } else { tile.pages };
     let mut first = 0;
     while first < tile.pages {
         let pages = first..tile.pages.min(first + pages_at_once);
@@ -101,8 +112,8 @@ pub(super) unsafe fn pass_over_values<const ROWS: usize, K: WeightedValues<ROWS>
     }
 }
 
-/// Lines to ask for with each pair of keys in a pass for `now` of `rows` rows over `bytes` of their values: all of them, or
-/// half where another pass takes as long.
-pub(super) const fn lines_of_pair(bytes: usize, now: usize, rows: usize) -> usize {
-    bytes.div_ceil(if now < rows { 128 } else { 64 })
+/// Bytes to ask for with each pair of keys in a pass for `now` of `rows` rows over `bytes` of their values: as large a part
+/// of them as of the work.
+pub(super) const fn bytes_of_pair(bytes: usize, now: usize, rows: usize) -> usize {
+    bytes * now / rows
 }

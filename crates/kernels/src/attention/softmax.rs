@@ -23,6 +23,15 @@ pub(super) fn exp2(x: __m512) -> __m512 {
     _mm512_maskz_scalef_ps(wanted, mantissa, x)
 }
 
+/// Factor from weights relative to 2^`before` to those relative to 2^`after`: one where both are the same, to which the cubic
+/// only comes near. Otherwise what was seen first would shrink a little with each block that follows.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn decay(before: __m512, after: __m512) -> __m512 {
+    let same = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(before, after);
+    _mm512_mask_blend_ps(same, exp2(_mm512_sub_ps(before, after)), _mm512_set1_ps(1.0))
+}
+
 /// The lanes of `vector`.
 #[inline]
 #[target_feature(enable = "avx512f")]

@@ -389,7 +389,7 @@ impl AttentionTile {
             #[cfg(target_arch = "x86_64")]
             _ if !amx && arithmetic != Arithmetic::F32 && rows.len() <= FEW_ROWS => {
                 let wide = if arithmetic == Arithmetic::Bf16 { bf16_kernel::WIDE } else { int8_kernel::WIDE };
-                Some(Ahead::along(block, next, pages, key_page, value_page, wide.pages_passed_early(value_dim)))
+                Some(Ahead::along(block, next, pages, key_page, value_page, wide.pages_behind(rows.len(), value_dim)))
             }
             next => next.map(|next| Ahead::of_next(next, key_page, value_page)),
         };
