@@ -118,10 +118,10 @@ impl Ahead {
         }
     }
 
-    #[cfg(target_arch = "x86_64")]
     /// What a walk over the keys of `block`, of so many `pages`, its values and then the `next` block comes to after
     /// [`DISTANCE`], and `value_pages` more: for few rows, which wait for memory. By the time that a line comes it is about
     /// to be used.
+    #[cfg(target_arch = "x86_64")]
     pub fn along(
         block: KeyBlock<'_>,
         next: Option<KeyBlock<'_>>,
@@ -230,12 +230,15 @@ pub(super) const FIRST: u8 = 1;
 #[cfg(target_arch = "x86_64")]
 pub(super) const SECOND: u8 = 2;
 
-/// Asks for the line `offset` bytes from `address`, to the cache `LEVEL`.
+/// Asks for the line `offset` bytes from `address`, to the cache `LEVEL`, if any.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(super) fn fetch_to<const LEVEL: u8>(address: *const u8, offset: usize) {
-    let level = if LEVEL == SECOND { CacheLevel::Second } else { CacheLevel::First };
-    level.fetch(address, offset as isize);
+    match LEVEL {
+        FIRST => CacheLevel::First.fetch(address, offset as isize),
+        SECOND => CacheLevel::Second.fetch(address, offset as isize),
+        _ => {}
+    }
 }
 
 #[cfg(all(test, target_arch = "x86_64"))]

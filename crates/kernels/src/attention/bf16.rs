@@ -93,9 +93,7 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: u8>(
             let mut lanes = [_mm512_setzero_si512(); PANELS];
             for (panel, lanes) in lanes.iter_mut().enumerate() {
                 *lanes = _mm512_loadu_si512(keys.add(panel * steps + step));
-                if AHEAD != ahead::NOTHING {
-                    ahead::fetch_to::<AHEAD>(asked, 64 * (step * PANELS + panel));
-                }
+                ahead::fetch_to::<AHEAD>(asked, 64 * (step * PANELS + panel));
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let query = pairs(_mm512_set1_epi32(queries.add(row * steps + step).read_unaligned()));
@@ -199,10 +197,6 @@ impl<const ROWS: usize, const AHEAD: u8> WeightedValues<ROWS> for Softmax<ROWS, 
         // SAFETY: forwarded from the caller.
         unsafe { weighted_values::<ROWS, NOW, PANELS, AHEAD>(tile, self, &pass) }
     }
-
-    fn has_shrunk(&mut self) {
-        self.decay = [1.0; 16];
-    }
 }
 
 /// `output = decay · output + weights · values` for the pages, `NOW` rows and `PANELS` · 16 value
@@ -226,7 +220,7 @@ unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usi
         let output = tile.output.add(first_row * tile.value_dim + column);
         let mut sums = [[_mm512_setzero_ps(); PANELS]; NOW];
         for (row, sums) in sums.iter_mut().enumerate() {
-            let decay = _mm512_set1_ps(softmax.decay[first_row + row]);
+            let decay = _mm512_set1_ps(if pages.start == 0 { softmax.decay[first_row + row] } else { 1.0 });
             for (panel, sum) in sums.iter_mut().enumerate() {
                 let before = _mm512_loadu_ps(output.add(row * tile.value_dim + panel * PAGE_KEYS));
                 *sum = _mm512_mul_ps(before, decay);
@@ -248,9 +242,7 @@ unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usi
             let asked = asked.wrapping_sub(first_pair * bytes);
             // A number of steps that the compiler knows would make it unroll the loop and spill sums.
             for pair in first_pair..(first_pair + step * PAGE_PAIRS).min(pages.end * PAGE_PAIRS) {
-                if AHEAD != ahead::NOTHING {
-                    (0..bytes).step_by(64).for_each(|byte| ahead::fetch_to::<AHEAD>(asked, pair * bytes + byte));
-                }
+                (0..bytes).step_by(64).for_each(|byte| ahead::fetch_to::<AHEAD>(asked, pair * bytes + byte));
                 let mut lanes = [_mm512_setzero_si512(); PANELS];
                 for (panel, lanes) in lanes.iter_mut().enumerate() {
                     let source = values.add(pair * tile.value_dim + panel * PAGE_KEYS);

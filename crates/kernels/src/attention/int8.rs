@@ -140,9 +140,7 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: u8>(
             let mut lanes = [_mm512_setzero_si512(); PANELS];
             for (panel, lanes) in lanes.iter_mut().enumerate() {
                 *lanes = _mm512_loadu_si512(keys.add(panel * steps + step));
-                if AHEAD != ahead::NOTHING {
-                    ahead::fetch_to::<AHEAD>(asked, 64 * (step * PANELS + panel));
-                }
+                ahead::fetch_to::<AHEAD>(asked, 64 * (step * PANELS + panel));
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let query = _mm512_set1_epi32(queries.add(row * steps + step).read_unaligned());
@@ -182,9 +180,7 @@ unsafe fn scores<const ROWS: usize, const PANELS: usize, const AHEAD: u8>(
 /// One step of the online softmax (Milakov & Gimelshein 2018): scores become int16 weights, relative to the largest of the
 /// row in this block, times the values' scales.
 struct Softmax<const ROWS: usize, const AHEAD: u8> {
-    /// Factor on the earlier sums of each row.
-    decay: [f32; 16],
-    /// Factor on its output so far.
+    /// Factor on the earlier sums and output of each row.
     earlier: [f32; 16],
     /// Factor on the block's weights.
     block: [f32; 16],
@@ -220,7 +216,6 @@ impl<const ROWS: usize, const AHEAD: u8> Softmax<ROWS, AHEAD> {
             _mm512_mask_storeu_ps(tile.maxima, rows, after);
             let (earlier, block) = (decay(before, after), decay(largest, after));
             Self {
-                decay: lanes(earlier),
                 earlier: lanes(earlier),
                 block: lanes(block),
                 values: lanes(_mm512_mul_ps(block, _mm512_set1_ps(tile.value_step))),
@@ -283,7 +278,7 @@ impl<const ROWS: usize, const AHEAD: u8> Softmax<ROWS, AHEAD> {
             // SAFETY: forwarded from the caller.
             unsafe {
                 let total = tile.sums.add(row * PAGE_KEYS);
-                let earlier = _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(self.decay[row]));
+                let earlier = _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(self.earlier[row]));
                 _mm512_storeu_ps(total, _mm512_fmadd_ps(*sum, _mm512_set1_ps(self.block[row]), earlier));
             }
         }
@@ -337,10 +332,6 @@ impl<const ROWS: usize, const AHEAD: u8> WeightedValues<ROWS> for Softmax<ROWS, 
         // SAFETY: forwarded from the caller.
         unsafe { weighted_values::<ROWS, NOW, PANELS, AHEAD>(tile, self, &pass) }
     }
-
-    fn has_shrunk(&mut self) {
-        self.earlier = [1.0; 16];
-    }
 }
 
 /// `output = earlier · output + block · (weights · values)` for the pages, `NOW` rows and `PANELS` · 16 value
@@ -375,7 +366,7 @@ unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usi
                     softmax.sums[row] = _mm512_add_ps(softmax.sums[row], softmax.weigh(tile, row, page + 1));
                 }
             }
-            if AHEAD != ahead::NOTHING && column == 0 && first_row == 0 {
+            if column == 0 && first_row == 0 {
                 (page..page + step).for_each(|page| asks.fetch_scales::<AHEAD>(page));
             }
             let asked = asks.value_line(pass, page, (NOW, ROWS), (PANELS * PAGE_KEYS, tile.value_dim), 1);
@@ -384,9 +375,7 @@ unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usi
             let asked = asked.wrapping_sub(first_pair * bytes);
             // A number of steps that the compiler knows would make it unroll the loop and spill sums.
             for pair in first_pair..(first_pair + step * PAGE_PAIRS).min(pages.end * PAGE_PAIRS) {
-                if AHEAD != ahead::NOTHING {
-                    (0..bytes).step_by(64).for_each(|byte| ahead::fetch_to::<AHEAD>(asked, pair * bytes + byte));
-                }
+                (0..bytes).step_by(64).for_each(|byte| ahead::fetch_to::<AHEAD>(asked, pair * bytes + byte));
                 let mut lanes = [_mm512_setzero_si512(); PANELS];
                 for (panel, lanes) in lanes.iter_mut().enumerate() {
                     let bytes = values.add(2 * (pair * tile.value_dim + panel * PAGE_KEYS));
@@ -401,7 +390,7 @@ unsafe fn weighted_values<const ROWS: usize, const NOW: usize, const PANELS: usi
             }
         }
         for (row, sums) in sums.iter().enumerate() {
-            let earlier = _mm512_set1_ps(softmax.earlier[first_row + row]);
+            let earlier = _mm512_set1_ps(if pages.start == 0 { softmax.earlier[first_row + row] } else { 1.0 });
             let block = _mm512_set1_ps(softmax.values[first_row + row]);
             for (panel, sum) in sums.iter().enumerate() {
                 let target = output.add(row * tile.value_dim + panel * PAGE_KEYS);

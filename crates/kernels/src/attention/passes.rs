@@ -41,6 +41,7 @@ impl WideValues {
 
 /// Some pages, rows and value channels.
 pub(super) struct Pass {
+    /// Those from page 0 on are the first that meet the output: it shrinks with them to what it counts for beside the block.
     pub pages: Range<usize>,
     /// First of the channels.
     pub column: usize,
@@ -59,9 +60,6 @@ pub(super) trait WeightedValues<const ROWS: usize> {
     /// The machine has the kernel's features; the pointers of `tile` hold for `ROWS` rows, and `pass` stays within its pages,
     /// rows and value width.
     unsafe fn add<const NOW: usize, const CHANNEL_PANELS: usize>(&mut self, tile: &MicroTile<'_>, pass: Pass);
-
-    /// All of the output has met the block's first values: earlier sums have shrunk as they must.
-    fn has_shrunk(&mut self);
 }
 
 /// Runs all passes, each of which takes some channels of all rows, or for few rows as the kernel says.
@@ -84,30 +82,43 @@ pub(super) unsafe fn pass_over_values<const ROWS: usize, K: WeightedValues<ROWS>
             let panels = (tile.value_dim - column) / PAGE_KEYS;
             let pass = |first_row: usize| Pass { pages: pages.clone(), column, first_row };
             // SAFETY: forwarded from the caller; the panels are within the value width, the rows within `ROWS`.
-            unsafe {
+            let taken = unsafe {
                 match panels {
-                    WIDE_PANELS.. if by_rows => match ROWS {
-                        1 => kernel.add::<1, WIDE_PANELS>(tile, pass(0)),
-                        2 => kernel.add::<2, WIDE_PANELS>(tile, pass(0)),
-                        3 => {
-                            kernel.add::<2, WIDE_PANELS>(tile, pass(0));
-                            kernel.add::<1, WIDE_PANELS>(tile, pass(2));
+                    WIDE_PANELS.. if by_rows => {
+                        match ROWS {
+                            1 => kernel.add::<1, WIDE_PANELS>(tile, pass(0)),
+                            2 => kernel.add::<2, WIDE_PANELS>(tile, pass(0)),
+                            3 => {
+                                kernel.add::<2, WIDE_PANELS>(tile, pass(0));
+                                kernel.add::<1, WIDE_PANELS>(tile, pass(2));
+                            }
+                            _ => {
+                                kernel.add::<2, WIDE_PANELS>(tile, pass(0));
+                                kernel.add::<2, WIDE_PANELS>(tile, pass(2));
+                            }
                         }
-                        _ => {
-                            kernel.add::<2, WIDE_PANELS>(tile, pass(0));
-                            kernel.add::<2, WIDE_PANELS>(tile, pass(2));
-                        }
-                    },
-                    PANELS.. => kernel.add::<ROWS, PANELS>(tile, pass(0)),
-                    3 => kernel.add::<ROWS, 3>(tile, pass(0)),
-                    2 => kernel.add::<ROWS, 2>(tile, pass(0)),
-                    _ => kernel.add::<ROWS, 1>(tile, pass(0)),
+                        WIDE_PANELS
+                    }
+                    PANELS.. => {
+                        kernel.add::<ROWS, PANELS>(tile, pass(0));
+                        PANELS
+                    }
+                    3 => {
+                        kernel.add::<ROWS, 3>(tile, pass(0));
+                        3
+                    }
+                    2 => {
+                        kernel.add::<ROWS, 2>(tile, pass(0));
+                        2
+                    }
+                    _ => {
+                        kernel.add::<ROWS, 1>(tile, pass(0));
+                        1
+                    }
                 }
-            }
-            let taken = if by_rows && panels >= WIDE_PANELS { WIDE_PANELS } else { panels.min(PANELS) };
+            };
             column += taken * PAGE_KEYS;
         }
-        kernel.has_shrunk();
         first = pages.end;
     }
 }
