@@ -35,6 +35,10 @@ pub enum KeyValueType {
     Int8,
 }
 
+/// A cache that has no room left grows by this part of itself at least: more than one append brings, so that a head's keys
+/// lie in runs of segments, and little enough that what is held in vain does not matter.
+const MORE_SEGMENTS: usize = 16;
+
 impl KeyValueType {
     /// Every type.
     pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Int8];
@@ -175,11 +179,8 @@ impl KeyValueCache {
         let (kind, before) = (self.kind, self.len);
         let padded_value_dim = shape.padded_value_dim();
         let after = before + tokens;
-        let segments = after.div_ceil(SEGMENT_KEYS);
-        for head in &mut self.heads {
-            while head.segments.len() < segments {
-                head.segments.push(Segment::in_arena(kind, shape, &mut self.arena));
-            }
+        if after > self.capacity() {
+            self.reserve_segments(after.div_ceil(SEGMENT_KEYS).max(self.segments() + self.segments() / MORE_SEGMENTS));
         }
         // A stale value in a page in use would still meet a weight of zero, and NaN · 0 is NaN.
         let cleared = after..self.stale.min(after.next_multiple_of(PAGE_KEYS));
@@ -205,6 +206,30 @@ impl KeyValueCache {
             team.run_chunks(&mut self.heads, 1, |index, head, _| append_head(index, &mut head[0]));
         }
         self.len = after;
+    }
+
+    /// Makes room for `tokens` more than are held, those of each head together. Nothing depends on it but speed: a decode step
+    /// reads each head's keys and values in order, and faster where they lie so.
+    pub fn reserve(&mut self, tokens: usize) {
+        self.reserve_segments((self.len + tokens).div_ceil(SEGMENT_KEYS));
+    }
+
+    /// Tokens that there is room for.
+    pub fn capacity(&self) -> usize {
+        self.segments() * SEGMENT_KEYS
+    }
+
+    /// Segments of each head.
+    fn segments(&self) -> usize {
+        self.heads[0].segments.len()
+    }
+
+    fn reserve_segments(&mut self, segments: usize) {
+        for head in &mut self.heads {
+            while head.segments.len() < segments {
+                head.segments.push(Segment::in_arena(self.kind, self.shape, &mut self.arena));
+            }
+        }
     }
 
     /// Gives back the memory of keys and values that are held twice since method `budgeted` has clustered them: they are
@@ -281,7 +306,7 @@ impl KeyValueCache {
         self.clusters = RwLock::default();
     }
 
-    /// Bytes held for keys and values, those of pages not yet full included.
+    /// Bytes held for keys and values, those that there is [room](Self::capacity) for included.
     pub fn bytes(&self) -> usize {
         self.heads.iter().flat_map(|head| &head.segments).map(Segment::bytes).sum()
     }
@@ -463,7 +488,42 @@ mod tests {
                 assert_eq!(cache.arena.held(), cache.bytes(), "{}", kind.name());
                 cache.truncate(kept);
                 assert_eq!(cache.arena.held(), cache.bytes(), "{} cut to {kept}", kind.name());
+                cache.reserve(2 * tokens);
+                assert_eq!(cache.arena.held(), cache.bytes(), "{} with room", kind.name());
             }
         }
+    }
+
+    #[test]
+    fn room_grows_by_a_part_of_itself_and_can_be_made_before() {
+        let team = ThreadTeam::new(1);
+        let shape = CacheShape { kv_heads: 2, key_dim: 4, value_dim: 16 };
+        let (keys, values) = (vec![1.0; SEGMENT_KEYS * 2 * 4], vec![1.0; SEGMENT_KEYS * 2 * 16]);
+        let mut cache = KeyValueCache::new(shape, KeyValueType::Bf16);
+        let mut grown = 0;
+        for segment in 1..200 {
+            let before = cache.capacity();
+            cache.append(&keys, &values, &team);
+            assert_eq!(cache.len(), segment * SEGMENT_KEYS);
+            assert!(cache.capacity() >= cache.len(), "{} for {}", cache.capacity(), cache.len());
+            assert!(cache.capacity() <= cache.len() + cache.len() / MORE_SEGMENTS, "{segment}: {}", cache.capacity());
+            grown += usize::from(cache.capacity() > before);
+        }
+        assert!(grown < 80, "grown {grown} times");
+        assert_eq!(cache.bytes(), 2 * cache.capacity() * (4 + 16) * 2);
+
+        let mut cache = KeyValueCache::new(shape, KeyValueType::Bf16);
+        cache.reserve(1);
+        assert_eq!((cache.len(), cache.capacity()), (0, SEGMENT_KEYS));
+        cache.append(&keys, &values, &team);
+        cache.reserve(100 * SEGMENT_KEYS - 1);
+        assert_eq!(cache.capacity(), 101 * SEGMENT_KEYS);
+        cache.reserve(0);
+        for _ in 0..100 {
+            cache.append(&keys, &values, &team);
+        }
+        assert_eq!(cache.capacity(), 101 * SEGMENT_KEYS);
+        cache.truncate(SEGMENT_KEYS + 1);
+        assert_eq!(cache.capacity(), 2 * SEGMENT_KEYS, "what was cut off is given back");
     }
 }

@@ -278,6 +278,7 @@ impl Session {
     /// were read then stay.
     pub fn read(&mut self, tokens: &[u32], mut progress: impl FnMut(usize, usize)) -> Result<(), SessionError> {
         self.check(tokens, self.tokens.len())?;
+        self.reserve(tokens.len());
         let total = tokens.len();
         let layers = self.decoder.config().layers;
         let mut done = 0;
@@ -297,6 +298,7 @@ impl Session {
     /// As [`read`](Self::read).
     pub fn read_with_logits(&mut self, tokens: &[u32], mut logits: impl FnMut(&[f32])) -> Result<(), SessionError> {
         self.check(tokens, self.tokens.len())?;
+        self.reserve(tokens.len());
         for chunk in tokens.chunks(self.state.chunk()) {
             let rows = self.pass(chunk, LogitsFor::All, |_| {})?;
             logits(rows);
@@ -316,6 +318,11 @@ impl Session {
             Some(&token) => Err(SessionError::Token { token, vocabulary }),
             None => Ok(()),
         }
+    }
+
+    /// Makes room for `tokens` more in the caches.
+    fn reserve(&mut self, tokens: usize) {
+        self.caches.iter_mut().for_each(|cache| cache.reserve(tokens));
     }
 
     /// Runs one chunk; afterwards the caches hold it, or on an error what they held before.

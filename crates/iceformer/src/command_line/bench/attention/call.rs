@@ -57,6 +57,8 @@ impl<'a> Calls<'a> {
         let rewinds = chunk.is_some() || query_tokens == key_tokens;
         let output = vec![0.0; size * query_heads * value_dim];
         let mut calls = Self { inputs, shape, mask, scale, chunk: size, rewinds, cache, team, output };
+        // As before a prompt.
+        calls.cache.reserve(key_tokens);
         calls.append(key_tokens);
         calls
     }
