@@ -35,9 +35,9 @@ pub enum KeyValueType {
     Int8,
 }
 
-/// A cache that has no room left grows by this part of itself at least: more than one append brings, so that a head's keys
-/// lie in runs of segments, and little enough that what is held in vain does not matter.
-const MORE_SEGMENTS: usize = 16;
+/// A cache that has no room left grows by one of so many parts of itself at least: little enough that what is held in vain does
+/// not matter, and from some ten thousand keys on more than a segment, so that a head's keys lie in runs of them.
+const GROWTH_PARTS: usize = 16;
 
 impl KeyValueType {
     /// Every type.
@@ -179,9 +179,7 @@ impl KeyValueCache {
         let (kind, before) = (self.kind, self.len);
         let padded_value_dim = shape.padded_value_dim();
         let after = before + tokens;
-        if after > self.capacity() {
-            self.reserve_segments(after.div_ceil(SEGMENT_KEYS).max(self.segments() + self.segments() / MORE_SEGMENTS));
-        }
+        self.make_room(after);
         // A stale value in a page in use would still meet a weight of zero, and NaN · 0 is NaN.
         let cleared = after..self.stale.min(after.next_multiple_of(PAGE_KEYS));
         let zeros = if cleared.is_empty() { Vec::new() } else { vec![0.0; padded_value_dim] };
@@ -208,10 +206,14 @@ impl KeyValueCache {
         self.len = after;
     }
 
-    /// Makes room for `tokens` more than are held, those of each head together. Nothing depends on it but speed: a decode step
-    /// reads each head's keys and values in order, and faster where they lie so.
+    /// Makes room for `tokens` more than are held, those of each head together. No result depends on it: a decode step reads
+    /// each head's keys and values in order, and faster where they lie so. [`truncate`](Self::truncate) gives back what is not
+    /// used.
+    ///
+    /// # Panics
+    /// When there can be no so many.
     pub fn reserve(&mut self, tokens: usize) {
-        self.reserve_segments((self.len + tokens).div_ceil(SEGMENT_KEYS));
+        self.make_room(self.len.checked_add(tokens).expect("a number of tokens"));
     }
 
     /// Tokens that there is room for.
@@ -224,12 +226,29 @@ impl KeyValueCache {
         self.heads[0].segments.len()
     }
 
-    fn reserve_segments(&mut self, segments: usize) {
-        for head in &mut self.heads {
-            while head.segments.len() < segments {
-                head.segments.push(Segment::in_arena(self.kind, self.shape, &mut self.arena));
-            }
+    /// Makes room for `tokens` in all.
+    fn make_room(&mut self, tokens: usize) {
+        let (before, wanted) = (self.segments(), tokens.div_ceil(SEGMENT_KEYS));
+        if wanted <= before {
+            return;
         }
+        let wanted = wanted.max(before + before / GROWTH_PARTS);
+        let mut grow = |head: &mut Head, segments: usize| {
+            let new = || Segment::in_arena(self.kind, self.shape, &mut self.arena);
+            head.segments.extend(std::iter::repeat_with(new).take(segments - head.segments.len()));
+            self.arena.is_small()
+        };
+        // Ordinary memory is given back piece by piece, huge pages once nothing of them is left: so the first segments of all
+        // heads lie in ordinary memory, not all those of the first head.
+        let mut shared = before;
+        let mut is_small = true;
+        while is_small && shared < wanted {
+            shared += 1;
+            is_small = self.heads.iter_mut().map(|head| grow(head, shared)).fold(true, |all, small| all && small);
+        }
+        self.heads.iter_mut().for_each(|head| {
+            grow(head, wanted);
+        });
     }
 
     /// Gives back the memory of keys and values that are held twice since method `budgeted` has clustered them: they are
@@ -260,9 +279,10 @@ impl KeyValueCache {
         self.len == 0
     }
 
-    /// Drops all tokens from `len` on; nothing happens when fewer are held.
+    /// Drops all tokens from `len` on, if as many are held, and all room that is not used.
     pub fn truncate(&mut self, len: usize) {
         if len >= self.len {
+            self.heads.iter_mut().for_each(|head| head.drop_segments(self.len, &mut self.arena));
             return;
         }
         let (kind, shape) = (self.kind, self.shape);
@@ -272,8 +292,7 @@ impl KeyValueCache {
                 head.restore_order(first..len, kind, shape);
             }
             debug_assert!(head.places.moved().end <= len, "only keys of clusters were moved");
-            let dropped = head.segments.drain(len.div_ceil(SEGMENT_KEYS)..);
-            self.arena.returned(dropped.map(|segment| segment.bytes()).sum());
+            head.drop_segments(len, &mut self.arena);
             // A dropped value left in a page in use would still meet a weight of zero, and NaN · 0 is NaN.
             let zeros = vec![0.0; shape.padded_value_dim()];
             for index in len..self.len.min(len.next_multiple_of(SEGMENT_KEYS)) {
@@ -309,6 +328,14 @@ impl KeyValueCache {
     /// Bytes held for keys and values, those that there is [room](Self::capacity) for included.
     pub fn bytes(&self) -> usize {
         self.heads.iter().flat_map(|head| &head.segments).map(Segment::bytes).sum()
+    }
+
+    /// Those of pages that hold keys and values: what is read for a query that sees all of them.
+    pub fn occupied_bytes(&self) -> usize {
+        match self.capacity() {
+            0 => 0,
+            capacity => self.bytes() / capacity * self.len.next_multiple_of(PAGE_KEYS),
+        }
     }
 
     /// Shape given at creation.
@@ -488,8 +515,6 @@ mod tests {
                 assert_eq!(cache.arena.held(), cache.bytes(), "{}", kind.name());
                 cache.truncate(kept);
                 assert_eq!(cache.arena.held(), cache.bytes(), "{} cut to {kept}", kind.name());
-                cache.reserve(2 * tokens);
-                assert_eq!(cache.arena.held(), cache.bytes(), "{} with room", kind.name());
             }
         }
     }
@@ -499,20 +524,32 @@ mod tests {
         let team = ThreadTeam::new(1);
         let shape = CacheShape { kv_heads: 2, key_dim: 4, value_dim: 16 };
         let (keys, values) = (vec![1.0; SEGMENT_KEYS * 2 * 4], vec![1.0; SEGMENT_KEYS * 2 * 16]);
-        let mut cache = KeyValueCache::new(shape, KeyValueType::Bf16);
-        let mut grown = 0;
-        for segment in 1..200 {
-            let before = cache.capacity();
-            cache.append(&keys, &values, &team);
-            assert_eq!(cache.len(), segment * SEGMENT_KEYS);
-            assert!(cache.capacity() >= cache.len(), "{} for {}", cache.capacity(), cache.len());
-            assert!(cache.capacity() <= cache.len() + cache.len() / MORE_SEGMENTS, "{segment}: {}", cache.capacity());
-            grown += usize::from(cache.capacity() > before);
+        for is_asked in [false, true] {
+            let mut cache = KeyValueCache::new(shape, KeyValueType::Bf16);
+            let mut grown = 0;
+            for segment in 1..200 {
+                let before = cache.capacity();
+                if is_asked {
+                    // As a session does before it reads one token.
+                    cache.reserve(SEGMENT_KEYS);
+                }
+                cache.append(&keys, &values, &team);
+                assert_eq!(cache.len(), segment * SEGMENT_KEYS);
+                assert!(cache.capacity() >= cache.len(), "{} for {}", cache.capacity(), cache.len());
+                assert!(
+                    cache.capacity() <= cache.len() + cache.len() / GROWTH_PARTS,
+                    "{segment}: {}",
+                    cache.capacity()
+                );
+                grown += usize::from(cache.capacity() > before);
+            }
+            assert!(grown < 80, "grown {grown} times");
+            assert_eq!(cache.bytes(), 2 * cache.capacity() * (4 + 16) * 2);
+            assert_eq!(cache.occupied_bytes(), 2 * cache.len() * (4 + 16) * 2);
         }
-        assert!(grown < 80, "grown {grown} times");
-        assert_eq!(cache.bytes(), 2 * cache.capacity() * (4 + 16) * 2);
 
         let mut cache = KeyValueCache::new(shape, KeyValueType::Bf16);
+        assert_eq!(cache.occupied_bytes(), 0);
         cache.reserve(1);
         assert_eq!((cache.len(), cache.capacity()), (0, SEGMENT_KEYS));
         cache.append(&keys, &values, &team);
@@ -525,5 +562,35 @@ mod tests {
         assert_eq!(cache.capacity(), 101 * SEGMENT_KEYS);
         cache.truncate(SEGMENT_KEYS + 1);
         assert_eq!(cache.capacity(), 2 * SEGMENT_KEYS, "what was cut off is given back");
+        cache.reserve(5 * SEGMENT_KEYS);
+        cache.truncate(SEGMENT_KEYS + 1);
+        assert_eq!(cache.capacity(), 2 * SEGMENT_KEYS, "and what was not used");
+        assert_eq!(cache.arena.held(), cache.bytes());
+    }
+
+    /// Small memory holds the first keys of all heads; beyond, those of one head lie one behind the other.
+    #[test]
+    fn the_keys_of_a_head_lie_together() {
+        let shape = CacheShape { kv_heads: 4, key_dim: 64, value_dim: 64 };
+        for appended in [1, 100] {
+            let mut cache = KeyValueCache::new(shape, KeyValueType::Bf16);
+            (0..100 / appended).for_each(|_| {
+                cache.reserve(appended * SEGMENT_KEYS);
+                cache.len = cache.len + appended * SEGMENT_KEYS;
+            });
+            let bytes = cache.heads[0].segments[0].bytes();
+            let together = |head: &Head| {
+                let first = |segment: &Segment| match segment {
+                    Segment::Bf16 { keys, .. } => keys.as_ptr().addr(),
+                    _ => unreachable!("a cache of bf16"),
+                };
+                head.segments.windows(2).filter(|pair| first(&pair[1]).wrapping_sub(first(&pair[0])) == bytes).count()
+            };
+            let (least, most) = if appended == 100 { (70, 90) } else { (15, 75) };
+            for (number, head) in cache.heads.iter().enumerate() {
+                let together = together(head);
+                assert!((least..most).contains(&together), "head {number}, {appended} appended: {together} of 99");
+            }
+        }
     }
 }

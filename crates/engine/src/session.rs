@@ -179,6 +179,11 @@ impl Session {
         self.caches.iter().map(KeyValueCache::bytes).sum()
     }
 
+    /// Those that hold tokens; see [`KeyValueCache::occupied_bytes`].
+    pub fn occupied_cache_bytes(&self) -> usize {
+        self.caches.iter().map(KeyValueCache::occupied_bytes).sum()
+    }
+
     /// Bytes of what the methods keep beside the caches.
     pub fn index_bytes(&self) -> usize {
         self.caches.iter().map(KeyValueCache::index_bytes).sum()

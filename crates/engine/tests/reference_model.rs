@@ -190,6 +190,27 @@ fn a_cancelled_session_keeps_whole_chunks_and_goes_on() {
 }
 
 #[test]
+fn room_for_a_prompt_is_made_at_once_and_given_back() {
+    let model = model(1);
+    let prompt: Vec<u32> = tokens(&golden()[0]["prompt_tokens"]).into_iter().cycle().take(1_300).collect();
+    let mut session = model.session(&settings(64, KeyValueType::Bf16)).unwrap();
+    session.read(&prompt[..64], |_, _| {}).unwrap();
+    let least = session.cache_bytes();
+    assert_eq!(session.occupied_cache_bytes(), least / 8, "64 of 512 tokens");
+    let cancel = session.cancel();
+    let mut most = 0;
+    let outcome = session.read(&prompt[64..], |done, _| {
+        most = most.max(done);
+        cancel.cancel();
+    });
+    assert!(matches!(outcome, Err(SessionError::Cancelled(_))) && most < 64, "cancelled in its first chunk");
+    assert_eq!((session.tokens().len(), session.cache_bytes()), (64, least));
+    cancel.reset();
+    session.read(&prompt[64..], |_, _| {}).unwrap();
+    assert_eq!(session.cache_bytes(), 3 * least, "1,300 of 1,536 tokens");
+}
+
+#[test]
 fn a_generation_goes_on_once_its_last_token_is_read() {
     let model = model(1);
     let prompt = model.tokenizer().encode("It was a bright cold day", false).unwrap();

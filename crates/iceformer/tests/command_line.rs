@@ -284,6 +284,14 @@ fn bench_lines_carry_their_fields() {
     let attention = json(&iceformer(&attention));
     numbers(&attention, &rated);
     assert_eq!(attention["allowed_keys"], 2 * (49..=64).sum::<u64>());
+    // One page of keys and values of 36 bytes each is read, of the 512 that there is room for.
+    let decode = ["bench", "attention", "--method", "exact", "--tokens", "16", "--heads", "2", "--kv-heads", "1"];
+    let decode = [&decode[..], &["--head-dim", "32", "--kv-type", "int8", "--queries", "1"], &once].concat();
+    let decode = json(&iceformer(&decode));
+    numbers(&decode, &["bandwidth_fraction"]);
+    let read = decode["gigabytes_per_second"].as_f64().unwrap() * decode["wall_seconds"].as_f64().unwrap() * 1e9;
+    assert!((read - 16.0 * 2.0 * 36.0).abs() < 1.0, "{read} bytes");
+    assert_eq!(decode["cache_bytes"], 512 * 2 * 36);
 
     let path = model();
     let prompt = ["bench", "prompt", "--model", path.to_str().unwrap(), "--tokens", "100", "--generate", "4"];

@@ -46,6 +46,11 @@ impl HugePageArena {
         self.held = self.held.saturating_sub(bytes);
     }
 
+    /// Whether what comes next may still lie in ordinary memory.
+    pub fn is_small(&self) -> bool {
+        self.held < SMALL_BYTES
+    }
+
     /// Bytes handed out and not [`returned`](Self::returned).
     pub fn held(&self) -> usize {
         self.held

@@ -1,7 +1,8 @@
 //! What this machine can do at most: the rates that kernels are compared with.
 //!
 //! Arithmetic rates come from loops that stay in registers, per second of CPU time of one thread, so that other
-//! processes on the machine hardly change them. Memory bandwidth is wall time with all threads of a team.
+//! processes on the machine hardly change them: the best of some runs. Memory bandwidth is wall time with all threads of a
+//! team, in the middle one of many passes.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -193,7 +194,7 @@ mod x86 {
 }
 
 /// Middle of the passes over 256 MiB within half a second (three at least), GB/s: what the memory sustains. The best of
-/// them reads a twentieth more on a shared machine, which nothing that takes longer than a pass can.
+/// them is a twentieth faster on a shared machine, which the mean over many decode steps cannot be.
 fn memory_bandwidth(level: InstructionSet, team: &ThreadTeam) -> std::io::Result<f64> {
     const BYTES: usize = 256 << 20;
     const TASK: usize = 1 << 20;

@@ -49,7 +49,7 @@ def test_what_a_cache_tells():
     assert cache.nbytes == 0
     _, keys, _ = sequence()
     cache.append(keys, keys)
-    # Memory comes for 512 keys at a time.
+    # Memory comes for 512 keys at a time, of a longer cache for more.
     assert 2 * 2 * 150 * 32 <= cache.nbytes <= 2 * 2 * 512 * (32 + 4)
     assert repr(cache) == "KeyValueCache(kv_heads=2, key_dim=32, value_dim=32, kv_type='int8', tokens=150)"
     output, report = cache.attend(sequence()[0][:, :1], return_report=True)

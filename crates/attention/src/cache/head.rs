@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use bytemuck::Pod;
+use iceformer_kernels::HugePageArena;
 use iceformer_kernels::attention::PAGE_KEYS;
 
 use super::{CacheShape, KeyValueType};
@@ -114,6 +115,12 @@ impl Head {
             }
             token += 2;
         }
+    }
+
+    /// Gives back to `arena` the segments behind those of the first `len` keys.
+    pub fn drop_segments(&mut self, len: usize, arena: &mut HugePageArena) {
+        let dropped = self.segments.drain(len.div_ceil(SEGMENT_KEYS)..);
+        arena.returned(dropped.map(|segment| segment.bytes()).sum());
     }
 
     /// Moves the keys of `sorted` to where it has them.

@@ -339,7 +339,7 @@ class KeyValueCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, those of pages not yet full included."""
+        """Bytes held, those that there is room for included: 512 tokens at a time, or a sixteenth of what is held."""
         return self._cache.nbytes
 
     @property

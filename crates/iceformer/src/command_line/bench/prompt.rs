@@ -181,7 +181,7 @@ fn measure(session: &mut Session, tokens: usize, generate: usize) -> anyhow::Res
         cache_bytes: session.cache_bytes(),
         index_bytes: session.index_bytes(),
         prompt_report,
-        decode_cache_bytes: session.cache_bytes() as f64 * allowed / keys,
+        decode_cache_bytes: session.occupied_cache_bytes() as f64 * allowed / keys,
         peak_resident_bytes: peak_resident_bytes(),
     }))
 }

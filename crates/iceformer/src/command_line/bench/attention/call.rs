@@ -78,6 +78,7 @@ impl<'a> Calls<'a> {
         let mut pass = Pass::default();
         if self.rewinds {
             self.cache.truncate(before);
+            self.cache.reserve(key_tokens - before);
             if !self.mask.causal {
                 pass.append_cpu_seconds += self.append(key_tokens);
             }

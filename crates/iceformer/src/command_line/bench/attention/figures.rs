@@ -20,8 +20,8 @@ pub struct Figures {
     /// Of the sampled rows.
     pub errors: Vec<RowError>,
     pub cache_bytes: usize,
-    /// Those of `cache_bytes` that hold keys and values, or the rest of a page of them.
-    pub held_bytes: usize,
+    /// Those of pages that hold keys and values.
+    pub occupied_bytes: usize,
     pub index_bytes: usize,
 }
 
@@ -35,7 +35,7 @@ impl Figures {
         self.operations += other.operations;
         self.errors.extend_from_slice(&other.errors);
         self.cache_bytes += other.cache_bytes;
-        self.held_bytes += other.held_bytes;
+        self.occupied_bytes += other.occupied_bytes;
         self.index_bytes += other.index_bytes;
     }
 

@@ -5,7 +5,6 @@ mod figures;
 
 use iceformer_attention::{AttentionScratch, Mask, Method, ThreadTeam};
 use iceformer_kernels::InstructionSet;
-use iceformer_kernels::attention::PAGE_KEYS;
 use iceformer_kernels::ceilings::Ceilings;
 use iceformer_study::error::{Row, RowError, sample_rows, truths};
 use iceformer_study::tile::tile;
@@ -181,8 +180,7 @@ impl Bench<'_> {
         let first = calls.pass(self.method, 1, &mut scratches[0], |at, output| sampled.take(at, output));
         // Before another method starts the cache anew.
         let cache = calls.cache();
-        let (cache_bytes, index_bytes) = (cache.bytes(), cache.index_bytes());
-        let held_bytes = cache_bytes * cache.len().next_multiple_of(PAGE_KEYS) / cache.capacity();
+        let (cache_bytes, occupied_bytes, index_bytes) = (cache.bytes(), cache.occupied_bytes(), cache.index_bytes());
         steps.step();
 
         let mut ceilings = Vec::new();
@@ -207,7 +205,7 @@ impl Bench<'_> {
             operations: 2.0 * (shape.key_dim + shape.value_dim) as f64 * first.report.total().allowed_keys as f64,
             errors: errors(case, &rows, &sampled.outputs, self.team.threads()),
             cache_bytes,
-            held_bytes,
+            occupied_bytes,
             index_bytes,
         };
         Ok((figures, measure::median_ceilings(&ceilings)))
@@ -269,7 +267,7 @@ impl Bench<'_> {
         let mut line = Value::Object(fields);
         // What a sparse method reads of the cache is not counted.
         if shape.query_tokens == 1 && self.method == Method::Exact {
-            let read = figures.held_bytes as f64 / figures.attention.wall_seconds * 1e-9;
+            let read = figures.occupied_bytes as f64 / figures.attention.wall_seconds * 1e-9;
             super::add_bandwidth(&mut line, read, ceilings);
         }
         if arguments.common.json {
