@@ -233,6 +233,7 @@ impl KeyValueCache {
             return;
         }
         let wanted = wanted.max(before + before / GROWTH_PARTS);
+        let (mut shared, mut is_small) = (before, self.arena.is_small());
         let mut grow = |head: &mut Head, segments: usize| {
             let new = || Segment::in_arena(self.kind, self.shape, &mut self.arena);
             head.segments.extend(std::iter::repeat_with(new).take(segments - head.segments.len()));
@@ -240,11 +241,9 @@ impl KeyValueCache {
         };
         // Ordinary memory is given back piece by piece, huge pages once nothing of them is left: so the first segments of all
         // heads lie in ordinary memory, not all those of the first head.
-        let mut shared = before;
-        let mut is_small = true;
         while is_small && shared < wanted {
             shared += 1;
-            is_small = self.heads.iter_mut().map(|head| grow(head, shared)).fold(true, |all, small| all && small);
+            self.heads.iter_mut().for_each(|head| is_small = grow(head, shared));
         }
         self.heads.iter_mut().for_each(|head| {
             grow(head, wanted);
@@ -576,7 +575,7 @@ mod tests {
             let mut cache = KeyValueCache::new(shape, KeyValueType::Bf16);
             (0..100 / appended).for_each(|_| {
                 cache.reserve(appended * SEGMENT_KEYS);
-                cache.len = cache.len + appended * SEGMENT_KEYS;
+                cache.len += appended * SEGMENT_KEYS;
             });
             let bytes = cache.heads[0].segments[0].bytes();
             let together = |head: &Head| {
