@@ -211,9 +211,9 @@ impl KeyValueCache {
     /// used.
     ///
     /// # Panics
-    /// When there can be no so many.
+    /// When that is more tokens than can be counted, or memory holds.
     pub fn reserve(&mut self, tokens: usize) {
-        self.make_room(self.len.checked_add(tokens).expect("a number of tokens"));
+        self.make_room(self.len.checked_add(tokens).expect("a number of tokens that can be counted"));
     }
 
     /// Tokens that there is room for.
