@@ -33,8 +33,11 @@ const ENOUGH_TOKENS: usize = 128;
 const DECODED_TOKENS: usize = 64;
 /// Tokens of a call from one place that is measured to the next where its text was found to turn to another matter.
 const TURNED_TOKENS: usize = 4 * MICRO_ROWS;
-/// What was measured on a part of the keys is forgotten when there are so many times as many.
+/// What was measured on a part of the keys is forgotten when there are so many times as many, …
 const OUTDATED: usize = 2;
+/// … and so many where tokens are decoded: to measure all anew takes as long as some thirty steps of exact attention then, and
+/// the tokens that are measured on the way tell of the keys that have come.
+const OUTDATED_OF_DECODED: usize = 8;
 
 /// The clusters of all heads of a cache.
 #[derive(Default)]
@@ -62,6 +65,8 @@ pub(super) struct HeadClusters {
     calibrated: (f32, usize),
     /// Tokens whose queries were seen since the last.
     since: usize,
+    /// Whether the latest call decodes.
+    decodes: bool,
     /// Whether the metric has learnt from the queries of this call.
     has_learnt: bool,
     /// Query heads that read the head, and units of [`REGION_KEYS`] keys that there were, clustered or not, at the last call.
@@ -263,6 +268,7 @@ impl HeadClusters {
     /// Notes that the queries of `tokens` tokens are about to be answered.
     pub fn note_tokens(&mut self, tokens: usize) {
         self.since = self.since.saturating_add(tokens);
+        self.decodes = tokens < MICRO_ROWS;
         self.has_learnt = false;
     }
 
@@ -311,7 +317,8 @@ impl HeadClusters {
     /// Whether the last measurement tells nothing of now.
     pub fn is_outdated(&self, budget: f32) -> bool {
         let (calibrated_budget, keys) = self.calibrated;
-        self.calibrations.len() != self.group || calibrated_budget != budget || self.keys() >= OUTDATED * keys
+        let times = if self.decodes { OUTDATED_OF_DECODED } else { OUTDATED };
+        self.calibrations.len() != self.group || calibrated_budget != budget || self.keys() >= times * keys
     }
 
     /// Takes what was measured of every query head of the group, now and at `budget`. Returns whether the text has turned to
@@ -399,6 +406,29 @@ mod tests {
         assert!(index.heads[0].calibration(0).pays());
         index.truncate(0, FIRST_KEYS);
         assert_eq!(index.heads[0].calibration(0).places(), 0);
+    }
+
+    #[test]
+    fn a_text_that_has_doubled_is_measured_anew_in_a_prompt_and_not_while_it_is_decoded() {
+        let shape = CacheShape { kv_heads: 1, key_dim: 16, value_dim: 16 };
+        let team = ThreadTeam::new(1);
+        let mut cache = KeyValueCache::new(shape, crate::KeyValueType::F32);
+        let keys = FIRST_KEYS + 16 * REGION_KEYS;
+        cache.append(&vec![0.5; keys * 16], &vec![0.5; keys * 16], &team);
+        let mut scratch = RegionScratch::default();
+        let mut region = |first: usize| {
+            let keys = FIRST_KEYS + first * REGION_KEYS..FIRST_KEYS + (first + 1) * REGION_KEYS;
+            Region::new(&cache, 0, keys, &QueryMetric::default(), &mut scratch)
+        };
+        let mut head = HeadClusters { group: 1, ..HeadClusters::default() };
+        head.regions.extend((0..2).map(&mut region));
+        head.take(0.05, vec![measured(PLACES)]);
+        for (units, tokens, wanted) in [(2, 1, 0), (4, 1, 0), (4, 60, 10), (15, 1, 0), (16, 1, 1)] {
+            head.regions.extend((head.regions.len()..units).map(&mut region));
+            head.note_tokens(tokens);
+            head.since = 1;
+            assert_eq!(head.places_wanted(0.05, tokens, true), wanted, "{units} units, {tokens} tokens");
+        }
     }
 
     #[test]
