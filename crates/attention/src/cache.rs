@@ -23,6 +23,10 @@ use crate::places::Places;
 use crate::segment::{SEGMENT_KEYS, Segment};
 use crate::strided::StridedView;
 
+/// A cache that has no room left grows by one of so many parts of itself at least: little enough that what is held in vain does
+/// not matter, and from some ten thousand keys on more than a segment, so that a head's keys lie in runs of them.
+const GROWTH_PARTS: usize = 16;
+
 /// Element type of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyValueType {
@@ -34,10 +38,6 @@ pub enum KeyValueType {
     /// softmax does not see (SageAttention, arXiv 2410.02367, §4.2).
     Int8,
 }
-
-/// A cache that has no room left grows by one of so many parts of itself at least: little enough that what is held in vain does
-/// not matter, and from some ten thousand keys on more than a segment, so that a head's keys lie in runs of them.
-const GROWTH_PARTS: usize = 16;
 
 impl KeyValueType {
     /// Every type.
@@ -233,21 +233,17 @@ impl KeyValueCache {
             return;
         }
         let wanted = wanted.max(before + before / GROWTH_PARTS);
-        let (mut shared, mut is_small) = (before, self.arena.is_small());
-        let mut grow = |head: &mut Head, segments: usize| {
-            let new = || Segment::in_arena(self.kind, self.shape, &mut self.arena);
-            head.segments.extend(std::iter::repeat_with(new).take(segments - head.segments.len()));
-            self.arena.is_small()
-        };
         // Ordinary memory is given back piece by piece, huge pages once nothing of them is left: so the first segments of all
         // heads lie in ordinary memory, not all those of the first head.
-        while is_small && shared < wanted {
-            shared += 1;
-            self.heads.iter_mut().for_each(|head| is_small = grow(head, shared));
+        let mut segments = before;
+        while segments < wanted {
+            segments = if self.arena.is_small() { segments + 1 } else { wanted };
+            for head in &mut self.heads {
+                while head.segments.len() < segments {
+                    head.segments.push(Segment::in_arena(self.kind, self.shape, &mut self.arena));
+                }
+            }
         }
-        self.heads.iter_mut().for_each(|head| {
-            grow(head, wanted);
-        });
     }
 
     /// Gives back the memory of keys and values that are held twice since method `budgeted` has clustered them: they are

@@ -358,7 +358,7 @@ mod tests {
     use super::*;
     use crate::budgeted::calibration::{MeasuredPlace, MeasuredRow};
     use crate::budgeted::region::CLUSTER_KEYS;
-    use crate::{CacheShape, KeyValueCache};
+    use crate::{CacheShape, KeyValueCache, KeyValueType};
 
     fn row() -> MeasuredRow {
         MeasuredRow { bearable: 0.01, ratio: None, spread: 1.0 }
@@ -372,6 +372,18 @@ mod tests {
 
     fn hopeless() -> Measurement {
         Measurement { is_hopeless: true, ..measured(1) }
+    }
+
+    /// The first `count` regions, of keys that are all the same.
+    fn regions(count: usize) -> impl Iterator<Item = Region> {
+        let mut cache = KeyValueCache::new(CacheShape { kv_heads: 1, key_dim: 16, value_dim: 16 }, KeyValueType::F32);
+        let numbers = vec![0.5; (FIRST_KEYS + count * REGION_KEYS) * 16];
+        cache.append(&numbers, &numbers, &ThreadTeam::new(1));
+        let mut scratch = RegionScratch::default();
+        (0..count).map(move |region| {
+            let first = FIRST_KEYS + region * REGION_KEYS;
+            Region::new(&cache, 0, first..first + REGION_KEYS, &QueryMetric::default(), &mut scratch)
+        })
     }
 
     #[test]
@@ -410,21 +422,12 @@ mod tests {
 
     #[test]
     fn a_text_that_has_doubled_is_measured_anew_in_a_prompt_and_not_while_it_is_decoded() {
-        let shape = CacheShape { kv_heads: 1, key_dim: 16, value_dim: 16 };
-        let team = ThreadTeam::new(1);
-        let mut cache = KeyValueCache::new(shape, crate::KeyValueType::F32);
-        let keys = FIRST_KEYS + 16 * REGION_KEYS;
-        cache.append(&vec![0.5; keys * 16], &vec![0.5; keys * 16], &team);
-        let mut scratch = RegionScratch::default();
-        let mut region = |first: usize| {
-            let keys = FIRST_KEYS + first * REGION_KEYS..FIRST_KEYS + (first + 1) * REGION_KEYS;
-            Region::new(&cache, 0, keys, &QueryMetric::default(), &mut scratch)
-        };
+        let mut regions = regions(16);
         let mut head = HeadClusters { group: 1, ..HeadClusters::default() };
-        head.regions.extend((0..2).map(&mut region));
+        head.regions.extend(regions.by_ref().take(2));
         head.take(0.05, vec![measured(PLACES)]);
         for (units, tokens, wanted) in [(2, 1, 0), (4, 1, 0), (4, 60, 10), (15, 1, 0), (16, 1, 1)] {
-            head.regions.extend((head.regions.len()..units).map(&mut region));
+            head.regions.extend(regions.by_ref().take(units - head.regions.len()));
             head.note_tokens(tokens);
             head.since = 1;
             assert_eq!(head.places_wanted(0.05, tokens, true), wanted, "{units} units, {tokens} tokens");
@@ -433,18 +436,9 @@ mod tests {
 
     #[test]
     fn nothing_is_measured_beside_a_head_that_is_given_up_where_they_are_decoded_together() {
-        let shape = CacheShape { kv_heads: 1, key_dim: 16, value_dim: 16 };
-        let team = ThreadTeam::new(1);
-        let mut cache = KeyValueCache::new(shape, crate::KeyValueType::F32);
-        let keys = FIRST_KEYS + 5 * REGION_KEYS;
-        cache.append(&vec![0.5; keys * 16], &vec![0.5; keys * 16], &team);
-        let mut scratch = RegionScratch::default();
-        let mut region = |first: usize| {
-            let keys = FIRST_KEYS + first * REGION_KEYS..FIRST_KEYS + (first + 1) * REGION_KEYS;
-            Region::new(&cache, 0, keys, &QueryMetric::default(), &mut scratch)
-        };
-        let regions = (0..4).map(&mut region).collect();
-        let mut head = HeadClusters { regions, group: 2, units: 4, ..HeadClusters::default() };
+        let mut regions = regions(5);
+        let mut head =
+            HeadClusters { regions: regions.by_ref().take(4).collect(), group: 2, units: 4, ..HeadClusters::default() };
         head.take(0.05, vec![hopeless(), measured(2)]);
         assert_eq!(head.places_wanted(0.05, 60, false), 0, "of the same call");
         head.note_tokens(1);
@@ -452,7 +446,7 @@ mod tests {
             assert_eq!([1, 5, 6, 60].map(|tokens| head.places_wanted(0.05, tokens, resemble)), [0, 0, 1, 10]);
         }
         assert_eq!(head.places_wanted(0.1, 1, true), 1, "another budget");
-        head.regions.push(region(4));
+        head.regions.extend(regions.next());
         head.units = 4;
         assert_eq!(head.places_wanted(0.05, 1, true), 0, "as many keys");
         head.units = 5;
