@@ -267,6 +267,10 @@ pub struct AttentionArguments {
     /// Appends and attends to so many tokens at a time, as the engine does [default: all queries in one call].
     #[arg(long, value_name = "TOKENS", value_parser = size)]
     pub chunk: Option<usize>,
+    /// Tokens before the queries that the method reads first, untimed and 512 at a time, as it reads a prompt: of
+    /// decoding, what it knows of a text by then.
+    #[arg(long, default_value = "0", value_name = "TOKENS")]
+    pub read_first: usize,
     /// Measures this method too, in turn with the other, and tells how much faster the other is.
     #[arg(long, value_name = "METHOD", value_parser = method)]
     pub against: Option<Method>,

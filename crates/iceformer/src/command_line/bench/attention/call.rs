@@ -13,7 +13,7 @@ use crate::command_line::bench::measure::Times;
 
 /// A call shorter than this, in seconds of wall time, is repeated between two readings of the clock.
 const SHORT_SECONDS: f64 = 1e-4;
-/// Tokens appended at a time where no chunk is given.
+/// Tokens appended at a time where no chunk is given, and read at a time of what is read first.
 const APPENDED: usize = 512;
 
 /// Inputs in a cache, and how they are read.
@@ -61,6 +61,27 @@ impl<'a> Calls<'a> {
         calls.cache.reserve(key_tokens);
         calls.append(key_tokens);
         calls
+    }
+
+    /// Reads tokens with `method`, so that it knows of them what it knows of a prompt: those that `queries`
+    /// `[tokens, query_heads, key_dim]` belong to, the last before the queries of a pass.
+    pub fn read_first(&mut self, method: Method, queries: &[f32], scratch: &mut AttentionScratch) {
+        let Shape { query_tokens, key_tokens, query_heads, key_dim, value_dim, .. } = self.shape;
+        let attention = Attention { method, mask: self.mask.clone(), scale: self.scale };
+        let width = query_heads * key_dim;
+        let end = key_tokens - query_tokens;
+        self.cache.truncate(end - queries.len() / width);
+        self.cache.reserve(key_tokens - self.cache.len());
+        for queries in queries.chunks(APPENDED * width) {
+            let tokens = queries.len() / width;
+            let first_position = self.cache.len();
+            self.append(first_position + tokens);
+            let mut output = vec![0.0; tokens * query_heads * value_dim];
+            let queries = Queries { data: queries, query_heads, first_position };
+            attention.run(queries, &self.cache, &mut output, None, self.team, scratch);
+            self.cache.compact(self.team);
+        }
+        self.append(key_tokens);
     }
 
     /// Runs all queries once. Each call is made `repeat` times between two readings of the clock, of which one counts;

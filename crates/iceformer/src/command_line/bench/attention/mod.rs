@@ -43,9 +43,21 @@ impl Steps {
 /// A layer's inputs and how attention reads them.
 struct Case {
     inputs: Inputs,
+    /// Of the tokens before them that are read first, `[tokens, query_heads, key_dim]`.
+    first_queries: Vec<f32>,
     shape: Shape,
     scale: f32,
     mask: Mask,
+}
+
+impl Case {
+    /// Takes the queries of the first `read_first` of `shape.query_tokens` tokens out of `inputs`.
+    fn new(mut inputs: Inputs, mut shape: Shape, read_first: usize, scale: f32, mask: Mask) -> Self {
+        let queries = inputs.queries.split_off(read_first * shape.query_heads * shape.key_dim);
+        let first_queries = std::mem::replace(&mut inputs.queries, queries);
+        shape.query_tokens -= read_first;
+        Self { inputs, first_queries, shape, scale, mask }
+    }
 }
 
 /// Runs the measurement.
@@ -113,6 +125,13 @@ fn layers(arguments: &AttentionArguments, dump: Option<&Dump>) -> anyhow::Result
             queries <= tokens,
             "--queries {queries} is above --tokens {tokens}; queries are the last tokens"
         );
+        anyhow::ensure!(
+            arguments.read_first <= tokens - queries,
+            "--read-first {}: there are {} of {tokens} tokens before {queries} queries",
+            arguments.read_first,
+            tokens - queries
+        );
+        let queries = queries + arguments.read_first;
         let (heads, kv_heads, head_dim) = dump.map_or((heads, kv_heads, head_dim), |dump| {
             let shape = dump.shape(layer);
             (shape.query_heads, shape.kv_heads, shape.key_dim)
@@ -136,8 +155,14 @@ fn tokens(arguments: &AttentionArguments, dump: Option<&Dump>, layer: usize) -> 
 /// The inputs of a layer.
 fn case(arguments: &AttentionArguments, dump: Option<&Dump>, layer: usize) -> anyhow::Result<Case> {
     let tokens = tokens(arguments, dump, layer);
-    let queries = arguments.queries.unwrap_or(tokens);
+    let read_first = arguments.read_first;
+    let queries = arguments.queries.unwrap_or(tokens) + read_first;
     let asked = arguments.mask.map(|mask| mask == MaskKind::Causal);
+    let reads_causally = |is_causal: bool| {
+        let is_possible = is_causal || read_first == 0;
+        anyhow::ensure!(is_possible, "--read-first needs a causal mask: else the first queries see the last keys");
+        Ok(())
+    };
     let Some(dump) = dump else {
         let head_dim = arguments.head_dim;
         let shape = Shape {
@@ -149,13 +174,15 @@ fn case(arguments: &AttentionArguments, dump: Option<&Dump>, layer: usize) -> an
             value_dim: head_dim,
         };
         let mask = Mask { causal: asked.unwrap_or(true), ..Mask::default() };
+        reads_causally(mask.causal)?;
         let inputs = Inputs::new(arguments.generator, shape, arguments.seed);
-        return Ok(Case { inputs, shape, scale: 1.0 / (head_dim as f32).sqrt(), mask });
+        return Ok(Case::new(inputs, shape, read_first, 1.0 / (head_dim as f32).sqrt(), mask));
     };
     let stored = dump.read(layer)?;
     let mask = Mask { causal: asked.unwrap_or(stored.causal), window: stored.window, keys: None };
+    reads_causally(mask.causal)?;
     let (inputs, shape) = tile(&stored, tokens, queries, arguments.tile_noise, arguments.seed);
-    Ok(Case { inputs, shape, scale: stored.scale, mask })
+    Ok(Case::new(inputs, shape, read_first, stored.scale, mask))
 }
 
 impl Bench<'_> {
@@ -174,9 +201,13 @@ impl Bench<'_> {
         let contestants: Vec<Method> = [Some(self.method), arguments.against].into_iter().flatten().collect();
         let mut scratches: Vec<_> = contestants.iter().map(|_| AttentionScratch::default()).collect();
 
+        // What is read first stays known: passes rewind to its end.
         // The first pass warms caches and buffers, gives the outputs, and tells how many passes make a measurement.
         let rows = sample_rows(shape.query_tokens, shape.query_heads, arguments.samples, arguments.seed);
         let mut sampled = SampledOutputs { rows: &rows, shape, outputs: Vec::new() };
+        if !case.first_queries.is_empty() {
+            calls.read_first(self.method, &case.first_queries, &mut scratches[0]);
+        }
         let first = calls.pass(self.method, 1, &mut scratches[0], |at, output| sampled.take(at, output));
         // Before another method starts the cache anew.
         let cache = calls.cache();
@@ -234,6 +265,7 @@ impl Bench<'_> {
             "tokens": shape.key_tokens,
             "queries": shape.query_tokens,
             "chunk": arguments.chunk,
+            "read_first": arguments.read_first,
             "mask": if mask.causal { "causal" } else { "full" },
             "window": mask.window,
             "heads": shape.query_heads,
