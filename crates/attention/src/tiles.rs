@@ -173,9 +173,29 @@ impl Plan {
         }
     }
 
-    /// The task whose rows hold `token` of `kv_head`: the first, where keys are cut into ranges.
-    fn task_of(&self, token: usize, kv_head: usize) -> usize {
-        ((self.tiles - 1 - token / self.tile_tokens) * self.kv_heads + kv_head) * self.ranges
+    /// Tiles of all key/value heads: tasks, but for the cut of the keys.
+    pub fn tiles(&self) -> usize {
+        self.tiles * self.kv_heads
+    }
+
+    /// Tile `index` with all keys, of which there are `keys`.
+    pub fn tile(&self, index: usize, keys: usize) -> Task {
+        Task { keys: 0..keys, ..self.task(index * self.ranges, keys) }
+    }
+
+    /// Whether there are too few tiles for many threads, so that keys are cut.
+    pub fn cuts_keys(&self) -> bool {
+        self.ranges > 1
+    }
+
+    /// Keys of a range, whole segments.
+    pub fn range_keys(&self) -> usize {
+        self.range_keys
+    }
+
+    /// The tile whose rows hold `token` of `kv_head`.
+    fn tile_of(&self, token: usize, kv_head: usize) -> usize {
+        (self.tiles - 1 - token / self.tile_tokens) * self.kv_heads + kv_head
     }
 
     /// Row of `token` of query head `head` of the group in its task.
@@ -197,12 +217,12 @@ impl Plan {
     ) {
         assert_eq!(extras.len(), self.tasks(), "one for each task");
         let (keys, value_dim) = (call.cache.len(), call.cache.shape().value_dim);
-        let rows = output.into_rows(self.group);
         if self.ranges == 1 {
+            let rows = output.into_rows(self.group);
             let mut targets: Vec<_> =
                 extras.iter_mut().map(|extra| (Vec::with_capacity(self.tile_tokens), extra)).collect();
             for rows in rows {
-                targets[self.task_of(rows.token, rows.kv_head)].0.push(rows);
+                targets[self.tile_of(rows.token, rows.kv_head)].0.push(rows);
             }
             team.run_chunks(&mut targets, 1, |task, target, worker| {
                 let (rows, extra) = &mut target[0];
@@ -227,13 +247,24 @@ impl Plan {
             body(&task, extra, worker, &mut store);
         });
         let parts = &*parts;
+        self.write_merged(call, output, team, |tile| parts[tile * self.ranges..][..self.ranges].iter());
+    }
+
+    /// Writes `output`, of which `parts_of` gives the parts of a tile.
+    pub fn write_merged<'p, T: FromF32, P: Iterator<Item = &'p Part> + Clone>(
+        &self,
+        call: &Call<'_>,
+        output: Output<'_, T>,
+        team: &ThreadTeam,
+        parts_of: impl Fn(usize) -> P + Sync,
+    ) {
         let merge_rows = |rows: &mut [OutputRows<'_, T>]| {
-            self.write(call, rows, |first, row, output| {
-                let log_sum_exp = merge(&parts[first..first + self.ranges], row, output);
+            self.write(call, rows, |tile, row, output| {
+                let log_sum_exp = merge(parts_of(tile), row, output);
                 move || log_sum_exp
             });
         };
-        let mut rows: Vec<_> = rows.collect();
+        let mut rows: Vec<_> = output.into_rows(self.group).collect();
         if self.tokens < MERGED_TOKENS {
             merge_rows(&mut rows);
         } else {
@@ -241,8 +272,8 @@ impl Plan {
         }
     }
 
-    /// Writes `rows`: `finish` is given the first task that holds a row, its number there and a place for its output, and
-    /// returns what gives its log-sum-exp where that is wanted.
+    /// Writes `rows`: `finish` is given the tile that holds a row, its number there and a place for its output, and returns
+    /// what gives its log-sum-exp where that is wanted.
     fn write<T: FromF32, L: FnOnce() -> f32>(
         &self,
         call: &Call<'_>,
@@ -251,10 +282,10 @@ impl Plan {
     ) {
         let (mut output, mut query) = (vec![0.0; call.cache.shape().value_dim], Vec::new());
         for rows in rows {
-            let (first, token) = (self.task_of(rows.token, rows.kv_head), rows.token);
+            let (tile, token) = (self.tile_of(rows.token, rows.kv_head), rows.token);
             let first_head = rows.kv_head * self.group;
             for head in 0..self.group {
-                let log_sum_exp = finish(first, self.row_of(head, token), &mut output);
+                let log_sum_exp = finish(tile, self.row_of(head, token), &mut output);
                 rows.write(head, &mut output, || log_sum_exp() + call.centre(first_head + head, token, &mut query));
             }
         }
@@ -393,18 +424,18 @@ fn block_keys(cache: &KeyValueCache) -> usize {
 
 /// Output of a row over all ranges of keys: the parts' outputs weighted by their share of the softmax sum. Returns the
 /// row's log-sum-exp.
-fn merge(parts: &[Part], row: usize, output: &mut [f32]) -> f32 {
+pub(crate) fn merge<'a>(parts: impl Iterator<Item = &'a Part> + Clone, row: usize, output: &mut [f32]) -> f32 {
     let range = row * output.len()..(row + 1) * output.len();
     // What is no number in one part is none in the whole.
     let larger = |a: f32, b: f32| if b > a || b.is_nan() { b } else { a };
-    let largest = parts.iter().map(|part| part.log_sum_exp[row]).fold(f32::NEG_INFINITY, larger);
+    let largest = parts.clone().map(|part| part.log_sum_exp[row]).fold(f32::NEG_INFINITY, larger);
     output.fill(0.0);
     if largest == f32::NEG_INFINITY {
         return largest;
     }
     // Shares of the sum itself: those of its logarithm would not add up to one where that is a large number.
     let weight = |part: &Part| (part.log_sum_exp[row] - largest).exp();
-    let sum: f32 = parts.iter().map(weight).sum();
+    let sum: f32 = parts.clone().map(weight).sum();
     for part in parts {
         let share = weight(part) / sum;
         if share != 0.0 {

@@ -18,6 +18,7 @@ mod clustering;
 mod index;
 mod measurement;
 mod metric;
+mod pieces;
 mod region;
 mod selection;
 mod settings;
@@ -42,6 +43,7 @@ use crate::{HeadReport, Mask, Report, ThreadTeam};
 use calibration::Measurement;
 use index::HeadClusters;
 use measurement::MeasurementScratch;
+use pieces::PieceScratch;
 use region::RegionScratch;
 use tile::{AUDITED_CALL, Budgeted, NEAR_KEYS, TileScratch};
 
@@ -70,6 +72,7 @@ pub(crate) struct BudgetScratch {
     tiles: Vec<Mutex<TileScratch>>,
     /// One per task: reports of its query heads.
     reports: Vec<Vec<HeadReport>>,
+    pieces: PieceScratch,
 }
 
 /// Whether there are keys enough for clusters, within the window where there is one; else every key is computed.
@@ -163,19 +166,12 @@ fn run_step<T: FromF32>(
 
     let budgeted = Budgeted { call: *call, settings: *settings, index: &index, audits_last };
     let plan = Plan::new(call);
-    let tasks = || (0..plan.tasks()).map(|task| plan.task(task, cache.len()));
-    if tasks().all(|task| budgeted.is_exact(&task)) {
-        let mut report = exact::run(call, output, team, scratch);
-        for task in tasks() {
-            let fell_back = tile::rows_fallen_back(&task, &budgeted.far_regions(&task));
-            let heads = &mut report.heads[task.kv_head * call.group()..][..call.group()];
-            heads.iter_mut().for_each(|head| head.fallback_rows += fell_back);
-        }
-        return report;
-    }
-
-    let AttentionScratch { tiles, parts, budgeted: BudgetScratch { tiles: own, reports, .. }, .. } = scratch;
+    let AttentionScratch { tiles, parts, budgeted: own, .. } = scratch;
     tiles.resize_with(team.threads(), Mutex::default);
+    if plan.cuts_keys() {
+        return pieces::run(&budgeted, &plan, output, team, tiles, &mut own.pieces);
+    }
+    let BudgetScratch { tiles: own, reports, .. } = own;
     own.resize_with(team.threads(), Mutex::default);
     reports.resize_with(reports.len().max(plan.tasks()), Vec::new);
     let (tiles, own, reports) = (&*tiles, &*own, &mut reports[..plan.tasks()]);
@@ -186,9 +182,14 @@ fn run_step<T: FromF32>(
         store(&tile);
     });
 
+    sum_up(call, &plan, reports.iter().map(Vec::as_slice))
+}
+
+/// The report of a call, of the `reports` of its tiles.
+fn sum_up<'a>(call: &Call<'_>, plan: &Plan, reports: impl Iterator<Item = &'a [HeadReport]>) -> Report {
     let mut report = Report::of_heads(call.query_heads(), &HeadReport::default());
-    for (index, reports) in reports.iter().enumerate() {
-        let first = plan.task(index, cache.len()).kv_head * call.group();
+    for (tile, reports) in reports.enumerate() {
+        let first = plan.tile(tile, call.cache.len()).kv_head * call.group();
         report.heads[first..].iter_mut().zip(reports).for_each(|(head, part)| *head += part);
     }
     report

@@ -67,6 +67,29 @@ pub(super) struct TileScratch {
     audit: AttentionTile,
 }
 
+impl TileScratch {
+    /// The clusters that each micro-tile computes, ascending: none where it computes everything.
+    pub fn selected_of_micro_tiles(&self) -> impl Iterator<Item = &[u32]> {
+        self.counts.iter().scan(&self.selections[..], |rest, &count| {
+            let (selected, others) = rest.split_at(count);
+            *rest = others;
+            Some(selected)
+        })
+    }
+
+    /// Of micro-tiles with these selections.
+    #[cfg(test)]
+    pub fn of_selections(selections: &[&[u32]]) -> Self {
+        let counts = selections.iter().map(|selected| selected.len()).collect();
+        Self { selections: selections.concat(), counts, ..Self::default() }
+    }
+
+    /// Which micro-tiles compute everything.
+    pub fn exact_micro_tiles(&self) -> &[bool] {
+        &self.exact
+    }
+}
+
 /// What a micro-tile left to the estimate.
 pub(super) struct Estimated {
     /// Clusters that were computed.
@@ -100,14 +123,9 @@ impl<'a> Budgeted<'a> {
         regions.filter(|(_, region)| is_far(region.keys())).map(|(number, _)| number).collect()
     }
 
-    /// Whether `task` has no cluster to make use of.
-    pub fn is_exact(&self, task: &Task) -> bool {
-        !self.pays(task) || self.far_regions(task).is_empty()
-    }
-
     /// Whether clusters pay for some micro-tile of `task`: for all heads that have rows in it, which share the clusters
     /// that are computed.
-    fn pays(&self, task: &Task) -> bool {
+    pub fn pays(&self, task: &Task) -> bool {
         let (head, mut heads) = (self.index.head(task.kv_head), 0..self.call.group());
         match self.is_decoding(task) {
             true => heads.all(|query_head| head.calibration(query_head).pays()),
@@ -132,48 +150,27 @@ impl<'a> Budgeted<'a> {
         task.tokens.len() < MICRO_ROWS
     }
 
-    /// Attends from the queries of `task`; the result stays in `tile`. Of a task whose keys are cut into ranges each part
-    /// takes its own where nothing is left to clusters; else the first takes all.
+    /// Attends from the queries of `task` to all keys that they see; the result stays in `tile`.
     pub fn run(&self, task: &Task, tile: &mut AttentionTile, scratch: &mut TileScratch, reports: &mut Vec<HeadReport>) {
-        let group = self.call.group();
         let regions = self.far_regions(task);
-        let is_first = task.keys.start == 0;
-        let is_exact = regions.is_empty() || !self.pays(task);
-        let keys = match (is_exact, is_first) {
-            (true, _) => task.keys.clone(),
-            (false, true) => 0..self.call.cache.len(),
-            (false, false) => 0..0,
-        };
-        let task = &Task { keys, tokens: task.tokens.clone(), ..*task };
-        let seen = tiles::begin(tile, &self.call, task);
-        reports.clear();
-        reports.resize(group, HeadReport::default());
-        if is_first {
-            let rows = task.tokens.len() as u64;
-            let allowed_keys = task.tokens.clone().map(|token| self.call.seen(token).len() as u64).sum();
-            reports.fill(HeadReport { rows, allowed_keys, ..HeadReport::default() });
-        }
-        if is_exact {
-            self.accumulate_near(tile, task, &[], seen);
-            for report in reports.iter_mut() {
-                (report.evaluated_keys, report.kept_keys) = (report.allowed_keys, report.allowed_keys);
-                report.fallback_rows = rows_fallen_back(task, &regions);
-            }
-            return;
-        }
-        if !is_first {
-            return;
-        }
-        self.accumulate_near(tile, task, &regions, seen);
         let work = Work { budgeted: self, task, regions: &regions };
-        work.far(tile, scratch, reports);
+        if regions.is_empty() || !self.pays(task) {
+            tiles::attend_to_all(tile, &self.call, task);
+            work.report_exact(reports);
+            return;
+        }
+        work.choose(tile, scratch, reports);
+        work.compute_selections(0..work.clusters() as u32, scratch, tile);
+        if scratch.exact.contains(&true) {
+            work.accumulate_exactly(tile, |micro_tile| scratch.exact[micro_tile]);
+        }
         if self.audits(task) {
-            work.audit(tile, scratch, reports);
+            work.audit(scratch, reports, |row, output| tile.finish_row(row, output));
         }
     }
 
     /// Whether a row of each head of `task` is also computed exactly.
-    fn audits(&self, task: &Task) -> bool {
+    pub fn audits(&self, task: &Task) -> bool {
         let position = self.call.first_position + task.tokens.start;
         let is_last = task.tokens.end == self.call.tokens();
         let is_next = match self.is_decoding(task) {
@@ -185,8 +182,29 @@ impl<'a> Budgeted<'a> {
 }
 
 impl Work<'_> {
-    /// Adds the keys of the far regions.
-    fn far(&self, tile: &mut AttentionTile, scratch: &mut TileScratch, reports: &mut [HeadReport]) {
+    /// Starts `reports`, one for each query head, with the keys that the rows may see.
+    fn begin_reports(&self, reports: &mut Vec<HeadReport>) {
+        let (call, tokens) = (&self.budgeted.call, &self.task.tokens);
+        let allowed_keys = tokens.clone().map(|token| call.seen(token).len() as u64).sum();
+        reports.clear();
+        reports.resize(call.group(), HeadReport { rows: tokens.len() as u64, allowed_keys, ..HeadReport::default() });
+    }
+
+    /// Reports, one for each query head, that every key was computed.
+    pub fn report_exact(&self, reports: &mut Vec<HeadReport>) {
+        self.begin_reports(reports);
+        for report in reports {
+            (report.evaluated_keys, report.kept_keys) = (report.allowed_keys, report.allowed_keys);
+            report.fallback_rows = if self.regions.is_empty() { 0 } else { report.rows };
+        }
+    }
+
+    /// Starts `tile` with the near keys and what is left to the estimate. What else is to be computed of the far regions is
+    /// left in `scratch`: the selections of micro-tiles, and which of them compute everything.
+    pub fn choose(&self, tile: &mut AttentionTile, scratch: &mut TileScratch, reports: &mut Vec<HeadReport>) {
+        let seen = tiles::begin(tile, &self.budgeted.call, self.task);
+        self.budgeted.accumulate_near(tile, self.task, self.regions, seen);
+        self.begin_reports(reports);
         let micro_tiles = self.micro_tiles();
         scratch.exact.clear();
         scratch.exact.resize(micro_tiles, false);
@@ -222,39 +240,35 @@ impl Work<'_> {
                 reports[head].estimated_missed_mass.add(self.calibration(head).error_factor * error);
             }
         }
-        self.compute_selections(tile, scratch);
-        if scratch.exact.contains(&true) {
-            self.accumulate_exactly(tile, |micro_tile| scratch.exact[micro_tile]);
-        }
         self.count(scratch, reports);
     }
 
-    /// Adds the selected clusters of all micro-tiles key by key.
-    fn compute_selections(&self, tile: &mut AttentionTile, scratch: &mut TileScratch) {
-        let TileScratch { selections, counts, .. } = scratch;
-        let clusters = self.clusters() as u32;
+    /// Adds those of the selected clusters of all micro-tiles that are among `clusters`, key by key.
+    pub fn compute_selections(&self, clusters: Range<u32>, scratch: &TileScratch, tile: &mut AttentionTile) {
         // A single micro-tile has nobody to share them with.
-        let pass = if counts.iter().filter(|count| **count > 0).count() > 1 { PASS_CLUSTERS } else { clusters };
-        let mut first = 0;
-        while first < clusters {
-            let mut rest = &selections[..];
-            for (micro_tile, &count) in counts.iter().enumerate() {
-                let (selected, others) = rest.split_at(count);
-                rest = others;
+        let is_alone = scratch.counts.iter().filter(|count| **count > 0).count() <= 1;
+        let pass = if is_alone { clusters.len() as u32 } else { PASS_CLUSTERS };
+        let mut first = clusters.start;
+        while first < clusters.end {
+            let last = clusters.end.min(first + pass);
+            for (micro_tile, selected) in scratch.selected_of_micro_tiles().enumerate() {
                 let start = selected.partition_point(|cluster| *cluster < first);
-                let end = selected.partition_point(|cluster| *cluster < first + pass);
+                let end = selected.partition_point(|cluster| *cluster < last);
                 self.compute(micro_tile, &selected[start..end], tile);
             }
-            first += pass;
+            first = last;
         }
     }
 
     /// Adds all keys of the far regions to the micro-tiles that `wanted` names.
-    pub fn accumulate_exactly(&self, tile: &mut AttentionTile, wanted: impl Fn(usize) -> bool) {
-        let far = HeadKeys::of(&self.budgeted.call, self.task);
-        for region in self.regions {
-            far.accumulate(tile, self.head().regions[*region].keys(), &wanted);
-        }
+    fn accumulate_exactly(&self, tile: &mut AttentionTile, wanted: impl Fn(usize) -> bool) {
+        HeadKeys::of(&self.budgeted.call, self.task).accumulate(tile, self.far_keys(), wanted);
+    }
+
+    /// The keys of the far regions, which follow one another.
+    pub fn far_keys(&self) -> Range<usize> {
+        let keys_of = |region: Option<&usize>| region.map_or(0..0, |region| self.head().regions[*region].keys());
+        keys_of(self.regions.first()).start..keys_of(self.regions.last()).end
     }
 
     fn head(&self) -> &HeadClusters {
@@ -447,8 +461,8 @@ impl Work<'_> {
         }
     }
 
-    /// Computes one row of each head exactly and tells how far off it was.
-    fn audit(&self, tile: &AttentionTile, scratch: &mut TileScratch, reports: &mut [HeadReport]) {
+    /// Computes one row of each head exactly and tells how far off it was, as `output_of` gives the output of a row.
+    pub fn audit(&self, scratch: &mut TileScratch, reports: &mut [HeadReport], output_of: impl Fn(usize, &mut [f32])) {
         let call = &self.budgeted.call;
         let shape = call.cache.shape();
         let (group, token) = (call.group(), self.task.tokens.start + self.task.tokens.len() / 2);
@@ -467,7 +481,7 @@ impl Work<'_> {
             if exact[row / MICRO_ROWS] {
                 continue;
             }
-            tile.finish_row(row, output);
+            output_of(row, output);
             audit.finish_row(head, audited_output);
             report.audited_missed_mass.add(distance(output, audited_output) / value_scale);
         }
@@ -484,13 +498,6 @@ impl Work<'_> {
     pub fn value_scale(&self) -> f32 {
         std::f32::consts::SQRT_2 * self.head().value_spread(self.regions)
     }
-}
-
-/// Rows of each head of a task that makes no use of `regions`, its clusters, where it has any: counted with the first range
-/// of keys.
-pub(super) fn rows_fallen_back(task: &Task, regions: &[usize]) -> u64 {
-    let is_first = task.keys.start == 0;
-    if is_first && !regions.is_empty() { task.tokens.len() as u64 } else { 0 }
 }
 
 /// `‖a − b‖`
