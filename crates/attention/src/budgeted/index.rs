@@ -65,6 +65,8 @@ pub(super) struct HeadClusters {
     calibrated: (f32, usize),
     /// Tokens whose queries were seen since the last.
     since: usize,
+    /// Decoded tokens after the last of them from which a head that was given up is tried again.
+    retry_after: usize,
     /// Whether the latest call decodes.
     decodes: bool,
     /// Whether the metric has learnt from the queries of this call.
@@ -88,6 +90,9 @@ struct Settled {
 const RETRY: f32 = 1.25;
 /// … and where they pay for none: then only half of the keys are clustered for it.
 const RETRY_OF_NONE: f32 = 2.0;
+/// Where tokens are decoded it is tried again after so many too, and each time that it is given up again after twice as many
+/// as before: a single token has given it up, and the text will not double.
+const RETRY_TOKENS: usize = 64;
 
 impl ClusterIndex {
     pub(super) fn head(&self, head: usize) -> &HeadClusters {
@@ -253,7 +258,8 @@ impl HeadClusters {
 
     /// Whether query head `head` of the group was found not to be worth it, not long ago.
     pub fn is_given_up(&self, head: usize, budget: f32) -> bool {
-        !self.is_outdated(budget) && self.calibration(head).is_given_up(self.units, self.retry())
+        let is_due = self.decodes && self.since >= self.retry_after;
+        !is_due && !self.is_outdated(budget) && self.calibration(head).is_given_up(self.units, self.retry())
     }
 
     fn retry(&self) -> f32 {
@@ -331,7 +337,14 @@ impl HeadClusters {
         self.since = 0;
         let units = self.units;
         let pairs = self.calibrations.iter_mut().zip(measured);
-        pairs.map(|(known, measured)| known.take(measured, units, budget)).fold(false, |any, turned| any | turned)
+        let turned =
+            pairs.map(|(known, measured)| known.take(measured, units, budget)).fold(false, |any, turned| any | turned);
+        self.retry_after = match self.calibrations.iter().any(Calibration::is_hopeless) {
+            true if self.decodes => (2 * self.retry_after).max(RETRY_TOKENS),
+            true => RETRY_TOKENS,
+            false => 0,
+        };
+        turned
     }
 
     /// By how much the logits of a query with the keys of a cluster vary; see [`Region::logit_spread`]. Infinite without
@@ -451,6 +464,31 @@ mod tests {
         assert_eq!(head.places_wanted(0.05, 1, true), 0, "as many keys");
         head.units = 5;
         assert_eq!(head.places_wanted(0.05, 1, true), 1, "more keys");
+    }
+
+    #[test]
+    fn what_one_decoded_token_has_given_up_is_tried_again_more_and_more_rarely() {
+        let mut head = HeadClusters { regions: regions(4).collect(), group: 2, units: 4, ..HeadClusters::default() };
+        let wanted_after = |head: &mut HeadClusters, tokens: usize| {
+            head.since = tokens - 1;
+            head.note_tokens(1);
+            head.places_wanted(0.05, 1, true)
+        };
+        assert_eq!(wanted_after(&mut head, 1), 1, "nothing is known");
+        for pause in [RETRY_TOKENS, 2 * RETRY_TOKENS, 4 * RETRY_TOKENS] {
+            head.take(0.05, vec![measured(1), hopeless()]);
+            assert_eq!([1, pause - 1, pause].map(|tokens| wanted_after(&mut head, tokens)), [0, 0, 1], "{pause}");
+            assert!(!head.is_given_up(1, 0.05));
+        }
+        // It pays now, and is measured as what is not known yet.
+        head.take(0.05, vec![measured(1), measured(1)]);
+        assert_eq!(wanted_after(&mut head, 1), 1);
+        head.take(0.05, vec![measured(1), hopeless()]);
+        assert_eq!([RETRY_TOKENS - 1, RETRY_TOKENS].map(|tokens| wanted_after(&mut head, tokens)), [0, 1]);
+        // Of a prompt that was given up, decoding begins with the first pause.
+        head.note_tokens(512);
+        head.take(0.05, vec![measured(1), hopeless()]);
+        assert_eq!([RETRY_TOKENS - 1, RETRY_TOKENS].map(|tokens| wanted_after(&mut head, tokens)), [0, 1]);
     }
 
     #[test]
