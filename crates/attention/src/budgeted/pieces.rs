@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use iceformer_kernels::attention::AttentionTile;
+use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
 
 use super::tile::{Budgeted, TileScratch, Work};
 use crate::output::Output;
@@ -20,6 +20,9 @@ const WANTED_PIECES: usize = 32;
 const LEAST_CLUSTERS: usize = 16;
 /// Clusters between two places where they may be cut.
 const CUT_CLUSTERS: usize = 8;
+/// Tiles of many rows from which each computes what it has selected itself: a piece begins with all rows of its tile and ends with a part
+/// to be merged, which is a fifteenth of a prompt's time where each of eighteen tiles is cut in two.
+const ENOUGH_TILES: usize = WANTED_PIECES / 2;
 
 /// Buffers reused from call to call.
 #[derive(Default)]
@@ -36,7 +39,7 @@ struct Choice {
     tile: AttentionTile,
     scratch: TileScratch,
     reports: Vec<HeadReport>,
-    /// Near keys and what was left to the estimate.
+    /// Near keys and what was left to the estimate; all keys where tiles are not cut.
     part: Part,
 }
 
@@ -86,6 +89,7 @@ pub(super) fn run<T: FromF32>(
         part.fill(&tile, tiles[piece.tile].rows(budgeted), call.cache.shape().value_dim);
     };
 
+    let is_cut = tiles.len() < ENOUGH_TILES || call.tokens() < MICRO_ROWS;
     // The tiles that choose nothing need not wait for the others.
     let mut pieces = Vec::new();
     for (index, tile) in tiles.iter().enumerate().filter(|(_, tile)| tile.is_exact) {
@@ -98,14 +102,16 @@ pub(super) fn run<T: FromF32>(
     let compute_all = pieces.iter().zip(parts.iter_mut()).map(|(piece, part)| First::Compute(piece, part));
     let mut first: Vec<First<'_>> = choose.chain(compute_all).collect();
     team.run_chunks(&mut first, 1, |_, first, worker| match &mut first[0] {
-        First::Choose(tile, choice) => tile.choose(budgeted, choice),
+        First::Choose(tile, choice) => tile.choose(budgeted, is_cut, choice),
         First::Compute(piece, part) => compute(piece, &TileScratch::default(), part, worker),
     });
 
     let computed = pieces.len();
     let selected = choices.iter().map(|choice| choice.scratch.selected_of_micro_tiles().flatten().count());
     let piece_clusters = selected.sum::<usize>().div_ceil(WANTED_PIECES).max(LEAST_CLUSTERS);
-    for (index, (tile, choice)) in tiles.iter().zip(&*choices).enumerate().filter(|(_, (tile, _))| !tile.is_exact) {
+    for (index, (tile, choice)) in
+        tiles.iter().zip(&*choices).enumerate().filter(|(_, (tile, _))| is_cut && !tile.is_exact)
+    {
         push_selected(index, &choice.scratch, piece_clusters, &mut pieces);
         if choice.scratch.exact_micro_tiles().contains(&true) {
             push_ranges(index, tile.work(budgeted).far_keys(), plan.range_keys(), PieceKeys::Exact, &mut pieces);
@@ -203,14 +209,17 @@ impl Tile {
         seen.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or_default()
     }
 
-    /// Computes the near keys and estimates the others.
-    fn choose(&self, budgeted: &Budgeted<'_>, choice: &mut Choice) {
+    /// Computes the near keys and estimates the others. What was selected of them is left to pieces if the tile `is_cut`.
+    fn choose(&self, budgeted: &Budgeted<'_>, is_cut: bool, choice: &mut Choice) {
         let Choice { tile, scratch, reports, part } = choice;
         if self.is_exact {
             self.work(budgeted).report_exact(reports);
             return;
         }
         self.work(budgeted).choose(tile, scratch, reports);
+        if !is_cut {
+            self.work(budgeted).compute_chosen(scratch, tile);
+        }
         part.fill(tile, self.rows(budgeted), budgeted.call.cache.shape().value_dim);
     }
 

@@ -160,10 +160,7 @@ impl<'a> Budgeted<'a> {
             return;
         }
         work.choose(tile, scratch, reports);
-        work.compute_selections(0..work.clusters() as u32, scratch, tile);
-        if scratch.exact.contains(&true) {
-            work.accumulate_exactly(tile, |micro_tile| scratch.exact[micro_tile]);
-        }
+        work.compute_chosen(scratch, tile);
         if self.audits(task) {
             work.audit(scratch, reports, |row, output| tile.finish_row(row, output));
         }
@@ -241,6 +238,14 @@ impl Work<'_> {
             }
         }
         self.count(scratch, reports);
+    }
+
+    /// Adds what [`choose`](Self::choose) has left to be computed.
+    pub fn compute_chosen(&self, scratch: &TileScratch, tile: &mut AttentionTile) {
+        self.compute_selections(0..self.clusters() as u32, scratch, tile);
+        if scratch.exact.contains(&true) {
+            self.accumulate_exactly(tile, |micro_tile| scratch.exact[micro_tile]);
+        }
     }
 
     /// Adds those of the selected clusters of all micro-tiles that are among `clusters`, key by key.
