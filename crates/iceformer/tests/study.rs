@@ -155,10 +155,15 @@ fn bad_dumps_and_settings_are_told_in_one_line() {
     let name = path.to_str().unwrap();
     assert_error(&["bench", "attention", "--from", name, "--layer", "8"], &["--layer 8", "layers 0 to 7"]);
     assert_error(&["bench", "attention", "--from", name, "--queries", "61"], &["--queries 61"]);
-    let first = ["--queries", "50", "--read-first", "11"];
+    let first = ["--method", "budgeted", "--queries", "50", "--read-first", "11"];
     assert_error(&[&["bench", "attention", "--from", name][..], &first].concat(), &["--read-first 11", "10 of 60"]);
-    let full = ["--queries", "5", "--read-first", "5", "--mask", "full"];
-    assert_error(&[&["bench", "attention"][..], &full].concat(), &["--read-first", "causal"]);
+    let first = ["--tokens", "50", "--queries", "5", "--read-first", "5"];
+    let bench = ["bench", "attention"];
+    for methods in [&["--method", "exact"][..], &["--method", "dci", "--against", "budgeted"]] {
+        assert_error(&[&bench[..], &first, methods].concat(), &["--read-first", "--method"]);
+    }
+    let full = ["--method", "budgeted", "--queries", "5", "--read-first", "5", "--mask", "full"];
+    assert_error(&[&bench[..], &full].concat(), &["--read-first", "causal"]);
     assert_error(&["bench", "attention", "--from", "no/dump"], &["no/dump"]);
     let mut bytes = std::fs::read(&path).unwrap();
     bytes.pop();

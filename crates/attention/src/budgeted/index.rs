@@ -65,8 +65,10 @@ pub(super) struct HeadClusters {
     calibrated: (f32, usize),
     /// Tokens whose queries were seen since the last.
     since: usize,
-    /// Decoded tokens after the last of them from which a head that was given up is tried again.
-    retry_after: usize,
+    /// Tokens decoded since then, or since the latest prompt.
+    decoded: usize,
+    /// Of these, how many must pass before a head that was given up is tried again; 0: as few as ever.
+    pause: usize,
     /// Whether the latest call decodes.
     decodes: bool,
     /// Whether the metric has learnt from the queries of this call.
@@ -90,9 +92,11 @@ struct Settled {
 const RETRY: f32 = 1.25;
 /// … and where they pay for none: then only half of the keys are clustered for it.
 const RETRY_OF_NONE: f32 = 2.0;
-/// Where tokens are decoded it is tried again after so many too, and each time that it is given up again after twice as many
-/// as before: a single token has given it up, and the text will not double.
+/// Where tokens are decoded it is tried again after so many too, as a single token gives it up and the text will not double.
+/// Until clusters pay for all heads of the group, each time that one is given up the next try comes after twice as many, …
 const RETRY_TOKENS: usize = 64;
+/// … up to so many.
+const MOST_RETRY_TOKENS: usize = 4096;
 
 impl ClusterIndex {
     pub(super) fn head(&self, head: usize) -> &HeadClusters {
@@ -258,7 +262,7 @@ impl HeadClusters {
 
     /// Whether query head `head` of the group was found not to be worth it, not long ago.
     pub fn is_given_up(&self, head: usize, budget: f32) -> bool {
-        let is_due = self.decodes && self.since >= self.retry_after;
+        let is_due = self.decodes && self.decoded >= self.pause.max(RETRY_TOKENS);
         !is_due && !self.is_outdated(budget) && self.calibration(head).is_given_up(self.units, self.retry())
     }
 
@@ -275,6 +279,7 @@ impl HeadClusters {
     pub fn note_tokens(&mut self, tokens: usize) {
         self.since = self.since.saturating_add(tokens);
         self.decodes = tokens < MICRO_ROWS;
+        self.decoded = if self.decodes { self.decoded.saturating_add(tokens) } else { 0 };
         self.has_learnt = false;
     }
 
@@ -333,17 +338,22 @@ impl HeadClusters {
         if self.is_outdated(budget) {
             self.calibrations = vec![UNKNOWN.clone(); measured.len()];
             self.calibrated = (budget, self.keys());
+            self.pause = 0;
         }
         self.since = 0;
+        let is_measured = measured.iter().any(|measured| !measured.places.is_empty());
         let units = self.units;
         let pairs = self.calibrations.iter_mut().zip(measured);
         let turned =
             pairs.map(|(known, measured)| known.take(measured, units, budget)).fold(false, |any, turned| any | turned);
-        self.retry_after = match self.calibrations.iter().any(Calibration::is_hopeless) {
-            true if self.decodes => (2 * self.retry_after).max(RETRY_TOKENS),
-            true => RETRY_TOKENS,
-            false => 0,
-        };
+        if self.decodes && is_measured {
+            self.decoded = 0;
+            if self.calibrations.iter().any(Calibration::is_hopeless) {
+                self.pause = (2 * self.pause).clamp(RETRY_TOKENS, MOST_RETRY_TOKENS);
+            } else if self.calibrations.iter().all(Calibration::pays) {
+                self.pause = 0;
+            }
+        }
         turned
     }
 
@@ -468,27 +478,49 @@ mod tests {
 
     #[test]
     fn what_one_decoded_token_has_given_up_is_tried_again_more_and_more_rarely() {
-        let mut head = HeadClusters { regions: regions(4).collect(), group: 2, units: 4, ..HeadClusters::default() };
+        let new = || HeadClusters { regions: regions(4).collect(), group: 2, units: 4, ..HeadClusters::default() };
+        let mut head = new();
         let wanted_after = |head: &mut HeadClusters, tokens: usize| {
-            head.since = tokens - 1;
+            head.decoded = tokens - 1;
             head.note_tokens(1);
             head.places_wanted(0.05, 1, true)
         };
+        let given_up = || vec![measured(1), hopeless()];
         assert_eq!(wanted_after(&mut head, 1), 1, "nothing is known");
-        for pause in [RETRY_TOKENS, 2 * RETRY_TOKENS, 4 * RETRY_TOKENS] {
-            head.take(0.05, vec![measured(1), hopeless()]);
+        for pause in [1, 2, 4, 8, 16, 32, 64, 64, 64].map(|times| times * RETRY_TOKENS) {
+            head.take(0.05, given_up());
             assert_eq!([1, pause - 1, pause].map(|tokens| wanted_after(&mut head, tokens)), [0, 0, 1], "{pause}");
+            // The head is looked at afresh.
             assert!(!head.is_given_up(1, 0.05));
         }
-        // It pays now, and is measured as what is not known yet.
+        // One good place is not enough to begin anew.
         head.take(0.05, vec![measured(1), measured(1)]);
-        assert_eq!(wanted_after(&mut head, 1), 1);
-        head.take(0.05, vec![measured(1), hopeless()]);
+        assert_eq!(wanted_after(&mut head, 1), 1, "it is measured as what is not known yet");
+        head.take(0.05, given_up());
+        assert_eq!([64, MOST_RETRY_TOKENS - 1].map(|tokens| wanted_after(&mut head, tokens)), [0, 0]);
+        wanted_after(&mut head, MOST_RETRY_TOKENS);
+        (0..LEAST_PLACES).for_each(|_| {
+            head.take(0.05, vec![measured(1), measured(1)]);
+        });
+        head.take(0.05, given_up());
         assert_eq!([RETRY_TOKENS - 1, RETRY_TOKENS].map(|tokens| wanted_after(&mut head, tokens)), [0, 1]);
-        // Of a prompt that was given up, decoding begins with the first pause.
+        // Another budget knows nothing of that.
+        head.take(0.1, given_up());
+        head.take(0.1, given_up());
+        head.take(0.05, given_up());
+        assert_eq!([RETRY_TOKENS - 1, RETRY_TOKENS].map(|tokens| wanted_after(&mut head, tokens)), [0, 1]);
+        // Tokens of a prompt are not decoded.
+        let mut head = new();
         head.note_tokens(512);
-        head.take(0.05, vec![measured(1), hopeless()]);
+        head.take(0.05, given_up());
+        head.note_tokens(5000);
+        head.note_tokens(1);
+        assert_eq!(head.places_wanted(0.05, 1, true), 0);
         assert_eq!([RETRY_TOKENS - 1, RETRY_TOKENS].map(|tokens| wanted_after(&mut head, tokens)), [0, 1]);
+        // Where no cluster is seen nothing was tried.
+        head.take(0.05, vec![Measurement::default(), Measurement::default()]);
+        head.note_tokens(1);
+        assert_eq!(head.places_wanted(0.05, 1, true), 1);
     }
 
     #[test]

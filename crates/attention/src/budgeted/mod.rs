@@ -6,8 +6,9 @@
 //! it the error that taking all its values as one would make; these errors are independent from cluster to cluster, so
 //! their squares add up. The clusters with the largest are computed exactly, as few as keep the sum within the budget
 //! ([`selection`]); the others enter the softmax with their estimated mass and their mean value ([`tile`]). How large
-//! the sum may be is measured for each head on a few of its queries, all along the text ([`measurement`], [`calibration`]). The first keys, recent ones and those not clustered yet are always exact. Where clusters would save
-//! little, exact attention takes over.
+//! the sum may be is measured for each head on a few of its queries, all along the text ([`measurement`],
+//! [`calibration`]). The first keys, recent ones and those not clustered yet are always exact. Where clusters would save
+//! little, exact attention takes over. What a call of few tiles has chosen is cut into [`pieces`], so that threads share it.
 //!
 //! *Missed mass* of a row is the share of softmax mass that would have to move from one typical value to another,
 //! independent one to make the row's error: `‖ô − o‖ / (√2 · σ)`, with the exact output `o`, the method's `ô`, and the
@@ -169,7 +170,8 @@ fn run_step<T: FromF32>(
     let AttentionScratch { tiles, parts, budgeted: own, .. } = scratch;
     tiles.resize_with(team.threads(), Mutex::default);
     if plan.cuts_keys() {
-        return pieces::run(&budgeted, &plan, output, team, tiles, &mut own.pieces);
+        own.tiles.resize_with(team.threads(), Mutex::default);
+        return pieces::run(&budgeted, &plan, output, team, (tiles, &own.tiles), &mut own.pieces);
     }
     let BudgetScratch { tiles: own, reports, .. } = own;
     own.resize_with(team.threads(), Mutex::default);

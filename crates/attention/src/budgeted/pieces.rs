@@ -8,7 +8,8 @@ use std::sync::{Mutex, PoisonError};
 
 use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
 
-use super::tile::{Budgeted, TileScratch, Work};
+use super::region::{CLUSTER_KEYS, FIRST_KEYS, SEGMENT_CLUSTERS};
+use super::tile::{Budgeted, Chosen, TileScratch, Work};
 use crate::output::Output;
 use crate::strided::FromF32;
 use crate::tiles::{self, HeadKeys, Part, Plan, Task};
@@ -16,10 +17,10 @@ use crate::{HeadReport, Report, ThreadTeam};
 
 /// Selected clusters are cut into so many pieces, …
 const WANTED_PIECES: usize = 32;
-/// … but none with fewer than this.
+/// … each with no fewer than this, but for the last of a tile.
 const LEAST_CLUSTERS: usize = 16;
-/// Clusters between two places where they may be cut.
-const CUT_CLUSTERS: usize = 8;
+/// Clusters between two places where they may be cut: where a block of them ends.
+const CUT_CLUSTERS: usize = SEGMENT_CLUSTERS;
 /// Tiles of many rows from which each computes what it has selected itself: a piece begins with all rows of its tile and ends with a part
 /// to be merged, which is a fifteenth of a prompt's time where each of eighteen tiles is cut in two.
 const ENOUGH_TILES: usize = WANTED_PIECES / 2;
@@ -33,17 +34,16 @@ pub(super) struct PieceScratch {
     parts: Vec<Part>,
 }
 
-/// What a tile has computed and what it leaves to pieces.
+/// What a tile has computed and what is left to pieces.
 #[derive(Default)]
 struct Choice {
-    tile: AttentionTile,
-    scratch: TileScratch,
+    chosen: Chosen,
     reports: Vec<HeadReport>,
     /// Near keys and what was left to the estimate; all keys where tiles are not cut.
     part: Part,
 }
 
-/// A tile: its rows, and the regions that they see from afar where some of them is left to the estimate.
+/// A tile: its rows, the regions that they see from afar, and whether all keys of these are computed.
 struct Tile {
     task: Task,
     regions: Vec<usize>,
@@ -77,15 +77,15 @@ pub(super) fn run<T: FromF32>(
     plan: &Plan,
     output: Output<'_, T>,
     team: &ThreadTeam,
-    scratch: &[Mutex<AttentionTile>],
+    (scratch, own): (&[Mutex<AttentionTile>], &[Mutex<TileScratch>]),
     PieceScratch { choices, parts }: &mut PieceScratch,
 ) -> Report {
     let call = &budgeted.call;
     let tiles: Vec<Tile> =
         (0..plan.tiles()).map(|tile| Tile::new(budgeted, plan.tile(tile, call.cache.len()))).collect();
-    let compute = |piece: &Piece, choice: &TileScratch, part: &mut Part, worker: usize| {
+    let compute = |piece: &Piece, chosen: &Chosen, part: &mut Part, worker: usize| {
         let mut tile = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        tiles[piece.tile].compute(budgeted, &piece.keys, choice, &mut tile);
+        tiles[piece.tile].compute(budgeted, &piece.keys, chosen, &mut tile);
         part.fill(&tile, tiles[piece.tile].rows(budgeted), call.cache.shape().value_dim);
     };
 
@@ -102,18 +102,27 @@ pub(super) fn run<T: FromF32>(
     let compute_all = pieces.iter().zip(parts.iter_mut()).map(|(piece, part)| First::Compute(piece, part));
     let mut first: Vec<First<'_>> = choose.chain(compute_all).collect();
     team.run_chunks(&mut first, 1, |_, first, worker| match &mut first[0] {
-        First::Choose(tile, choice) => tile.choose(budgeted, is_cut, choice),
-        First::Compute(piece, part) => compute(piece, &TileScratch::default(), part, worker),
+        First::Choose(tile, choice) => {
+            let mut own = own[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            tile.choose(
+                budgeted,
+                is_cut,
+                &mut scratch[worker].lock().unwrap_or_else(PoisonError::into_inner),
+                &mut own,
+                choice,
+            );
+        }
+        First::Compute(piece, part) => compute(piece, &Chosen::default(), part, worker),
     });
 
     let computed = pieces.len();
-    let selected = choices.iter().map(|choice| choice.scratch.selected_of_micro_tiles().flatten().count());
+    let selected = choices.iter().map(|choice| choice.chosen.selected_of_micro_tiles().flatten().count());
     let piece_clusters = selected.sum::<usize>().div_ceil(WANTED_PIECES).max(LEAST_CLUSTERS);
     for (index, (tile, choice)) in
         tiles.iter().zip(&*choices).enumerate().filter(|(_, (tile, _))| is_cut && !tile.is_exact)
     {
-        push_selected(index, &choice.scratch, piece_clusters, &mut pieces);
-        if choice.scratch.exact_micro_tiles().contains(&true) {
+        push_selected(index, &choice.chosen, piece_clusters, &mut pieces);
+        if choice.chosen.exact_micro_tiles().contains(&true) {
             push_ranges(index, tile.work(budgeted).far_keys(), plan.range_keys(), PieceKeys::Exact, &mut pieces);
         }
     }
@@ -121,11 +130,11 @@ pub(super) fn run<T: FromF32>(
     let mut second: Vec<_> = pieces.iter().zip(parts.iter_mut()).skip(computed).collect();
     team.run_chunks(&mut second, 1, |_, second, worker| {
         let (piece, part) = &mut second[0];
-        compute(piece, &choices[piece.tile].scratch, part, worker);
+        compute(piece, &choices[piece.tile].chosen, part, worker);
     });
 
     let parts = &parts[..pieces.len()];
-    audit(budgeted, &tiles, choices, (&pieces, parts), team);
+    audit(budgeted, &tiles, choices, (&pieces, parts), own, team);
     // What a tile has computed itself comes first.
     let own: Vec<Option<&Part>> =
         tiles.iter().zip(&*choices).map(|(tile, choice)| (!tile.is_exact).then_some(&choice.part)).collect();
@@ -139,13 +148,15 @@ fn audit(
     tiles: &[Tile],
     choices: &mut [Choice],
     (pieces, parts): (&[Piece], &[Part]),
+    own: &[Mutex<TileScratch>],
     team: &ThreadTeam,
 ) {
     let is_audited = |tile: &Tile| !tile.is_exact && budgeted.audits(&tile.task);
     let mut audited: Vec<_> = tiles.iter().zip(choices).enumerate().filter(|(_, (tile, _))| is_audited(tile)).collect();
-    team.run_chunks(&mut audited, 1, |_, audited, _| {
-        let (index, (tile, Choice { scratch, reports, part, .. })) = &mut audited[0];
-        tile.work(budgeted).audit(scratch, reports, |row, output| {
+    team.run_chunks(&mut audited, 1, |_, audited, worker| {
+        let (index, (tile, Choice { chosen, reports, part })) = &mut audited[0];
+        let mut own = own[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        tile.work(budgeted).audit(chosen, &mut own, reports, |row, output| {
             tiles::merge(std::iter::once(&*part).chain(parts_of(*index, pieces, parts)), row, output);
         });
     });
@@ -174,10 +185,11 @@ fn push_ranges(
 
 /// Cuts the clusters that micro-tiles of `tile` have selected, at places where `piece_clusters` of them or a few more have
 /// come together.
-fn push_selected(tile: usize, scratch: &TileScratch, piece_clusters: usize, pieces: &mut Vec<Piece>) {
+fn push_selected(tile: usize, chosen: &Chosen, piece_clusters: usize, pieces: &mut Vec<Piece>) {
     let mut counts = Vec::new();
-    for &cluster in scratch.selected_of_micro_tiles().flatten() {
-        let place = cluster as usize / CUT_CLUSTERS;
+    for &cluster in chosen.selected_of_micro_tiles().flatten() {
+        // The first segment of a region begins with keys that are in none.
+        let place = (cluster as usize + FIRST_KEYS / CLUSTER_KEYS) / CUT_CLUSTERS;
         counts.resize(counts.len().max(place + 1), 0);
         counts[place] += 1;
     }
@@ -185,7 +197,7 @@ fn push_selected(tile: usize, scratch: &TileScratch, piece_clusters: usize, piec
     for (place, count) in counts.iter().enumerate() {
         together += count;
         if together >= piece_clusters || place + 1 == counts.len() {
-            let end = (CUT_CLUSTERS * (place + 1)) as u32;
+            let end = (CUT_CLUSTERS * (place + 1) - FIRST_KEYS / CLUSTER_KEYS) as u32;
             pieces.push(Piece { tile, keys: PieceKeys::Selected(first..end) });
             (first, together) = (end, 0);
         }
@@ -210,21 +222,30 @@ impl Tile {
     }
 
     /// Computes the near keys and estimates the others. What was selected of them is left to pieces if the tile `is_cut`.
-    fn choose(&self, budgeted: &Budgeted<'_>, is_cut: bool, choice: &mut Choice) {
-        let Choice { tile, scratch, reports, part } = choice;
+    fn choose(
+        &self,
+        budgeted: &Budgeted<'_>,
+        is_cut: bool,
+        tile: &mut AttentionTile,
+        scratch: &mut TileScratch,
+        choice: &mut Choice,
+    ) {
+        let Choice { chosen, reports, part } = choice;
         if self.is_exact {
+            // What was chosen in an earlier call is nothing to cut.
+            chosen.begin(0);
             self.work(budgeted).report_exact(reports);
             return;
         }
-        self.work(budgeted).choose(tile, scratch, reports);
+        self.work(budgeted).choose(tile, scratch, chosen, reports);
         if !is_cut {
-            self.work(budgeted).compute_chosen(scratch, tile);
+            self.work(budgeted).compute_chosen(chosen, tile);
         }
         part.fill(tile, self.rows(budgeted), budgeted.call.cache.shape().value_dim);
     }
 
-    /// Computes `keys` alone; the result stays in `tile`. `choice` tells what micro-tiles have selected.
-    fn compute(&self, budgeted: &Budgeted<'_>, keys: &PieceKeys, choice: &TileScratch, tile: &mut AttentionTile) {
+    /// Computes `keys` alone; the result stays in `tile`. `chosen` tells what micro-tiles have selected.
+    fn compute(&self, budgeted: &Budgeted<'_>, keys: &PieceKeys, chosen: &Chosen, tile: &mut AttentionTile) {
         let call = &budgeted.call;
         let range = match keys {
             PieceKeys::All(range) | PieceKeys::Exact(range) => range.clone(),
@@ -235,12 +256,12 @@ impl Tile {
             PieceKeys::All(_) => tiles::attend_to_all(tile, call, &task),
             PieceKeys::Exact(_) => {
                 tiles::begin(tile, call, &task);
-                let wanted = |micro_tile: usize| choice.exact_micro_tiles()[micro_tile];
+                let wanted = |micro_tile: usize| chosen.exact_micro_tiles()[micro_tile];
                 HeadKeys::of(call, &task).accumulate(tile, range, wanted);
             }
             PieceKeys::Selected(clusters) => {
                 tiles::begin(tile, call, &task);
-                self.work(budgeted).compute_selections(clusters.clone(), choice, tile);
+                self.work(budgeted).compute_selections(clusters.clone(), chosen, tile);
             }
         }
     }
@@ -275,9 +296,9 @@ mod tests {
         // Two micro-tiles that select much and little, one that computes everything.
         let selections: [&[u32]; 3] = [&[0, 1, 2, 3, 9, 40, 41, 42, 43, 44, 45, 46, 47, 48, 200, 511], &[], &[7, 300]];
         for piece_clusters in [1, 3, 8, 100] {
-            let scratch = TileScratch::of_selections(&selections);
+            let chosen = Chosen::of_selections(&selections);
             let mut pieces = Vec::new();
-            push_selected(0, &scratch, piece_clusters, &mut pieces);
+            push_selected(0, &chosen, piece_clusters, &mut pieces);
             let ranges: Vec<_> = pieces
                 .iter()
                 .map(|piece| match &piece.keys {
@@ -293,7 +314,7 @@ mod tests {
             assert!(others.iter().all(|range| count(range) >= piece_clusters) && count(last) > 0);
         }
         let mut pieces = Vec::new();
-        push_selected(0, &TileScratch::of_selections(&[&[], &[]]), 1, &mut pieces);
+        push_selected(0, &Chosen::of_selections(&[&[], &[]]), 1, &mut pieces);
         assert!(pieces.is_empty());
     }
 }

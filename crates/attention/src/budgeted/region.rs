@@ -21,7 +21,7 @@ pub(super) const FIRST_KEYS: usize = 64;
 /// Keys of a cluster: whole pages.
 pub(super) const CLUSTER_KEYS: usize = 64;
 /// Clusters of a segment.
-const SEGMENT_CLUSTERS: usize = SEGMENT_KEYS / CLUSTER_KEYS;
+pub(super) const SEGMENT_CLUSTERS: usize = SEGMENT_KEYS / CLUSTER_KEYS;
 
 const _: () = assert!((REGION_KEYS / CLUSTER_KEYS).is_multiple_of(PANEL_CLUSTERS));
 const _: () = assert!(REGION_KEYS.is_multiple_of(SEGMENT_KEYS) && CLUSTER_KEYS.is_multiple_of(PAGE_KEYS));

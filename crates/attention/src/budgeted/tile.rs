@@ -54,12 +54,7 @@ pub(super) struct TileScratch {
     errors: Vec<f32>,
     /// Numbers of the clusters that a micro-tile computes, ascending.
     selected: Vec<u32>,
-    /// Those of all micro-tiles, one behind the other.
-    selections: Vec<u32>,
-    /// Micro-tiles that compute everything.
-    exact: Vec<bool>,
-    /// Clusters that the others compute.
-    counts: Vec<usize>,
+    chosen: Chosen,
     /// `[value_dim]`
     output: Vec<f32>,
     /// `[value_dim]`
@@ -67,7 +62,27 @@ pub(super) struct TileScratch {
     audit: AttentionTile,
 }
 
-impl TileScratch {
+/// What the micro-tiles of a tile compute of the far regions.
+#[derive(Default)]
+pub(super) struct Chosen {
+    /// Numbers of the clusters of all micro-tiles, one micro-tile's behind the other's.
+    selections: Vec<u32>,
+    /// How many of them are those of each.
+    counts: Vec<usize>,
+    /// Micro-tiles that compute everything.
+    exact: Vec<bool>,
+}
+
+impl Chosen {
+    /// Starts anew, with nothing to compute.
+    pub fn begin(&mut self, micro_tiles: usize) {
+        self.selections.clear();
+        self.exact.clear();
+        self.exact.resize(micro_tiles, false);
+        self.counts.clear();
+        self.counts.resize(micro_tiles, 0);
+    }
+
     /// The clusters that each micro-tile computes, ascending: none where it computes everything.
     pub fn selected_of_micro_tiles(&self) -> impl Iterator<Item = &[u32]> {
         self.counts.iter().scan(&self.selections[..], |rest, &count| {
@@ -159,11 +174,13 @@ impl<'a> Budgeted<'a> {
             work.report_exact(reports);
             return;
         }
-        work.choose(tile, scratch, reports);
-        work.compute_chosen(scratch, tile);
+        let mut chosen = std::mem::take(&mut scratch.chosen);
+        work.choose(tile, scratch, &mut chosen, reports);
+        work.compute_chosen(&chosen, tile);
         if self.audits(task) {
-            work.audit(scratch, reports, |row, output| tile.finish_row(row, output));
+            work.audit(&chosen, scratch, reports, |row, output| tile.finish_row(row, output));
         }
+        scratch.chosen = chosen;
     }
 
     /// Whether a row of each head of `task` is also computed exactly.
@@ -197,17 +214,19 @@ impl Work<'_> {
     }
 
     /// Starts `tile` with the near keys and what is left to the estimate. What else is to be computed of the far regions is
-    /// left in `scratch`: the selections of micro-tiles, and which of them compute everything.
-    pub fn choose(&self, tile: &mut AttentionTile, scratch: &mut TileScratch, reports: &mut Vec<HeadReport>) {
+    /// in `chosen` then.
+    pub fn choose(
+        &self,
+        tile: &mut AttentionTile,
+        scratch: &mut TileScratch,
+        chosen: &mut Chosen,
+        reports: &mut Vec<HeadReport>,
+    ) {
         let seen = tiles::begin(tile, &self.budgeted.call, self.task);
         self.budgeted.accumulate_near(tile, self.task, self.regions, seen);
         self.begin_reports(reports);
         let micro_tiles = self.micro_tiles();
-        scratch.exact.clear();
-        scratch.exact.resize(micro_tiles, false);
-        scratch.counts.clear();
-        scratch.counts.resize(micro_tiles, 0);
-        scratch.selections.clear();
+        chosen.begin(micro_tiles);
         let limits: Vec<f32> =
             (0..self.budgeted.call.group()).map(|head| self.calibration(head).safe_limit()).collect();
         // Where the first micro-tiles of a head needed everything, the next will too, and estimates cost.
@@ -224,39 +243,39 @@ impl Work<'_> {
                 false => None,
             };
             let Some(estimated) = estimated else {
-                scratch.exact[micro_tile] = true;
+                chosen.exact[micro_tile] = true;
                 // What is unlike tells nothing of the next.
                 failures += usize::from(!is_unlike);
                 continue;
             };
             failures = 0;
-            scratch.counts[micro_tile] = estimated.selected;
-            scratch.selections.extend_from_slice(&scratch.selected);
+            chosen.counts[micro_tile] = estimated.selected;
+            chosen.selections.extend_from_slice(&scratch.selected);
             for (row, error) in self.rows_of(micro_tile).zip(estimated.errors) {
                 let (head, _) = self.task.head_and_token(row);
                 reports[head].estimated_missed_mass.add(self.calibration(head).error_factor * error);
             }
         }
-        self.count(scratch, reports);
+        self.count(chosen, reports);
     }
 
     /// Adds what [`choose`](Self::choose) has left to be computed.
-    pub fn compute_chosen(&self, scratch: &TileScratch, tile: &mut AttentionTile) {
-        self.compute_selections(0..self.clusters() as u32, scratch, tile);
-        if scratch.exact.contains(&true) {
-            self.accumulate_exactly(tile, |micro_tile| scratch.exact[micro_tile]);
+    pub fn compute_chosen(&self, chosen: &Chosen, tile: &mut AttentionTile) {
+        self.compute_selections(0..self.clusters() as u32, chosen, tile);
+        if chosen.exact.contains(&true) {
+            self.accumulate_exactly(tile, |micro_tile| chosen.exact[micro_tile]);
         }
     }
 
     /// Adds those of the selected clusters of all micro-tiles that are among `clusters`, key by key.
-    pub fn compute_selections(&self, clusters: Range<u32>, scratch: &TileScratch, tile: &mut AttentionTile) {
+    pub fn compute_selections(&self, clusters: Range<u32>, chosen: &Chosen, tile: &mut AttentionTile) {
         // A single micro-tile has nobody to share them with.
-        let is_alone = scratch.counts.iter().filter(|count| **count > 0).count() <= 1;
+        let is_alone = chosen.counts.iter().filter(|count| **count > 0).count() <= 1;
         let pass = if is_alone { clusters.len() as u32 } else { PASS_CLUSTERS };
         let mut first = clusters.start;
         while first < clusters.end {
             let last = clusters.end.min(first + pass);
-            for (micro_tile, selected) in scratch.selected_of_micro_tiles().enumerate() {
+            for (micro_tile, selected) in chosen.selected_of_micro_tiles().enumerate() {
                 let start = selected.partition_point(|cluster| *cluster < first);
                 let end = selected.partition_point(|cluster| *cluster < last);
                 self.compute(micro_tile, &selected[start..end], tile);
@@ -448,13 +467,13 @@ impl Work<'_> {
     }
 
     /// Counts keys and rows.
-    fn count(&self, scratch: &TileScratch, reports: &mut [HeadReport]) {
+    fn count(&self, chosen: &Chosen, reports: &mut [HeadReport]) {
         let clusters = self.clusters();
         let far = (clusters * CLUSTER_KEYS) as u64;
         let near = |token: usize| self.budgeted.call.seen(token).len() as u64 - far;
         for micro_tile in 0..self.micro_tiles() {
-            let is_exact = scratch.exact[micro_tile];
-            let computed = (scratch.counts[micro_tile] * CLUSTER_KEYS) as u64;
+            let is_exact = chosen.exact[micro_tile];
+            let computed = (chosen.counts[micro_tile] * CLUSTER_KEYS) as u64;
             for row in self.rows_of(micro_tile) {
                 let (head, token) = self.task.head_and_token(row);
                 let report = &mut reports[head];
@@ -467,12 +486,18 @@ impl Work<'_> {
     }
 
     /// Computes one row of each head exactly and tells how far off it was, as `output_of` gives the output of a row.
-    pub fn audit(&self, scratch: &mut TileScratch, reports: &mut [HeadReport], output_of: impl Fn(usize, &mut [f32])) {
+    pub fn audit(
+        &self,
+        chosen: &Chosen,
+        scratch: &mut TileScratch,
+        reports: &mut [HeadReport],
+        output_of: impl Fn(usize, &mut [f32]),
+    ) {
         let call = &self.budgeted.call;
         let shape = call.cache.shape();
         let (group, token) = (call.group(), self.task.tokens.start + self.task.tokens.len() / 2);
         let value_scale = self.value_scale();
-        let TileScratch { audit, output, audited_output, exact, .. } = scratch;
+        let TileScratch { audit, output, audited_output, .. } = scratch;
         let seen = tiles::begin_rows(audit, call, group, 0..call.cache.len(), |head| {
             (self.task.kv_head * group + head, token)
         });
@@ -483,7 +508,7 @@ impl Work<'_> {
         audited_output.resize(shape.value_dim, 0.0);
         for (head, report) in reports.iter_mut().enumerate() {
             let row = self.task.row(head, token);
-            if exact[row / MICRO_ROWS] {
+            if chosen.exact[row / MICRO_ROWS] {
                 continue;
             }
             output_of(row, output);

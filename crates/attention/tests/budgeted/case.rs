@@ -90,6 +90,21 @@ impl Case {
         tokens: Range<usize>,
         team: &ThreadTeam,
     ) -> (Vec<f32>, Vec<f32>, HeadReport) {
+        self.run_in(&mut AttentionScratch::default(), first_position, mask, method, cache, tokens, team)
+    }
+
+    /// As [`run_at`](Self::run_at), in buffers of earlier calls.
+    #[expect(clippy::too_many_arguments, reason = "a call and where it runs")]
+    pub fn run_in(
+        &self,
+        scratch: &mut AttentionScratch,
+        first_position: usize,
+        mask: &Mask,
+        method: Method,
+        cache: &KeyValueCache,
+        tokens: Range<usize>,
+        team: &ThreadTeam,
+    ) -> (Vec<f32>, Vec<f32>, HeadReport) {
         let Shape { query_heads, key_dim, value_dim, .. } = self.shape;
         let attention = Attention { method, mask: mask.clone(), scale: 1.0 / (key_dim as f32).sqrt() };
         let row = query_heads * key_dim;
@@ -97,7 +112,6 @@ impl Case {
             Queries { data: &self.inputs.queries[tokens.start * row..tokens.end * row], query_heads, first_position };
         let mut output = vec![f32::NAN; tokens.len() * query_heads * value_dim];
         let mut log_sum_exp = vec![f32::NAN; tokens.len() * query_heads];
-        let scratch = &mut AttentionScratch::default();
         let report = attention.run(queries, cache, &mut output, Some(&mut log_sum_exp), team, scratch);
         (output, log_sum_exp, report.total())
     }

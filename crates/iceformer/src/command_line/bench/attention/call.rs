@@ -14,7 +14,7 @@ use crate::command_line::bench::measure::Times;
 /// A call shorter than this, in seconds of wall time, is repeated between two readings of the clock.
 const SHORT_SECONDS: f64 = 1e-4;
 /// Tokens appended at a time where no chunk is given, and read at a time of what is read first.
-const APPENDED: usize = 512;
+pub const APPENDED: usize = 512;
 
 /// Inputs in a cache, and how they are read.
 pub struct Calls<'a> {

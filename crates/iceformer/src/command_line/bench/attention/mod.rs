@@ -63,6 +63,13 @@ impl Case {
 /// Runs the measurement.
 pub fn run(arguments: &AttentionArguments) -> anyhow::Result<Outcome> {
     let method = arguments.method.method()?;
+    if arguments.read_first > 0 {
+        anyhow::ensure!(
+            method != Method::Exact && !matches!(arguments.against, Some(Method::Budgeted(_))),
+            "--read-first is for what --method learns of a text: exact learns nothing, and budgeted as --against would not \
+             be told"
+        );
+    }
     let dump = arguments.from.as_deref().map(Dump::open).transpose()?;
     let layers = layers(arguments, dump.as_ref())?;
     let repeat = arguments.common.repeat as usize;
@@ -131,7 +138,6 @@ fn layers(arguments: &AttentionArguments, dump: Option<&Dump>) -> anyhow::Result
             arguments.read_first,
             tokens - queries
         );
-        let queries = queries + arguments.read_first;
         let (heads, kv_heads, head_dim) = dump.map_or((heads, kv_heads, head_dim), |dump| {
             let shape = dump.shape(layer);
             (shape.query_heads, shape.kv_heads, shape.key_dim)
@@ -139,8 +145,8 @@ fn layers(arguments: &AttentionArguments, dump: Option<&Dump>) -> anyhow::Result
         let largest = tokens.saturating_mul(heads).saturating_mul(head_dim);
         anyhow::ensure!(largest <= 1 << 32, "{tokens} × {heads} × {head_dim} is too large; keep it below 2³² numbers");
         // Queries, outputs of one call, keys and values, all of them f32, and the cache.
-        let call = arguments.chunk.unwrap_or(queries).min(queries);
-        let own = 4 * ((queries + call) * heads + 2 * tokens * kv_heads) * head_dim;
+        let call = arguments.chunk.unwrap_or(queries).min(queries).max(arguments.read_first.min(call::APPENDED));
+        let own = 4 * ((queries + arguments.read_first + call) * heads + 2 * tokens * kv_heads) * head_dim;
         let cache = cache_bytes(arguments.kv_type, tokens * kv_heads * head_dim);
         let what = format!("attention of {queries} queries to {tokens} keys, {heads} heads of {head_dim},");
         ensure_room(own as u64 + cache, &what)?;
