@@ -15,6 +15,7 @@
 //! root mean square distance σ of the values from their mean.
 
 mod calibration;
+mod chosen;
 mod clustering;
 mod index;
 mod measurement;

@@ -8,8 +8,9 @@ use std::sync::{Mutex, PoisonError};
 
 use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
 
+use super::chosen::Chosen;
 use super::region::{CLUSTER_KEYS, FIRST_KEYS, SEGMENT_CLUSTERS};
-use super::tile::{Budgeted, Chosen, TileScratch, Work};
+use super::tile::{Budgeted, TileScratch, Work};
 use crate::output::Output;
 use crate::strided::FromF32;
 use crate::tiles::{self, HeadKeys, Part, Plan, Task};
@@ -116,13 +117,13 @@ pub(super) fn run<T: FromF32>(
     });
 
     let computed = pieces.len();
-    let selected = choices.iter().map(|choice| choice.chosen.selected_of_micro_tiles().flatten().count());
-    let piece_clusters = selected.sum::<usize>().div_ceil(WANTED_PIECES).max(LEAST_CLUSTERS);
+    let selected: usize = choices.iter().map(|choice| choice.chosen.selected()).sum();
+    let piece_clusters = selected.div_ceil(WANTED_PIECES).max(LEAST_CLUSTERS);
     for (index, (tile, choice)) in
         tiles.iter().zip(&*choices).enumerate().filter(|(_, (tile, _))| is_cut && !tile.is_exact)
     {
         push_selected(index, &choice.chosen, piece_clusters, &mut pieces);
-        if choice.chosen.exact_micro_tiles().contains(&true) {
+        if choice.chosen.any_is_exact() {
             push_ranges(index, tile.work(budgeted).far_keys(), plan.range_keys(), PieceKeys::Exact, &mut pieces);
         }
     }
@@ -187,7 +188,7 @@ fn push_ranges(
 /// come together.
 fn push_selected(tile: usize, chosen: &Chosen, piece_clusters: usize, pieces: &mut Vec<Piece>) {
     let mut counts = Vec::new();
-    for &cluster in chosen.selected_of_micro_tiles().flatten() {
+    for &cluster in chosen.selections().flatten() {
         // The first segment of a region begins with keys that are in none.
         let place = (cluster as usize + FIRST_KEYS / CLUSTER_KEYS) / CUT_CLUSTERS;
         counts.resize(counts.len().max(place + 1), 0);
@@ -256,8 +257,7 @@ impl Tile {
             PieceKeys::All(_) => tiles::attend_to_all(tile, call, &task),
             PieceKeys::Exact(_) => {
                 tiles::begin(tile, call, &task);
-                let wanted = |micro_tile: usize| chosen.exact_micro_tiles()[micro_tile];
-                HeadKeys::of(call, &task).accumulate(tile, range, wanted);
+                HeadKeys::of(call, &task).accumulate(tile, range, |micro_tile| chosen.is_exact(micro_tile));
             }
             PieceKeys::Selected(clusters) => {
                 tiles::begin(tile, call, &task);

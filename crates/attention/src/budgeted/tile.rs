@@ -8,6 +8,7 @@ use iceformer_kernels::attention::{
 };
 
 use super::calibration::Calibration;
+use super::chosen::Chosen;
 use super::index::{ClusterIndex, HeadClusters};
 use super::region::{CLUSTER_KEYS, begins_block};
 use super::selection::select;
@@ -60,49 +61,6 @@ pub(super) struct TileScratch {
     /// `[value_dim]`
     audited_output: Vec<f32>,
     audit: AttentionTile,
-}
-
-/// What the micro-tiles of a tile compute of the far regions.
-#[derive(Default)]
-pub(super) struct Chosen {
-    /// Numbers of the clusters of all micro-tiles, one micro-tile's behind the other's.
-    selections: Vec<u32>,
-    /// How many of them are those of each.
-    counts: Vec<usize>,
-    /// Micro-tiles that compute everything.
-    exact: Vec<bool>,
-}
-
-impl Chosen {
-    /// Starts anew, with nothing to compute.
-    pub fn begin(&mut self, micro_tiles: usize) {
-        self.selections.clear();
-        self.exact.clear();
-        self.exact.resize(micro_tiles, false);
-        self.counts.clear();
-        self.counts.resize(micro_tiles, 0);
-    }
-
-    /// The clusters that each micro-tile computes, ascending: none where it computes everything.
-    pub fn selected_of_micro_tiles(&self) -> impl Iterator<Item = &[u32]> {
-        self.counts.iter().scan(&self.selections[..], |rest, &count| {
-            let (selected, others) = rest.split_at(count);
-            *rest = others;
-            Some(selected)
-        })
-    }
-
-    /// Of micro-tiles with these selections.
-    #[cfg(test)]
-    pub fn of_selections(selections: &[&[u32]]) -> Self {
-        let counts = selections.iter().map(|selected| selected.len()).collect();
-        Self { selections: selections.concat(), counts, ..Self::default() }
-    }
-
-    /// Which micro-tiles compute everything.
-    pub fn exact_micro_tiles(&self) -> &[bool] {
-        &self.exact
-    }
 }
 
 /// What a micro-tile left to the estimate.
@@ -243,14 +201,13 @@ impl Work<'_> {
                 false => None,
             };
             let Some(estimated) = estimated else {
-                chosen.exact[micro_tile] = true;
+                chosen.compute_all(micro_tile);
                 // What is unlike tells nothing of the next.
                 failures += usize::from(!is_unlike);
                 continue;
             };
             failures = 0;
-            chosen.counts[micro_tile] = estimated.selected;
-            chosen.selections.extend_from_slice(&scratch.selected);
+            chosen.select(micro_tile, &scratch.selected);
             for (row, error) in self.rows_of(micro_tile).zip(estimated.errors) {
                 let (head, _) = self.task.head_and_token(row);
                 reports[head].estimated_missed_mass.add(self.calibration(head).error_factor * error);
@@ -262,20 +219,20 @@ impl Work<'_> {
     /// Adds what [`choose`](Self::choose) has left to be computed.
     pub fn compute_chosen(&self, chosen: &Chosen, tile: &mut AttentionTile) {
         self.compute_selections(0..self.clusters() as u32, chosen, tile);
-        if chosen.exact.contains(&true) {
-            self.accumulate_exactly(tile, |micro_tile| chosen.exact[micro_tile]);
+        if chosen.any_is_exact() {
+            self.accumulate_exactly(tile, |micro_tile| chosen.is_exact(micro_tile));
         }
     }
 
     /// Adds those of the selected clusters of all micro-tiles that are among `clusters`, key by key.
     pub fn compute_selections(&self, clusters: Range<u32>, chosen: &Chosen, tile: &mut AttentionTile) {
         // A single micro-tile has nobody to share them with.
-        let is_alone = chosen.counts.iter().filter(|count| **count > 0).count() <= 1;
+        let is_alone = chosen.selections().filter(|selected| !selected.is_empty()).count() <= 1;
         let pass = if is_alone { clusters.len() as u32 } else { PASS_CLUSTERS };
         let mut first = clusters.start;
         while first < clusters.end {
             let last = clusters.end.min(first + pass);
-            for (micro_tile, selected) in chosen.selected_of_micro_tiles().enumerate() {
+            for (micro_tile, selected) in chosen.selections().enumerate() {
                 let start = selected.partition_point(|cluster| *cluster < first);
                 let end = selected.partition_point(|cluster| *cluster < last);
                 self.compute(micro_tile, &selected[start..end], tile);
@@ -471,9 +428,9 @@ impl Work<'_> {
         let clusters = self.clusters();
         let far = (clusters * CLUSTER_KEYS) as u64;
         let near = |token: usize| self.budgeted.call.seen(token).len() as u64 - far;
-        for micro_tile in 0..self.micro_tiles() {
-            let is_exact = chosen.exact[micro_tile];
-            let computed = (chosen.counts[micro_tile] * CLUSTER_KEYS) as u64;
+        for (micro_tile, selected) in chosen.selections().enumerate() {
+            let is_exact = chosen.is_exact(micro_tile);
+            let computed = (selected.len() * CLUSTER_KEYS) as u64;
             for row in self.rows_of(micro_tile) {
                 let (head, token) = self.task.head_and_token(row);
                 let report = &mut reports[head];
@@ -508,7 +465,7 @@ impl Work<'_> {
         audited_output.resize(shape.value_dim, 0.0);
         for (head, report) in reports.iter_mut().enumerate() {
             let row = self.task.row(head, token);
-            if chosen.exact[row / MICRO_ROWS] {
+            if chosen.is_exact(row / MICRO_ROWS) {
                 continue;
             }
             output_of(row, output);
