@@ -11,7 +11,7 @@ use super::calibration::{
     computed_share, costs_too_much, rows_of,
 };
 use super::tile::{TileScratch, Work, distance};
-use crate::tiles::{self, Call, HeadKeys, Task};
+use crate::tiles::{self, Call, HeadKeys, Part, Task};
 
 /// Rows that have a smaller share of the limit as their error do not tell how errors relate to estimates: the rounding of
 /// the cache may be all that there is.
@@ -48,6 +48,14 @@ pub(super) struct MeasurementScratch {
     exact_output: Vec<f32>,
     /// `[key_dim]`
     query: Vec<f32>,
+}
+
+/// The exact rows of decoded tokens that are measured: of one key/value head.
+#[derive(Default)]
+pub(super) struct Answer {
+    pub part: Part,
+    /// Whether these are the rows of the call.
+    pub is_known: bool,
 }
 
 /// One query head at the places that are measured.
@@ -126,12 +134,14 @@ pub(crate) fn share_of_allowed(missed: f32, exact_output: &[f32], budget: f32, v
 }
 
 /// Measures the query heads of `kv_head` at `places` places of the call at most: `between` those that were measured of it
-/// before, or from the last tokens on.
+/// before, or from the last tokens on. Where that is all tokens of the call, as they are decoded, the exact rows are left in
+/// `answer`.
 pub(super) fn measure(
     budgeted: &Budgeted<'_>,
     kv_head: usize,
     places: usize,
     between: bool,
+    answer: &mut Answer,
     scratch: &mut MeasurementScratch,
 ) -> Vec<Measurement> {
     let call = &budgeted.call;
@@ -167,6 +177,10 @@ pub(super) fn measure(
         let tasks: Vec<_> =
             tasks.map(|task| (budgeted.far_regions(&task), task)).filter(|(regions, _)| !regions.is_empty()).collect();
         scratch.compute_exactly(call, &tasks, |head| together > 1 || !trials[head].is_given_up());
+        if tokens < MICRO_ROWS && !tasks.is_empty() {
+            answer.part.fill(&scratch.exact, group * tokens, call.cache.shape().value_dim);
+            answer.is_known = true;
+        }
         for (index, (regions, task)) in tasks.iter().enumerate() {
             let work = Work { budgeted, task, regions };
             scratch.begin(&work, index);

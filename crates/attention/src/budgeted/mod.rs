@@ -44,7 +44,7 @@ use crate::tiles::{Call, Plan};
 use crate::{HeadReport, Mask, Report, ThreadTeam};
 use calibration::Measurement;
 use index::HeadClusters;
-use measurement::MeasurementScratch;
+use measurement::{Answer, MeasurementScratch};
 use pieces::PieceScratch;
 use region::RegionScratch;
 use tile::{AUDITED_CALL, Budgeted, NEAR_KEYS, TileScratch};
@@ -70,6 +70,8 @@ pub(crate) struct BudgetScratch {
     index: Vec<Mutex<RegionScratch>>,
     /// One per thread.
     measurement: Vec<Mutex<MeasurementScratch>>,
+    /// One per key/value head.
+    answers: Vec<Answer>,
     /// One per thread.
     tiles: Vec<Mutex<TileScratch>>,
     /// One per task: reports of its query heads.
@@ -144,6 +146,8 @@ fn run_step<T: FromF32>(
     // The second round adds what the first has shown to pay, and measures more of queries that the first found to be of
     // another matter.
     let mut turned = vec![false; cache.shape().kv_heads];
+    scratch.budgeted.answers.resize_with(cache.shape().kv_heads, Answer::default);
+    scratch.budgeted.answers.iter_mut().for_each(|answer| answer.is_known = false);
     for _ in 0..2 {
         guard.extend(call, len, settled, many, team, &scratch.budgeted.index);
         let wanted = |(head, has_turned): (&mut HeadClusters, &bool)| match has_turned {
@@ -172,7 +176,7 @@ fn run_step<T: FromF32>(
     tiles.resize_with(team.threads(), Mutex::default);
     if plan.cuts_keys() {
         own.tiles.resize_with(team.threads(), Mutex::default);
-        return pieces::run(&budgeted, &plan, output, team, (tiles, &own.tiles), &mut own.pieces);
+        return pieces::run(&budgeted, &plan, output, team, (tiles, &own.tiles), &own.answers, &mut own.pieces);
     }
     let BudgetScratch { tiles: own, reports, .. } = own;
     own.resize_with(team.threads(), Mutex::default);
@@ -199,7 +203,7 @@ fn sum_up<'a>(call: &Call<'_>, plan: &Plan, reports: impl Iterator<Item = &'a [H
 }
 
 /// Measures the query heads of each key/value head at so many `places`, between those that were measured before where their
-/// text has `turned`; nothing where none are wanted.
+/// text has `turned`; nothing where none are wanted. Leaves the answers to decoded tokens that are measured in `scratch`.
 fn measure(
     budgeted: &Budgeted<'_>,
     places: &[usize],
@@ -208,12 +212,15 @@ fn measure(
     scratch: &mut BudgetScratch,
 ) -> Vec<Vec<Measurement>> {
     scratch.measurement.resize_with(team.threads(), Mutex::default);
-    let mut measured = vec![Vec::new(); places.len()];
+    let BudgetScratch { measurement, answers, .. } = scratch;
+    let mut measured: Vec<_> = answers.iter_mut().map(|answer| (Vec::new(), answer)).collect();
     team.run_chunks(&mut measured, 1, |kv_head, measured, worker| {
         if places[kv_head] > 0 {
-            let mut scratch = scratch.measurement[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            measured[0] = measurement::measure(budgeted, kv_head, places[kv_head], turned[kv_head], &mut scratch);
+            let (measured, answer) = &mut measured[0];
+            let mut scratch = measurement[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            let between = turned[kv_head];
+            *measured = measurement::measure(budgeted, kv_head, places[kv_head], between, answer, &mut scratch);
         }
     });
-    measured
+    measured.into_iter().map(|(measured, _)| measured).collect()
 }

@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
 
 use super::chosen::Chosen;
+use super::measurement::Answer;
 use super::region::{CLUSTER_KEYS, FIRST_KEYS, SEGMENT_CLUSTERS};
 use super::tile::{Budgeted, TileScratch, Work};
 use crate::output::Output;
@@ -45,10 +46,14 @@ struct Choice {
 }
 
 /// A tile: its rows, the regions that they see from afar, and whether all keys of these are computed.
-struct Tile {
+struct Tile<'a> {
     task: Task,
     regions: Vec<usize>,
     is_exact: bool,
+    /// Whether that is as clusters do not pay.
+    fell_back: bool,
+    /// The exact rows, where they are known.
+    answer: Option<&'a Part>,
 }
 
 /// Some keys of a tile.
@@ -68,22 +73,23 @@ enum PieceKeys {
 
 /// What threads do before any cluster is computed.
 enum First<'a> {
-    Choose(&'a Tile, &'a mut Choice),
+    Choose(&'a Tile<'a>, &'a mut Choice),
     Compute(&'a Piece, &'a mut Part),
 }
 
-/// Runs the call of `budgeted`, cut as `plan` says.
+/// Runs the call of `budgeted`, cut as `plan` says, but for heads whose `answers` are known.
 pub(super) fn run<T: FromF32>(
     budgeted: &Budgeted<'_>,
     plan: &Plan,
     output: Output<'_, T>,
     team: &ThreadTeam,
     (scratch, own): (&[Mutex<AttentionTile>], &[Mutex<TileScratch>]),
+    answers: &[Answer],
     PieceScratch { choices, parts }: &mut PieceScratch,
 ) -> Report {
     let call = &budgeted.call;
     let tiles: Vec<Tile> =
-        (0..plan.tiles()).map(|tile| Tile::new(budgeted, plan.tile(tile, call.cache.len()))).collect();
+        (0..plan.tiles()).map(|tile| Tile::new(budgeted, plan.tile(tile, call.cache.len()), answers)).collect();
     let compute = |piece: &Piece, chosen: &Chosen, part: &mut Part, worker: usize| {
         let mut tile = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
         tiles[piece.tile].compute(budgeted, &piece.keys, chosen, &mut tile);
@@ -93,7 +99,7 @@ pub(super) fn run<T: FromF32>(
     let is_cut = tiles.len() < ENOUGH_TILES || call.tokens() < MICRO_ROWS;
     // The tiles that choose nothing need not wait for the others.
     let mut pieces = Vec::new();
-    for (index, tile) in tiles.iter().enumerate().filter(|(_, tile)| tile.is_exact) {
+    for (index, tile) in tiles.iter().enumerate().filter(|(_, tile)| tile.is_exact && tile.answer.is_none()) {
         push_ranges(index, tile.seen(budgeted), plan.range_keys(), PieceKeys::All, &mut pieces);
     }
     choices.resize_with(choices.len().max(tiles.len()), Choice::default);
@@ -136,9 +142,12 @@ pub(super) fn run<T: FromF32>(
 
     let parts = &parts[..pieces.len()];
     audit(budgeted, &tiles, choices, (&pieces, parts), own, team);
-    // What a tile has computed itself comes first.
-    let own: Vec<Option<&Part>> =
-        tiles.iter().zip(&*choices).map(|(tile, choice)| (!tile.is_exact).then_some(&choice.part)).collect();
+    // What is known of a tile, or what it has computed itself, comes first.
+    let own: Vec<Option<&Part>> = tiles
+        .iter()
+        .zip(&*choices)
+        .map(|(tile, choice)| tile.answer.or_else(|| (!tile.is_exact).then_some(&choice.part)))
+        .collect();
     plan.write_merged(call, output, team, |tile| own[tile].into_iter().chain(parts_of(tile, &pieces, parts)));
     super::sum_up(call, plan, choices.iter().map(|choice| choice.reports.as_slice()))
 }
@@ -146,13 +155,13 @@ pub(super) fn run<T: FromF32>(
 /// Audits the tiles whose turn it is, of whose `pieces` these are the `parts`.
 fn audit(
     budgeted: &Budgeted<'_>,
-    tiles: &[Tile],
+    tiles: &[Tile<'_>],
     choices: &mut [Choice],
     (pieces, parts): (&[Piece], &[Part]),
     own: &[Mutex<TileScratch>],
     team: &ThreadTeam,
 ) {
-    let is_audited = |tile: &Tile| !tile.is_exact && budgeted.audits(&tile.task);
+    let is_audited = |tile: &Tile<'_>| !tile.is_exact && budgeted.audits(&tile.task);
     let mut audited: Vec<_> = tiles.iter().zip(choices).enumerate().filter(|(_, (tile, _))| is_audited(tile)).collect();
     team.run_chunks(&mut audited, 1, |_, audited, worker| {
         let (index, (tile, Choice { chosen, reports, part })) = &mut audited[0];
@@ -205,14 +214,17 @@ fn push_selected(tile: usize, chosen: &Chosen, piece_clusters: usize, pieces: &m
     }
 }
 
-impl Tile {
-    fn new(budgeted: &Budgeted<'_>, task: Task) -> Self {
+impl<'a> Tile<'a> {
+    fn new(budgeted: &Budgeted<'_>, task: Task, answers: &'a [Answer]) -> Self {
         let regions = budgeted.far_regions(&task);
-        let is_exact = regions.is_empty() || !budgeted.pays(&task);
-        Self { task, regions, is_exact }
+        // An answer holds all tokens of the call, which are those of one tile.
+        let answer = answers.get(task.kv_head).filter(|answer| answer.is_known).map(|answer| &answer.part);
+        let fell_back = !regions.is_empty() && !budgeted.pays(&task);
+        let is_exact = answer.is_some() || regions.is_empty() || fell_back;
+        Self { task, regions, is_exact, fell_back, answer }
     }
 
-    fn work<'a>(&'a self, budgeted: &'a Budgeted<'a>) -> Work<'a> {
+    fn work<'b>(&'b self, budgeted: &'b Budgeted<'b>) -> Work<'b> {
         Work { budgeted, task: &self.task, regions: &self.regions }
     }
 
@@ -235,7 +247,7 @@ impl Tile {
         if self.is_exact {
             // What was chosen in an earlier call is nothing to cut.
             chosen.begin(0);
-            self.work(budgeted).report_exact(reports);
+            self.work(budgeted).report_exact(self.fell_back, reports);
             return;
         }
         self.work(budgeted).choose(tile, scratch, chosen, reports);

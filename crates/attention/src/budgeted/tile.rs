@@ -27,8 +27,8 @@ const MOST_FAILURES: usize = 2;
 const AUDITED_TILES: usize = 16;
 /// … the last of each call of so many tokens, …
 pub(super) const AUDITED_CALL: usize = 128;
-/// … and one decoded token of so many.
-const AUDITED_TOKENS: usize = 256;
+/// … and one decoded token of so many: a prime number, lest they be those that are measured, which are exact.
+const AUDITED_TOKENS: usize = 251;
 /// Clusters that all micro-tiles compute before the next: their keys and values stay in the second-level cache meanwhile.
 const PASS_CLUSTERS: u32 = 4096 / CLUSTER_KEYS as u32;
 
@@ -129,7 +129,7 @@ impl<'a> Budgeted<'a> {
         let work = Work { budgeted: self, task, regions: &regions };
         if regions.is_empty() || !self.pays(task) {
             tiles::attend_to_all(tile, &self.call, task);
-            work.report_exact(reports);
+            work.report_exact(!regions.is_empty(), reports);
             return;
         }
         let mut chosen = std::mem::take(&mut scratch.chosen);
@@ -162,12 +162,12 @@ impl Work<'_> {
         reports.resize(call.group(), HeadReport { rows: tokens.len() as u64, allowed_keys, ..HeadReport::default() });
     }
 
-    /// Reports, one for each query head, that every key was computed.
-    pub fn report_exact(&self, reports: &mut Vec<HeadReport>) {
+    /// Reports, one for each query head, that every key was computed, and whether that is as clusters do not pay.
+    pub fn report_exact(&self, fell_back: bool, reports: &mut Vec<HeadReport>) {
         self.begin_reports(reports);
         for report in reports {
             (report.evaluated_keys, report.kept_keys) = (report.allowed_keys, report.allowed_keys);
-            report.fallback_rows = if self.regions.is_empty() { 0 } else { report.rows };
+            report.fallback_rows = if fell_back { report.rows } else { 0 };
         }
     }
 
