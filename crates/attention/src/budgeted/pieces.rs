@@ -23,8 +23,8 @@ const WANTED_PIECES: usize = 32;
 const LEAST_CLUSTERS: usize = 16;
 /// Clusters between two places where they may be cut: where a block of them ends.
 const CUT_CLUSTERS: usize = SEGMENT_CLUSTERS;
-/// Tiles of many rows from which each computes what it has selected itself: a piece begins with all rows of its tile and ends with a part
-/// to be merged, which is a fifteenth of a prompt's time where each of eighteen tiles is cut in two.
+/// Tiles of many rows from which each computes what it has selected itself: a piece begins with all rows of its tile and
+/// ends with a part to be merged, which is a fifteenth of a prompt's time where each of eighteen tiles is cut in two.
 const ENOUGH_TILES: usize = WANTED_PIECES / 2;
 
 /// Buffers reused from call to call.
@@ -93,7 +93,7 @@ pub(super) fn run<T: FromF32>(
     let compute = |piece: &Piece, chosen: &Chosen, part: &mut Part, worker: usize| {
         let mut tile = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
         tiles[piece.tile].compute(budgeted, &piece.keys, chosen, &mut tile);
-        part.fill(&tile, tiles[piece.tile].rows(budgeted), call.cache.shape().value_dim);
+        part.fill(&tile, tiles[piece.tile].work(budgeted).rows(), call.cache.shape().value_dim);
     };
 
     let is_cut = tiles.len() < ENOUGH_TILES || call.tokens() < MICRO_ROWS;
@@ -254,32 +254,25 @@ impl<'a> Tile<'a> {
         if !is_cut {
             self.work(budgeted).compute_chosen(chosen, tile);
         }
-        part.fill(tile, self.rows(budgeted), budgeted.call.cache.shape().value_dim);
+        part.fill(tile, self.work(budgeted).rows(), budgeted.call.cache.shape().value_dim);
     }
 
     /// Computes `keys` alone; the result stays in `tile`. `chosen` tells what micro-tiles have selected.
     fn compute(&self, budgeted: &Budgeted<'_>, keys: &PieceKeys, chosen: &Chosen, tile: &mut AttentionTile) {
         let call = &budgeted.call;
-        let range = match keys {
-            PieceKeys::All(range) | PieceKeys::Exact(range) => range.clone(),
-            PieceKeys::Selected(_) => 0..call.cache.len(),
-        };
-        let task = Task { keys: range.clone(), tokens: self.task.tokens.clone(), ..self.task };
+        let of = |keys: &Range<usize>| Task { keys: keys.clone(), tokens: self.task.tokens.clone(), ..self.task };
         match keys {
-            PieceKeys::All(_) => tiles::attend_to_all(tile, call, &task),
-            PieceKeys::Exact(_) => {
-                tiles::begin(tile, call, &task);
-                HeadKeys::of(call, &task).accumulate(tile, range, |micro_tile| chosen.is_exact(micro_tile));
+            PieceKeys::All(range) => tiles::attend_to_all(tile, call, &of(range)),
+            PieceKeys::Exact(range) => {
+                tiles::begin(tile, call, &of(range));
+                let wanted = |micro_tile| chosen.is_exact(micro_tile);
+                HeadKeys::of(call, &self.task).accumulate(tile, range.clone(), wanted);
             }
             PieceKeys::Selected(clusters) => {
-                tiles::begin(tile, call, &task);
+                tiles::begin(tile, call, &self.task);
                 self.work(budgeted).compute_selections(clusters.clone(), chosen, tile);
             }
         }
-    }
-
-    fn rows(&self, budgeted: &Budgeted<'_>) -> usize {
-        budgeted.call.group() * self.task.tokens.len()
     }
 }
 

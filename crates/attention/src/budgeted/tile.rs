@@ -265,7 +265,7 @@ impl Work<'_> {
         (FALLBACK_SHARE * self.clusters() as f32) as usize
     }
 
-    fn rows(&self) -> usize {
+    pub fn rows(&self) -> usize {
         self.budgeted.call.group() * self.task.tokens.len()
     }
 

@@ -52,11 +52,13 @@ struct Case {
 
 impl Case {
     /// Takes the queries of the first `read_first` of `shape.query_tokens` tokens out of `inputs`.
-    fn new(mut inputs: Inputs, mut shape: Shape, read_first: usize, scale: f32, mask: Mask) -> Self {
+    fn new(mut inputs: Inputs, mut shape: Shape, read_first: usize, scale: f32, mask: Mask) -> anyhow::Result<Self> {
+        let is_possible = mask.causal || read_first == 0;
+        anyhow::ensure!(is_possible, "--read-first needs a causal mask: else the first queries see the last keys");
         let queries = inputs.queries.split_off(read_first * shape.query_heads * shape.key_dim);
         let first_queries = std::mem::replace(&mut inputs.queries, queries);
         shape.query_tokens -= read_first;
-        Self { inputs, first_queries, shape, scale, mask }
+        Ok(Self { inputs, first_queries, shape, scale, mask })
     }
 }
 
@@ -164,11 +166,6 @@ fn case(arguments: &AttentionArguments, dump: Option<&Dump>, layer: usize) -> an
     let read_first = arguments.read_first;
     let queries = arguments.queries.unwrap_or(tokens) + read_first;
     let asked = arguments.mask.map(|mask| mask == MaskKind::Causal);
-    let reads_causally = |is_causal: bool| {
-        let is_possible = is_causal || read_first == 0;
-        anyhow::ensure!(is_possible, "--read-first needs a causal mask: else the first queries see the last keys");
-        Ok(())
-    };
     let Some(dump) = dump else {
         let head_dim = arguments.head_dim;
         let shape = Shape {
@@ -180,15 +177,13 @@ fn case(arguments: &AttentionArguments, dump: Option<&Dump>, layer: usize) -> an
             value_dim: head_dim,
         };
         let mask = Mask { causal: asked.unwrap_or(true), ..Mask::default() };
-        reads_causally(mask.causal)?;
         let inputs = Inputs::new(arguments.generator, shape, arguments.seed);
-        return Ok(Case::new(inputs, shape, read_first, 1.0 / (head_dim as f32).sqrt(), mask));
+        return Case::new(inputs, shape, read_first, 1.0 / (head_dim as f32).sqrt(), mask);
     };
     let stored = dump.read(layer)?;
     let mask = Mask { causal: asked.unwrap_or(stored.causal), window: stored.window, keys: None };
-    reads_causally(mask.causal)?;
     let (inputs, shape) = tile(&stored, tokens, queries, arguments.tile_noise, arguments.seed);
-    Ok(Case::new(inputs, shape, read_first, stored.scale, mask))
+    Case::new(inputs, shape, read_first, stored.scale, mask)
 }
 
 impl Bench<'_> {
