@@ -14,7 +14,7 @@ pub(super) const LEAST_PLACES: usize = 4;
 /// Rows of a head that count: those of 64 places of a prompt, so that a hundredth of them is some rows.
 const LATEST_ROWS: usize = 384;
 /// Share of the rows that may miss more than the budget.
-const DEMANDING: f32 = 0.01;
+pub(super) const DEMANDING: f32 = 0.01;
 /// The same of the rows that were measured last: few, but of the matter that the text is about now.
 pub(super) const DEMANDING_OF_LATEST: f32 = 0.05;
 /// Rows below which the most demanding may not be among them: what they bear is divided as there are fewer.
@@ -57,7 +57,8 @@ pub(super) struct MeasuredPlace {
     pub rows: Vec<MeasuredRow>,
     /// Clusters that there were.
     pub clusters: usize,
-    /// Limits that were tried, each smaller than the one before, with the clusters computed within them.
+    /// Limits, each smaller than the one before, with the clusters computed within them: those that were tried, and the
+    /// one after them.
     pub computed: Vec<(f32, usize)>,
 }
 
@@ -104,7 +105,7 @@ pub(super) static UNKNOWN: Calibration = Calibration {
 };
 
 impl MeasuredPlace {
-    /// Clusters computed within `limit`: as at the smallest limit tried that is not smaller by more than rounding to a
+    /// Clusters computed within `limit`: as at the smallest limit known that is not smaller by more than rounding to a
     /// step.
     fn computed_within(&self, limit: f32) -> usize {
         let border = limit * (-0.25_f32).exp2();
@@ -126,6 +127,13 @@ pub(super) fn computed_share<'a>(places: impl IntoIterator<Item = &'a MeasuredPl
 /// Whether clusters are not worth it where a `share` of them is computed.
 pub(super) fn costs_too_much(share: f32) -> bool {
     ESTIMATE_COST + COMPUTE_COST * share > MOST_COST
+}
+
+/// What the limit that so many `rows` bear is divided by.
+pub(super) fn room(rows: usize) -> f32 {
+    let rows = rows as f32;
+    let of_few = SAFETY + SAFETY_OF_FEW * (1.0 - rows / LATEST_ROWS as f32);
+    of_few.max(SAFETY * ENOUGH_ROWS as f32 / rows.max(1.0))
 }
 
 /// The rows of all `places`.
@@ -233,9 +241,7 @@ impl Calibration {
             true => self.usual_limit,
             false => self.usual_limit.min(bearable_by_most(latest, DEMANDING_OF_LATEST)),
         };
-        let rows = self.rows().count() as f32;
-        let room = SAFETY + SAFETY_OF_FEW * (1.0 - rows / LATEST_ROWS as f32);
-        self.safe_limit = self.limit / room.max(SAFETY * ENOUGH_ROWS as f32 / rows.max(1.0));
+        self.safe_limit = self.limit / room(self.rows().count());
         let bearing = self.rows().filter(|row| row.bearable >= self.limit);
         self.spread = bearing.map(|row| row.spread).fold(0.0, f32::max);
         let mut ratios: Vec<f32> = self.rows().filter_map(|row| row.ratio).collect();

@@ -7,10 +7,11 @@ use iceformer_kernels::attention::{AttentionTile, MICRO_ROWS};
 
 use super::Budgeted;
 use super::calibration::{
-    Calibration, DEMANDING_OF_LATEST, LEAST_PLACES, MeasuredPlace, MeasuredRow, Measurement, bearable_by_most,
-    computed_share, costs_too_much, rows_of,
+    Calibration, DEMANDING, DEMANDING_OF_LATEST, LEAST_PLACES, MeasuredPlace, MeasuredRow, Measurement, PLACES,
+    bearable_by_most, computed_share, costs_too_much, room, rows_of,
 };
-use super::tile::{TileScratch, Work, distance};
+use super::descent::Descent;
+use super::tile::{Work, distance};
 use crate::tiles::{self, Call, HeadKeys, Part, Task};
 
 /// Rows that have a smaller share of the limit as their error do not tell how errors relate to estimates: the rounding of
@@ -35,13 +36,11 @@ const MOST_OF_OUTPUT: f32 = 0.5;
 /// Buffers of one thread.
 #[derive(Default)]
 pub(super) struct MeasurementScratch {
-    near: AttentionTile,
+    descent: Descent,
     /// Rows of several tasks.
     exact: AttentionTile,
     /// The first of the task that is measured.
     first_exact_row: usize,
-    trial: AttentionTile,
-    tile: TileScratch,
     /// `[value_dim]`
     output: Vec<f32>,
     /// `[value_dim]`
@@ -115,12 +114,14 @@ impl Trial {
     /// Gives up where the places measured so far, and be it the first alone, show that clusters do not pay: measuring more
     /// costs where it is in vain. Where they are known to pay, those before count as well, and others decide.
     fn judge(&mut self) {
-        if self.is_known {
+        if self.is_known || self.measured.places.is_empty() {
             return;
         }
-        let limit = bearable_by_most(rows_of(&self.measured.places), DEMANDING_OF_LATEST);
-        let share = computed_share(&self.measured.places, limit);
-        self.measured.is_hopeless |= !self.measured.places.is_empty() && costs_too_much(share);
+        let limit_of = |demanding: f32| bearable_by_most(rows_of(&self.measured.places), demanding);
+        // With the room that it will have when all places are known.
+        let share = computed_share(&self.measured.places, limit_of(DEMANDING_OF_LATEST) / room(PLACES * MICRO_ROWS));
+        // Rows that bear nothing will be too many whatever the other places show.
+        self.measured.is_hopeless |= limit_of(DEMANDING) == 0.0 || costs_too_much(share);
     }
 }
 
@@ -225,10 +226,8 @@ impl MeasurementScratch {
 
     /// Turns to `work`, the task with number `index` of those that were computed exactly.
     fn begin(&mut self, work: &Work<'_>, index: usize) {
-        let (budgeted, task) = (work.budgeted, work.task);
-        let seen = tiles::begin(&mut self.near, &budgeted.call, task);
-        budgeted.accumulate_near(&mut self.near, task, work.regions, seen);
-        self.first_exact_row = index * budgeted.call.group() * task.tokens.len();
+        self.descent.begin(work);
+        self.first_exact_row = index * work.rows();
     }
 
     /// Takes the heads of `work` from `first` on down the limits until each row bears one, or to the last.
@@ -252,7 +251,6 @@ impl MeasurementScratch {
             for (limit, step) in limits[heads.clone()].iter_mut().zip(&steps) {
                 *limit = limit_at(*step) * budget;
             }
-            self.trial.clone_from(&self.near);
             let (mut computed, mut rest) = (0, 0.0_f32);
             for micro_tile in micro_tiles.clone() {
                 let tried = self.try_limits(work, micro_tile, &limits, &mut open, |head, row| {
@@ -282,6 +280,17 @@ impl MeasurementScratch {
                 }
             }
         }
+        // One step farther, where room for rows to come may take the limit.
+        limits[heads.clone()].iter_mut().for_each(|limit| *limit *= std::f32::consts::FRAC_1_SQRT_2);
+        let most = work.most_computed();
+        let count = |micro_tile| match self.descent.clusters_within(work, micro_tile, &limits) {
+            Some(computed) if computed <= most => computed,
+            _ => work.clusters(),
+        };
+        let computed = micro_tiles.map(count).sum();
+        for (trial, limit) in trials.iter_mut().zip(&limits[heads]) {
+            trial.place().computed.push((*limit, computed));
+        }
     }
 
     /// Computes a micro-tile within `limits`; takes those of its rows out of `open`, and `note`s them with their heads, that
@@ -295,7 +304,7 @@ impl MeasurementScratch {
         mut note: impl FnMut(usize, MeasuredRow),
     ) -> Tried {
         let rows = work.rows_of(micro_tile);
-        let Some(estimated) = work.micro_tile(micro_tile, limits, &mut self.trial, &mut self.tile) else {
+        let Some(estimated) = self.descent.go_to(work, micro_tile, limits) else {
             open.retain(|row| !rows.contains(row));
             return Tried { computed: work.clusters(), rest: 1.0 };
         };
@@ -306,7 +315,7 @@ impl MeasurementScratch {
             let (head, _) = work.task.head_and_token(row);
             rest += (error / limits[head]).powi(2) / rows.len() as f32;
             let Some(place) = open.iter().position(|open| *open == row) else { continue };
-            self.trial.finish_row(row, &mut self.output);
+            self.descent.finish_row(row, &mut self.output);
             self.exact.finish_row(self.first_exact_row + row, &mut self.exact_output);
             let missed = distance(&self.output, &self.exact_output) / value_scale;
             let share = share_of_allowed(missed, &self.exact_output, budget, value_scale);
@@ -389,14 +398,19 @@ mod tests {
 
     #[test]
     fn one_place_where_clusters_do_not_pay_is_enough_unless_they_were_known_to() {
-        for (computed, is_known, gives_up) in
-            [(10, false, false), (95, false, true), (100, false, true), (100, true, false)]
-        {
+        for (bearable, computed, is_known, gives_up) in [
+            (0.02, [10, 15], false, false),
+            (0.02, [10, 95], false, true),
+            (0.02, [95, 100], false, true),
+            (0.02, [100, 100], true, false),
+            (0.0, [10, 15], false, true),
+            (0.0, [10, 15], true, false),
+        ] {
             let mut trial = Trial { is_known, ..Trial::after(&Calibration::default(), 0.05, true, true) };
             trial.judge();
             assert!(!trial.is_given_up(), "nothing was measured");
-            let rows = vec![MeasuredRow { bearable: 0.02, ratio: None, spread: 1.0 }];
-            let computed = vec![(0.02, computed)];
+            let rows = vec![MeasuredRow { bearable, ratio: None, spread: 1.0 }; 2];
+            let computed = vec![(0.02, computed[0]), (0.015, computed[1])];
             trial.measured.places.push(MeasuredPlace { position: 0, rows, clusters: 100, computed });
             trial.judge();
             assert_eq!(trial.is_given_up(), gives_up, "{:?}, known: {is_known}", trial.measured.places);

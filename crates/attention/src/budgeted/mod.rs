@@ -17,6 +17,8 @@
 mod calibration;
 mod chosen;
 mod clustering;
+mod descent;
+mod estimate;
 mod index;
 mod measurement;
 mod metric;

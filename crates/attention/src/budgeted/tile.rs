@@ -2,16 +2,13 @@
 
 use std::ops::{Range, RangeInclusive};
 
-use iceformer_kernels::attention::{
-    AttentionTile, ClusterQueries, KeyBlock, MICRO_ROWS, add_squared_errors, largest, masses_in_place,
-    sum_of_squared_errors,
-};
+use iceformer_kernels::attention::{AttentionTile, KeyBlock, MICRO_ROWS};
 
 use super::calibration::Calibration;
 use super::chosen::Chosen;
+use super::estimate::Estimate;
 use super::index::{ClusterIndex, HeadClusters};
-use super::region::{CLUSTER_KEYS, begins_block};
-use super::selection::select;
+use super::region::{CLUSTER_KEYS, Region, begins_block};
 use super::settings::BudgetSettings;
 use crate::HeadReport;
 use crate::tiles::{self, Call, HeadKeys, Task};
@@ -44,31 +41,15 @@ pub(super) struct Budgeted<'a> {
 /// Buffers of one thread.
 #[derive(Default)]
 pub(super) struct TileScratch {
-    queries: ClusterQueries,
+    estimate: Estimate,
     /// `[key_dim]`
     query: Vec<f32>,
-    /// `[rows of a micro-tile][clusters]`
-    masses: Vec<f32>,
-    /// `[rows of a micro-tile][clusters]`
-    uncertainties: Vec<f32>,
-    /// `[clusters]`
-    errors: Vec<f32>,
-    /// Numbers of the clusters that a micro-tile computes, ascending.
-    selected: Vec<u32>,
     chosen: Chosen,
     /// `[value_dim]`
     output: Vec<f32>,
     /// `[value_dim]`
     audited_output: Vec<f32>,
     audit: AttentionTile,
-}
-
-/// What a micro-tile left to the estimate.
-pub(super) struct Estimated {
-    /// Clusters that were computed.
-    pub selected: usize,
-    /// Root of the sum of squared errors of the others, as estimated, by row.
-    pub errors: [f32; MICRO_ROWS],
 }
 
 /// The rows of a task and the regions that they see whole and from afar.
@@ -197,18 +178,18 @@ impl Work<'_> {
             let pays = heads.clone().all(|head| self.calibration(head).pays());
             let is_unlike = pays && self.is_unlike_measured(micro_tile, &mut scratch.query);
             let estimated = match pays && !is_unlike && failures < MOST_FAILURES {
-                true => self.estimate_and_select(micro_tile, &limits, self.most_computed(), tile, scratch),
+                true => scratch.estimate.add(self, micro_tile, &limits, self.most_computed(), tile),
                 false => None,
             };
-            let Some(estimated) = estimated else {
+            let Some(errors) = estimated else {
                 chosen.compute_all(micro_tile);
                 // What is unlike tells nothing of the next.
                 failures += usize::from(!is_unlike);
                 continue;
             };
             failures = 0;
-            chosen.select(micro_tile, &scratch.selected);
-            for (row, error) in self.rows_of(micro_tile).zip(estimated.errors) {
+            chosen.select(micro_tile, scratch.estimate.selected());
+            for (row, error) in self.rows_of(micro_tile).zip(errors) {
                 let (head, _) = self.task.head_and_token(row);
                 reports[head].estimated_missed_mass.add(self.calibration(head).error_factor * error);
             }
@@ -256,8 +237,13 @@ impl Work<'_> {
         self.budgeted.index.head(self.task.kv_head)
     }
 
+    /// The regions that the rows see from afar.
+    pub fn regions(&self) -> impl Iterator<Item = &Region> {
+        self.regions.iter().map(|region| &self.head().regions[*region])
+    }
+
     pub fn clusters(&self) -> usize {
-        self.regions.iter().map(|region| self.head().regions[*region].clusters()).sum()
+        self.regions().map(Region::clusters).sum()
     }
 
     /// Clusters of a micro-tile above which it falls back.
@@ -304,98 +290,8 @@ impl Work<'_> {
         })
     }
 
-    /// Fills `masses` (relative to each row's largest logit, which `tile` learns), `uncertainties` and `errors` (the
-    /// squared error that each cluster would add, in units of the row's limit: the mean over the rows). Returns the rows' softmax sums; `None` when one is no number.
-    fn estimate(
-        &self,
-        micro_tile: usize,
-        limits: &[f32],
-        tile: &mut AttentionTile,
-        scratch: &mut TileScratch,
-    ) -> Option<[f32; MICRO_ROWS]> {
-        let call = &self.budgeted.call;
-        let (rows, clusters) = (self.rows_of(micro_tile), self.clusters());
-        let TileScratch { queries, query, masses, uncertainties, errors, .. } = scratch;
-        queries.begin(rows.len(), call.cache.shape().padded_key_dim());
-        for row in rows.clone() {
-            let (head, token) = self.task.head_and_token(row);
-            let query = call.query(self.task.kv_head * call.group() + head, token, query);
-            queries.set_row(row - rows.start, query, call.attention.scale);
-        }
-        masses.resize(rows.len() * clusters, 0.0);
-        uncertainties.resize(rows.len() * clusters, 0.0);
-        let mut first = 0;
-        for &region in self.regions {
-            let region = &self.head().regions[region];
-            queries.estimate(region.summaries(), masses, uncertainties, clusters, first);
-            first += region.clusters();
-        }
-        errors.clear();
-        errors.resize(clusters, 0.0);
-        let mut totals = [0.0; MICRO_ROWS];
-        let matrices = masses.chunks_exact_mut(clusters).zip(uncertainties.chunks_exact(clusters));
-        for ((row, total), (masses, uncertainties)) in rows.clone().zip(&mut totals).zip(matrices) {
-            let reference = largest(masses).max(tile.maximum(row));
-            tile.raise_maximum(row, reference);
-            *total = tile.sum(row) + masses_in_place(masses, reference, CLUSTER_KEYS as f32);
-            if !(total.is_finite() && *total > 0.0) {
-                return None;
-            }
-            let limit = limits[self.task.head_and_token(row).0];
-            let factor = Self::squared_error_factor(*total) / (limit * limit * rows.len() as f32);
-            add_squared_errors(masses, uncertainties, factor, errors);
-        }
-        Some(totals)
-    }
-
-    /// Adds the far keys to a micro-tile: exactly in as few clusters as leave each head's rows within its entry of
-    /// `limits` on average, by estimate in the others. `None`, with nothing added, where a number is none.
-    pub fn micro_tile(
-        &self,
-        micro_tile: usize,
-        limits: &[f32],
-        tile: &mut AttentionTile,
-        scratch: &mut TileScratch,
-    ) -> Option<Estimated> {
-        let estimated = self.estimate_and_select(micro_tile, limits, usize::MAX, tile, scratch)?;
-        self.compute(micro_tile, &scratch.selected, tile);
-        Some(estimated)
-    }
-
-    /// Leaves in `scratch.selected` as few clusters as leave each head's rows within its entry of `limits` on average, and
-    /// adds the others by estimate. `None`, with nothing added, where more than `most` would be computed.
-    fn estimate_and_select(
-        &self,
-        micro_tile: usize,
-        limits: &[f32],
-        most: usize,
-        tile: &mut AttentionTile,
-        scratch: &mut TileScratch,
-    ) -> Option<Estimated> {
-        let totals = self.estimate(micro_tile, limits, tile, scratch)?;
-        let (rows, clusters) = (self.rows_of(micro_tile), self.clusters());
-        let TileScratch { masses, uncertainties, errors, selected, .. } = scratch;
-        select(errors, 1.0, selected);
-        if selected.len() > most {
-            return None;
-        }
-        let mut estimated = Estimated { selected: selected.len(), errors: [0.0; MICRO_ROWS] };
-        let matrices = masses.chunks_exact_mut(clusters).zip(uncertainties.chunks_exact(clusters));
-        for ((error, total), (masses, uncertainties)) in estimated.errors.iter_mut().zip(totals).zip(matrices) {
-            selected.iter().for_each(|&cluster| masses[cluster as usize] = 0.0);
-            *error = (Self::squared_error_factor(total) * sum_of_squared_errors(masses, uncertainties)).sqrt();
-        }
-        let mut first = 0;
-        for &region in self.regions {
-            let region = &self.head().regions[region];
-            tile.add_clusters(rows.start, rows.len(), &masses[first..], clusters, region.summaries().values);
-            first += region.clusters();
-        }
-        Some(estimated)
-    }
-
     /// Adds the `selected` clusters key by key.
-    fn compute(&self, micro_tile: usize, selected: &[u32], tile: &mut AttentionTile) {
+    pub fn compute(&self, micro_tile: usize, selected: &[u32], tile: &mut AttentionTile) {
         // Every row sees all keys of a block, wherever they were: as it does those of a region.
         let position = self.head().regions[self.regions[0]].keys().start;
         let mut blocks = self.blocks(selected);
@@ -409,7 +305,7 @@ impl Work<'_> {
     /// The keys and values of the `selected` clusters, those that lie together as one block.
     fn blocks(&self, selected: &[u32]) -> impl Iterator<Item = KeyBlock<'_>> {
         let (cache, kv_head) = (self.budgeted.call.cache, self.task.kv_head);
-        let mut regions = self.regions.iter().map(|region| &self.head().regions[*region]);
+        let mut regions = self.regions();
         let (mut region, mut first) = (regions.next(), 0);
         selected.chunk_by(|before, after| before + 1 == *after && !begins_block(*after)).map(move |together| {
             while let Some(passed) = region
@@ -474,12 +370,6 @@ impl Work<'_> {
         }
     }
 
-    /// Factor on (mass² · uncertainty) that makes it the squared error of a cluster: with independent keys, the weighted
-    /// mean of its values is off by the standard deviation of its weights over the square root of their number.
-    fn squared_error_factor(total: f32) -> f32 {
-        2.0 / (CLUSTER_KEYS as f32 * total * total)
-    }
-
     /// √2 · the spread of the values that the rows see from afar (padding may hold any): the length of an error that counts
     /// as a missed mass of 1.
     pub fn value_scale(&self) -> f32 {
@@ -493,7 +383,7 @@ pub(crate) fn distance(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::Mutex;
 
     use iceformer_testing::random::Random;
@@ -503,58 +393,72 @@ mod tests {
     use crate::strided::StridedView;
     use crate::{Attention, CacheShape, KeyValueCache, KeyValueType, Mask, Method, ThreadTeam};
 
+    pub const KEYS: usize = 3_000;
+    pub const WIDTH: usize = 16;
+
+    /// Lets `look` at the last `tokens` tokens of `heads` query heads on one key/value head of [`KEYS`] keys of
+    /// [`WIDTH`], in two regions, once `passed` of them need not lie in order.
+    pub fn look_at_work(
+        kind: KeyValueType,
+        (heads, tokens): (usize, usize),
+        passed: usize,
+        random: &mut Random,
+        look: impl Fn(&Work<'_>),
+    ) {
+        let (team, scratch) = (ThreadTeam::new(1), [Mutex::new(RegionScratch::default())]);
+        let attention = Attention { method: Method::Exact, mask: Mask::causal(), scale: 0.5 };
+        let queries = random.normals(tokens * heads * WIDTH, 1.0);
+        let queries = StridedView::token_major(&queries, tokens, heads, WIDTH);
+        fn call<'a>(attention: &'a Attention, queries: StridedView<'a>, cache: &'a KeyValueCache) -> Call<'a> {
+            Call { attention, queries, first_position: KEYS - queries.shape()[2], cache, soft_cap: None }
+        }
+        let mut cache = KeyValueCache::new(CacheShape { kv_heads: 1, key_dim: WIDTH, value_dim: WIDTH }, kind);
+        cache.append(&random.normals(KEYS * WIDTH, 1.0), &random.normals(KEYS * WIDTH, 1.0), &team);
+        {
+            let mut index = cache.clusters().write().unwrap();
+            index.extend(&call(&attention, queries, &cache), KEYS, 0, false, &team, &scratch);
+            index.note_call(passed, false);
+        }
+        cache.compact(&team);
+
+        let (index, call) = (cache.clusters().read().unwrap(), call(&attention, queries, &cache));
+        let budgeted = Budgeted { call, settings: BudgetSettings { budget: 0.1 }, index: &index, audits_last: false };
+        let task = Task { kv_head: 0, tokens: 0..tokens, keys: 0..KEYS };
+        let regions = budgeted.far_regions(&task);
+        assert_eq!(regions, [0, 1]);
+        look(&Work { budgeted: &budgeted, task: &task, regions: &regions });
+    }
+
     #[test]
     fn all_clusters_one_by_one_are_all_keys_wherever_they_lie() {
-        let team = ThreadTeam::new(1);
-        let (keys, width) = (3_000, 16);
         let mut random = Random::new(21);
-        let attention = Attention { method: Method::Exact, mask: Mask::causal(), scale: 0.5 };
-        let (queries, scratch) = (random.normals(width, 1.0), [Mutex::new(RegionScratch::default())]);
-        let queries = StridedView::token_major(&queries, 1, 1, width);
-        fn call<'a>(attention: &'a Attention, queries: StridedView<'a>, cache: &'a KeyValueCache) -> Call<'a> {
-            Call { attention, queries, first_position: cache.len() - 1, cache, soft_cap: None }
-        }
         for kind in KeyValueType::ALL {
             // Copies of both regions, of the second, of none.
-            for passed in [0, 1_500, keys] {
-                let mut cache = KeyValueCache::new(CacheShape { kv_heads: 1, key_dim: width, value_dim: width }, kind);
-                cache.append(&random.normals(keys * width, 1.0), &random.normals(keys * width, 1.0), &team);
-                {
-                    let mut index = cache.clusters().write().unwrap();
-                    index.extend(&call(&attention, queries, &cache), keys, 0, false, &team, &scratch);
-                    index.note_call(passed, false);
-                }
-                cache.compact(&team);
-
-                let index = cache.clusters().read().unwrap();
-                let call = call(&attention, queries, &cache);
-                let budgeted =
-                    Budgeted { call, settings: BudgetSettings { budget: 0.1 }, index: &index, audits_last: false };
-                let task = Task { kv_head: 0, tokens: 0..1, keys: 0..keys };
-                let regions = budgeted.far_regions(&task);
-                assert_eq!(regions, [0, 1]);
-                let work = Work { budgeted: &budgeted, task: &task, regions: &regions };
-                let output = |add: &dyn Fn(&mut AttentionTile)| {
-                    let (mut tile, mut output) = (AttentionTile::default(), vec![0.0; width]);
-                    tiles::begin(&mut tile, &call, &task);
-                    add(&mut tile);
-                    tile.finish_row(0, &mut output);
-                    let log_sum_exp = tile.log_sum_exp(0);
-                    output.push(log_sum_exp);
-                    output
-                };
-                let clusters: Vec<u32> = (0..work.clusters() as u32).collect();
-                let computed = output(&|tile| work.compute(0, &clusters, tile));
-                let exact = output(&|tile| work.accumulate_exactly(tile, |_| true));
-                let allowed = if kind == KeyValueType::F32 { 1e-5 } else { 3e-3 };
-                assert!(distance(&computed, &exact) < allowed, "{}, {passed} passed", kind.name());
-                // Those of each region alone, too.
-                let parts = [&clusters[..16], &clusters[16..]].map(|part| output(&|tile| work.compute(0, part, tile)));
-                let share = |part: &[f32]| (part[width] - exact[width]).exp();
-                for channel in 0..width {
-                    let merged: f32 = parts.iter().map(|part| share(part) * part[channel]).sum();
-                    assert!((merged - exact[channel]).abs() < allowed, "{}, {passed} passed", kind.name());
-                }
+            for passed in [0, KEYS / 2, KEYS] {
+                look_at_work(kind, (1, 1), passed, &mut random, |work| {
+                    let output = |add: &dyn Fn(&mut AttentionTile)| {
+                        let (mut tile, mut output) = (AttentionTile::default(), vec![0.0; WIDTH]);
+                        tiles::begin(&mut tile, &work.budgeted.call, work.task);
+                        add(&mut tile);
+                        tile.finish_row(0, &mut output);
+                        let log_sum_exp = tile.log_sum_exp(0);
+                        output.push(log_sum_exp);
+                        output
+                    };
+                    let clusters: Vec<u32> = (0..work.clusters() as u32).collect();
+                    let computed = output(&|tile| work.compute(0, &clusters, tile));
+                    let exact = output(&|tile| work.accumulate_exactly(tile, |_| true));
+                    let allowed = if kind == KeyValueType::F32 { 1e-5 } else { 3e-3 };
+                    assert!(distance(&computed, &exact) < allowed, "{}, {passed} passed", kind.name());
+                    // Those of each region alone, too.
+                    let parts =
+                        [&clusters[..16], &clusters[16..]].map(|part| output(&|tile| work.compute(0, part, tile)));
+                    let share = |part: &[f32]| (part[WIDTH] - exact[WIDTH]).exp();
+                    for channel in 0..WIDTH {
+                        let merged: f32 = parts.iter().map(|part| share(part) * part[channel]).sum();
+                        assert!((merged - exact[channel]).abs() < allowed, "{}, {passed} passed", kind.name());
+                    }
+                });
             }
         }
     }

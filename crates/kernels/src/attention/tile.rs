@@ -219,11 +219,47 @@ impl AttentionTile {
         self.queries_bf16.grow(self.shape.rows * self.shape.key_dim);
     }
 
+    /// Takes over what `other`, a tile of the same shape, has seen so far in `rows`.
+    ///
+    /// # Panics
+    /// When the shapes differ.
+    pub fn copy_rows(&mut self, other: &Self, rows: Range<usize>) {
+        assert_eq!(self.shape, other.shape, "tiles of one shape");
+        let value_dim = self.shape.value_dim;
+        let of_width = |width: usize| rows.start * width..rows.end * width;
+        self.maxima[rows.clone()].copy_from_slice(&other.maxima[rows.clone()]);
+        self.sums[of_width(PAGE_KEYS)].copy_from_slice(&other.sums[of_width(PAGE_KEYS)]);
+        self.output[of_width(value_dim)].copy_from_slice(&other.output[of_width(value_dim)]);
+    }
+
+    /// Adds what `other`, a tile of the same shape, has seen so far in `rows`.
+    ///
+    /// # Panics
+    /// When the shapes differ.
+    pub fn merge_rows(&mut self, other: &Self, rows: Range<usize>) {
+        assert_eq!(self.shape, other.shape, "tiles of one shape");
+        let value_dim = self.shape.value_dim;
+        for row in rows {
+            self.raise_maximum(row, other.maximum(row));
+            let share = ((other.maxima[row] - self.maxima[row]) * NATS).exp();
+            let add = |to: &mut [f32], from: &[f32]| to.iter_mut().zip(from).for_each(|(to, from)| *to += share * from);
+            let (lanes, channels) = (row * PAGE_KEYS..(row + 1) * PAGE_KEYS, row * value_dim..(row + 1) * value_dim);
+            add(&mut self.sums[lanes.clone()], &other.sums[lanes]);
+            add(&mut self.output[channels.clone()], &other.output[channels]);
+        }
+    }
+
     /// Empties all rows, which keep their queries.
     pub fn clear(&mut self) {
-        self.maxima.fill(NOTHING_SEEN);
-        self.sums.fill(0.0);
-        self.output.fill(0.0);
+        self.clear_rows(0..self.shape.rows);
+    }
+
+    /// Empties `rows`, which keep their queries.
+    pub fn clear_rows(&mut self, rows: Range<usize>) {
+        let value_dim = self.shape.value_dim;
+        self.maxima[rows.clone()].fill(NOTHING_SEEN);
+        self.sums[rows.start * PAGE_KEYS..rows.end * PAGE_KEYS].fill(0.0);
+        self.output[rows.start * value_dim..rows.end * value_dim].fill(0.0);
     }
 
     /// Name of the kernel that [`accumulate`](Self::accumulate) runs for many rows, as reports print it.
