@@ -8,6 +8,11 @@ use super::region::CLUSTER_KEYS;
 use super::selection::select;
 use super::tile::Work;
 
+/// Square of what the error of a row among rows of other heads may be, in units of its limit, …
+const MOST_OF_LIMIT: f32 = 1.8;
+/// … which is brought about by selecting again, with more weight on such rows, at most so often.
+const MOST_SELECTIONS: usize = 3;
+
 /// Estimates of one micro-tile, in buffers that are used again.
 #[derive(Default)]
 pub(super) struct Estimate {
@@ -59,19 +64,67 @@ impl Estimate {
         true
     }
 
-    /// Selects as few clusters as leave each head's rows within its entry of `limits` on average.
+    /// Selects as few clusters as leave each head's rows within its entry of `limits` on average. Rows of one head are
+    /// neighbours, and stand in for one another where limits are measured; where rows are of several heads, each keeps its
+    /// own limit, or the head that errs most would take what the others do not need.
     pub fn select(&mut self, work: &Work<'_>, micro_tile: usize, limits: &[f32]) {
+        let mut weights = [1.0; MICRO_ROWS];
+        self.select_weighted(work, micro_tile, limits, &weights);
+        let heads = work.heads_of(micro_tile);
+        if heads.start() == heads.end() {
+            return;
+        }
+        for _ in 0..MOST_SELECTIONS {
+            let left = self.squared_errors_of_others(work);
+            let mut is_within = true;
+            for ((row, weight), left) in work.rows_of(micro_tile).zip(&mut weights).zip(left) {
+                let times_limit = left / limits[work.task.head_and_token(row).0].powi(2);
+                if times_limit > MOST_OF_LIMIT {
+                    *weight *= times_limit;
+                    is_within = false;
+                }
+            }
+            if is_within {
+                break;
+            }
+            self.select_weighted(work, micro_tile, limits, &weights);
+        }
+    }
+
+    /// Selects as few clusters as leave a mean of 1 to the squared errors of the rows, in units of the squares of their
+    /// limits and times their weights.
+    fn select_weighted(&mut self, work: &Work<'_>, micro_tile: usize, limits: &[f32], weights: &[f32; MICRO_ROWS]) {
         let (rows, clusters) = (work.rows_of(micro_tile), work.clusters());
         let count = rows.len() as f32;
         self.errors.clear();
         self.errors.resize(clusters, 0.0);
         let matrices = self.masses.chunks_exact(clusters).zip(self.uncertainties.chunks_exact(clusters));
-        for ((row, total), (masses, uncertainties)) in rows.zip(self.totals).zip(matrices) {
+        for (((row, weight), total), (masses, uncertainties)) in rows.zip(weights).zip(self.totals).zip(matrices) {
             let limit = limits[work.task.head_and_token(row).0];
-            let factor = squared_error_factor(total) / (limit * limit * count);
+            let factor = weight * squared_error_factor(total) / (limit * limit * count);
             add_squared_errors(masses, uncertainties, factor, &mut self.errors);
         }
         select(&self.errors, 1.0, &mut self.selected);
+    }
+
+    /// Takes the selected clusters out of the masses. Returns the sum of the squared errors of the others by row.
+    fn take_selected(&mut self, work: &Work<'_>) -> [f32; MICRO_ROWS] {
+        let clusters = work.clusters();
+        self.taken.clear();
+        let mut squares = [0.0; MICRO_ROWS];
+        let matrices = self.masses.chunks_exact_mut(clusters).zip(self.uncertainties.chunks_exact(clusters));
+        for ((square, total), (masses, uncertainties)) in squares.iter_mut().zip(self.totals).zip(matrices) {
+            self.taken.extend(self.selected.iter().map(|&cluster| std::mem::take(&mut masses[cluster as usize])));
+            *square = squared_error_factor(total) * sum_of_squared_errors(masses, uncertainties);
+        }
+        squares
+    }
+
+    /// The sum of the squared errors, as estimated, of the clusters that are not selected, by row.
+    fn squared_errors_of_others(&mut self, work: &Work<'_>) -> [f32; MICRO_ROWS] {
+        let squares = self.take_selected(work);
+        self.put_back(work);
+        squares
     }
 
     /// Numbers of the clusters that are computed, ascending.
@@ -83,13 +136,7 @@ impl Estimate {
     /// estimated, by row.
     pub fn add_others(&mut self, work: &Work<'_>, micro_tile: usize, tile: &mut AttentionTile) -> [f32; MICRO_ROWS] {
         let (rows, clusters) = (work.rows_of(micro_tile), work.clusters());
-        self.taken.clear();
-        let mut errors = [0.0; MICRO_ROWS];
-        let matrices = self.masses.chunks_exact_mut(clusters).zip(self.uncertainties.chunks_exact(clusters));
-        for ((error, total), (masses, uncertainties)) in errors.iter_mut().zip(self.totals).zip(matrices) {
-            self.taken.extend(self.selected.iter().map(|&cluster| std::mem::take(&mut masses[cluster as usize])));
-            *error = (squared_error_factor(total) * sum_of_squared_errors(masses, uncertainties)).sqrt();
-        }
+        let errors = self.take_selected(work).map(f32::sqrt);
         let mut first = 0;
         for region in work.regions() {
             tile.add_clusters(rows.start, rows.len(), &self.masses[first..], clusters, region.summaries().values);
@@ -130,4 +177,40 @@ impl Estimate {
 /// mean of its values is off by the standard deviation of its weights over the square root of their number.
 fn squared_error_factor(total: f32) -> f32 {
     2.0 / (CLUSTER_KEYS as f32 * total * total)
+}
+
+#[cfg(test)]
+mod tests {
+    use iceformer_testing::random::Random;
+
+    use super::*;
+    use crate::KeyValueType;
+    use crate::budgeted::tile::tests::look_at_work;
+    use crate::tiles;
+
+    #[test]
+    fn a_row_keeps_its_own_limit_beside_rows_of_other_heads() {
+        let mut random = Random::new(9);
+        let (heads, exceeded) = (4, std::cell::Cell::new(false));
+        for _ in 0..20 {
+            look_at_work(KeyValueType::F32, (heads, 1), 0, &mut random, |work| {
+                let (mut tile, mut estimate) = (AttentionTile::default(), Estimate::default());
+                let seen = tiles::begin(&mut tile, &work.budgeted.call, work.task);
+                work.budgeted.accumulate_near(&mut tile, work.task, work.regions, seen);
+                assert!(estimate.begin(work, 0, &mut tile));
+                for limits in [[0.01; 4], [0.004, 0.02, 0.02, 0.02], [0.05, 0.01, 0.003, 0.01]] {
+                    let most = |estimate: &mut Estimate| {
+                        let left = estimate.squared_errors_of_others(work);
+                        left.iter().zip(limits).map(|(left, limit)| left / (limit * limit)).fold(0.0, f32::max)
+                    };
+                    estimate.select_weighted(work, 0, &limits, &[1.0; MICRO_ROWS]);
+                    exceeded.set(exceeded.get() | (most(&mut estimate) > MOST_OF_LIMIT));
+                    estimate.select(work, 0, &limits);
+                    let most = most(&mut estimate);
+                    assert!(most <= MOST_OF_LIMIT, "{most} times the square of the limit of {limits:?}");
+                }
+            });
+        }
+        assert!(exceeded.get(), "the mean over the rows alone keeps them all");
+    }
 }

@@ -66,6 +66,9 @@ struct Trial {
     least: f32,
     /// Whether it is known from enough places that clusters pay, so that a few more do not say the contrary.
     is_known: bool,
+    /// What the limit will be divided by when all places of a prompt are known; 1 where tokens are decoded, as the head is
+    /// tried again soon.
+    room: f32,
     measured: Measurement,
 }
 
@@ -99,7 +102,8 @@ impl Trial {
         };
         let least = if steps == all { 0.0 } else { 0.5 * limit_at(steps) };
         let is_known = known.places() >= LEAST_PLACES && !known.is_hopeless() && !is_outdated;
-        Self { first_step, steps, least, is_known, measured: Measurement::default() }
+        let room = if enough { room(PLACES * MICRO_ROWS) } else { 1.0 };
+        Self { first_step, steps, least, is_known, room, measured: Measurement::default() }
     }
 
     fn is_given_up(&self) -> bool {
@@ -118,8 +122,7 @@ impl Trial {
             return;
         }
         let limit_of = |demanding: f32| bearable_by_most(rows_of(&self.measured.places), demanding);
-        // With the room that it will have when all places are known.
-        let share = computed_share(&self.measured.places, limit_of(DEMANDING_OF_LATEST) / room(PLACES * MICRO_ROWS));
+        let share = computed_share(&self.measured.places, limit_of(DEMANDING_OF_LATEST) / self.room);
         // Rows that bear nothing will be too many whatever the other places show.
         self.measured.is_hopeless |= limit_of(DEMANDING) == 0.0 || costs_too_much(share);
     }
