@@ -558,11 +558,13 @@ impl AttentionTile {
         let value_dim = self.shape.value_dim;
         let clusters = values.len() / value_dim;
         for row in 0..rows {
-            let sums = &mut self.sums[(first_row + row) * PAGE_KEYS..][..PAGE_KEYS];
+            let mut lanes = [0.0; PAGE_KEYS];
             let (chunks, rest) = masses[row * stride..][..clusters].as_chunks::<PAGE_KEYS>();
             for chunk in chunks.iter().map(<[f32; PAGE_KEYS]>::as_slice).chain([rest]) {
-                sums.iter_mut().zip(chunk).for_each(|(sum, mass)| *sum += mass);
+                lanes.iter_mut().zip(chunk).for_each(|(sum, mass)| *sum += mass);
             }
+            // In the first lane, as kernels with shorter vectors look at no lanes behind theirs when the maximum rises.
+            self.sums[(first_row + row) * PAGE_KEYS] += lanes.iter().sum::<f32>();
         }
         let output = &mut self.output[first_row * value_dim..(first_row + rows) * value_dim];
         let level = self.instruction_set.expect("begin was called");
