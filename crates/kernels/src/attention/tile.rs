@@ -54,7 +54,7 @@ const NATS: f32 = std::f32::consts::LN_2;
 ///
 /// Use: [`begin`](Self::begin), [`set_row`](Self::set_row) for every row, [`accumulate`](Self::accumulate) for every
 /// block of keys in order, then [`finish_row`](Self::finish_row).
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub struct AttentionTile {
     instruction_set: Option<InstructionSet>,
     arithmetic: Option<Arithmetic>,
