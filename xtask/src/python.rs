@@ -23,7 +23,8 @@ pub fn test() -> Result<()> {
         fs::write(&stamp, wanted).with_context(|| format!("{}", stamp.display()))?;
     }
 
-    let build = ["build", "--locked", "--package", "iceformer", "--bin", "iceformer"];
+    // All of it, as the Rust tests have built it: another choice of packages would be compiled anew with other features.
+    let build = ["build", "--locked", "--workspace", "--all-targets"];
     step::run("Building the command line", step::cargo().args(build))?;
     let binary = step::target_folder().join("debug").join(format!("iceformer{}", std::env::consts::EXE_SUFFIX));
     let mut command = Command::new(&python);
