@@ -32,6 +32,7 @@ mod moments;
 mod passes;
 mod queries;
 mod read;
+mod running_softmax;
 #[cfg(target_arch = "x86_64")]
 mod softmax;
 mod tile;
