@@ -155,9 +155,10 @@ unsafe fn scores<S: Simd, const ROWS: usize, const VECTORS: usize, const AHEAD: 
         let asked = ahead.key_page(key / PAGE_KEYS);
         let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
         for channel in 0..tile.key_dim {
+            // By index: a walk over the array of addresses was not unrolled, and passed the keys through memory.
             let mut keys = [simd.splat(0.0); VECTORS];
-            for (vector, (keys, source)) in keys.iter_mut().zip(sources).enumerate() {
-                *keys = load(simd, source.add(channel * PAGE_KEYS));
+            for vector in 0..VECTORS {
+                keys[vector] = load(simd, sources[vector].add(channel * PAGE_KEYS));
                 if AHEAD {
                     ahead.fetch(asked, 4 * (channel * VECTORS + vector) * S::LANES);
                 }
