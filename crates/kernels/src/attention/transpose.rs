@@ -63,13 +63,12 @@ unsafe fn transpose_avx512(rows: [*const u32; PAGE_KEYS], page: *mut u32, words:
     for first in (0..words).step_by(PAGE_KEYS) {
         let count = (words - first).min(PAGE_KEYS);
         let mask = (u32::MAX >> (32 - count)) as __mmask16;
-        let square = rows.map(
-            #[inline(always)]
-            |row| {
-                // SAFETY: the mask holds the load within the row.
-                unsafe { _mm512_maskz_loadu_epi32(mask, row.add(first).cast()) }
-            },
-        );
+        // A loop, as the `map` of an array is compiled without the instructions.
+        let mut square = [_mm512_setzero_si512(); PAGE_KEYS];
+        for (lanes, row) in square.iter_mut().zip(rows) {
+            // SAFETY: the mask holds the load within the row.
+            *lanes = unsafe { _mm512_maskz_loadu_epi32(mask, row.add(first).cast()) };
+        }
         for (column, lanes) in transposed(square).into_iter().enumerate().take(count) {
             // SAFETY: word `first + column` of the page is below `words`.
             unsafe { _mm512_storeu_si512(page.add((first + column) * PAGE_KEYS).cast(), lanes) };
