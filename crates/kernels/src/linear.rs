@@ -10,6 +10,8 @@ mod expand;
 mod float;
 #[cfg(target_arch = "x86_64")]
 mod int8;
+#[cfg(target_arch = "x86_64")]
+mod int8_avx2;
 mod packed;
 mod plan;
 mod recoded;

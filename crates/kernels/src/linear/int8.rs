@@ -437,7 +437,7 @@ impl ExpandedKernels {
 }
 
 /// Magnitudes below this count as zero: their scale would not be a normal number.
-const SMALLEST: f32 = 1e-35;
+pub(super) const SMALLEST: f32 = 1e-35;
 
 /// Rounds rows `[rows][in_features]` to the layout of the module: for each row and block of 32, scale = largest
 /// magnitude / 127, codes to nearest even. A block with a NaN or an infinity gets the scale NaN, so that the output

@@ -70,23 +70,24 @@ pub(super) const fn fifths_offset(weight_type: WeightType) -> usize {
     }
 }
 
+/// The fewest inputs that lie together in a panel, and their bytes.
+pub(super) fn packed_unit(weight_type: WeightType) -> (usize, usize) {
+    match weight_type {
+        WeightType::F32 => (1, PANEL * 4),
+        WeightType::F16 | WeightType::Bf16 => (2, 2 * PANEL * 2),
+        _ => (group_blocks(weight_type) * BLOCK, group_bytes(weight_type)),
+    }
+}
+
 /// Inputs of a row after padding.
 pub(super) fn padded_inputs(weight_type: WeightType, in_features: usize) -> usize {
-    match weight_type {
-        WeightType::F32 => in_features,
-        WeightType::F16 | WeightType::Bf16 => in_features.next_multiple_of(2),
-        _ => in_features.next_multiple_of(group_blocks(weight_type) * BLOCK),
-    }
+    in_features.next_multiple_of(packed_unit(weight_type).0)
 }
 
 /// Bytes of a panel.
 pub(super) fn panel_bytes(weight_type: WeightType, in_features: usize) -> usize {
-    let inputs = padded_inputs(weight_type, in_features);
-    match weight_type {
-        WeightType::F32 => inputs * PANEL * 4,
-        WeightType::F16 | WeightType::Bf16 => inputs * PANEL * 2,
-        _ => inputs / (group_blocks(weight_type) * BLOCK) * group_bytes(weight_type),
-    }
+    let (unit, bytes) = packed_unit(weight_type);
+    in_features.div_ceil(unit) * bytes
 }
 
 /// Writes one row, given in the file's format, into column `column` of a zeroed panel.

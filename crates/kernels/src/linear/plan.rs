@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use super::activations::{RowTiles, interleave_f32};
 use super::expand::expand_to_f32;
-use super::packed::{BLOCK, PANEL, padded_inputs};
+use super::packed::{PANEL, packed_unit, padded_inputs};
 use super::tile::{TILE_ROWS, Tile, TileKernels, TileTable};
 use super::{LinearWeights, OutputView, WeightType, float};
 #[cfg(target_arch = "x86_64")]
-use super::{amx, brain_float, int8};
+use super::{amx, brain_float, int8, int8_avx2};
 use crate::InstructionSet;
 use crate::aligned::AlignedScratch;
 #[cfg(target_arch = "x86_64")]
@@ -105,6 +105,10 @@ impl Plan {
                     _ => (kernels.direct, Source::Packed, 32, int8::BLOCK_WORDS),
                 };
             }
+            #[cfg(target_arch = "x86_64")]
+            _ if level >= InstructionSet::Avx2 && weight_type.block_weights() > 1 => {
+                return (int8_avx2::kernels(weight_type), Source::Packed, 32, int8::BLOCK_WORDS);
+            }
             WeightType::F16 | WeightType::Bf16 if rows <= DIRECT_ROWS => {
                 return (float::brain_kernels(level), Source::Packed, 1, 1);
             }
@@ -123,8 +127,12 @@ impl Plan {
             amx::STEP_INPUTS if tiles => return unsafe { amx::convert(input, weights.in_features, words) },
             // SAFETY: only kernels for a level with AVX-512 BF16, checked when the weights were packed, step by 2.
             2 => return unsafe { brain_float::interleave(input, weights.in_features, words) },
-            // SAFETY: only kernels for a level with AVX-512 VNNI, checked when the weights were packed, step by 32.
-            32 => return unsafe { int8::quantise(weights.weight_type, input, weights.in_features, words) },
+            // SAFETY: a level is only in use when this machine has it.
+            32 if weights.level >= InstructionSet::Avx512Vnni => {
+                return unsafe { int8::quantise(weights.weight_type, input, weights.in_features, words) };
+            }
+            // SAFETY: only kernels for a level with AVX2, checked when the weights were packed, step by 32.
+            32 => return unsafe { int8_avx2::quantise(weights.weight_type, input, weights.in_features, words) },
             _ => {}
         }
         interleave_f32(input, weights.in_features, words);
@@ -139,21 +147,20 @@ impl Plan {
         match &self.source {
             Source::Packed => {
                 let all = &weights.packed()[first_panel * weights.panel_bytes..][..panels * weights.panel_bytes];
-                // Only floats and Q8_0 come here with more tiles; whole groups of theirs are whole inputs apart.
                 let whole = all.len() <= CACHED_BYTES || part.row_tiles.len() <= DIRECT_ROWS.div_ceil(TILE_ROWS);
-                let input_bytes = weights.panel_bytes / inputs;
+                let (unit, unit_bytes) = packed_unit(weights.weight_type);
                 let (tiles, chunk) = match whole {
                     #[cfg(target_arch = "x86_64")]
                     _ if matches!(self.kernels.table, TileTable::Amx) => (usize::MAX, AMX_CHUNK),
                     true => (usize::MAX, inputs),
-                    false => (16, (PACKED_CHUNK / input_bytes).next_multiple_of(2 * BLOCK)),
+                    false => (16, PACKED_CHUNK.div_ceil(unit_bytes) * unit),
                 };
                 let end = part.row_tiles.end;
                 for start in part.row_tiles.clone().step_by(tiles) {
                     let row_tiles = start..end.min(start.saturating_add(tiles));
                     for first in (0..inputs).step_by(chunk) {
                         let range = first..inputs.min(first + chunk);
-                        let weights = (&all[first * input_bytes..], all.len() / panels);
+                        let weights = (&all[first / unit * unit_bytes..], all.len() / panels);
                         self.multiply(part, row_tiles.clone(), weights, range);
                     }
                 }

@@ -61,7 +61,7 @@ impl Case {
         let name = self.name();
         if name.starts_with("avx512-bf16") || name.starts_with("amx-bf16") {
             self.input.iter().map(|&value| bf16::from_f32(value).to_f64()).collect()
-        } else if name.starts_with("avx512-vnni") {
+        } else if name.starts_with("avx512-vnni") || name.starts_with("avx2-q") {
             let block = |values: &[f32]| {
                 let scale = values.iter().fold(0.0_f32, |max, value| max.max(value.abs())) / 127.0;
                 values.iter().map(|value| f64::from((value / scale).round_ties_even() * scale)).collect::<Vec<_>>()

@@ -1,0 +1,415 @@
+//! 8-bit micro-kernels with AVX2: 6 rows × 1 panel, a block of 32 inputs a step (`vpmaddubsw`, `vpmaddwd`).
+//!
+//! Weights, activations and sums are those of [`super::int8`], and so are the results but for the order in which blocks are
+//! added. Products of unsigned codes and signed activations are summed in 16 bits as long as they fit, which depends on the
+//! bits of a code; then in 32. Codes of eight bits do not fit at all: their magnitudes are multiplied, and the activations
+//! take their signs.
+
+use std::arch::x86_64::*;
+
+use super::WeightType;
+use super::blocks::{has_minima, offset};
+use super::int8::{BLOCK_WORDS, SMALLEST};
+use super::packed::{BLOCK, PANEL, codes_offset, fifths_offset, group_blocks, group_bytes};
+use super::tile::{TILE_ROWS, Tile, TileKernel, TileKernels, TileTable, columns_of};
+
+/// Columns of a vector; a panel has two sides of as many.
+const SIDE: usize = PANEL / 2;
+/// Quads of a block.
+const QUADS: usize = BLOCK / 4;
+
+/// How the blocks of 32 weights of 16 columns lie in memory.
+///
+/// # Safety
+/// Every method needs `group` to point at `GROUP_BYTES` readable bytes, `slot < GROUP_BLOCKS`, `quad < 8`,
+/// `half < SCALES`, `side < 2`, and a processor with AVX2 and F16C (level [`crate::InstructionSet::Avx2`]).
+unsafe trait PackedBlocks {
+    /// Scales of a block and column.
+    const SCALES: usize;
+    /// Whether a minimum is subtracted (and codes have no offset).
+    const MINIMA: bool;
+    /// Quads whose products fit 16 bits together; 0 where those of one do not.
+    const TOGETHER: usize;
+    const GROUP_BLOCKS: usize;
+    const GROUP_BYTES: usize;
+
+    /// Codes of quad `quad` of eight columns: byte `4 · column + i` belongs to input `4 · quad + i`.
+    unsafe fn codes(group: *const u8, slot: usize, quad: usize, side: usize) -> __m256i;
+    /// Scales of the eight columns.
+    unsafe fn scale(group: *const u8, slot: usize, half: usize, side: usize) -> __m256;
+    /// Minima of the eight columns.
+    unsafe fn minimum(group: *const u8, slot: usize, side: usize) -> __m256;
+}
+
+/// # Safety
+/// 32 bytes from `offset` on.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn load(group: *const u8, offset: usize) -> __m256i {
+    // SAFETY: promised by the caller.
+    unsafe { _mm256_loadu_si256(group.add(offset).cast()) }
+}
+
+/// f32 of eight f16.
+///
+/// # Safety
+/// 16 bytes from `offset` on.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn load_f16(group: *const u8, offset: usize) -> __m256 {
+    // SAFETY: promised by the caller.
+    unsafe { _mm256_cvtph_ps(_mm_loadu_si128(group.add(offset).cast())) }
+}
+
+/// f32 of eight u8.
+///
+/// # Safety
+/// Eight bytes from `offset` on.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn load_u8(group: *const u8, offset: usize) -> __m256 {
+    // SAFETY: promised by the caller.
+    unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(group.add(offset).cast()))) }
+}
+
+/// Low (quads 0–3) or high (4–7) four bits of each byte.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn nibbles(bytes: __m256i, quad: usize) -> __m256i {
+    let bytes = if quad < 4 { bytes } else { _mm256_srli_epi16(bytes, 4) };
+    _mm256_and_si256(bytes, _mm256_set1_epi8(15))
+}
+
+/// Codes of four bits of a type.
+///
+/// # Safety
+/// As for [`PackedBlocks`].
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn load_nibbles(weight_type: WeightType, group: *const u8, slot: usize, quad: usize, side: usize) -> __m256i {
+    // SAFETY: promised by the caller.
+    unsafe { nibbles(load(group, codes_offset(weight_type) + (slot * 4 + quad % 4) * 64 + side * 32), quad) }
+}
+
+/// The same with a fifth bit that lies apart.
+///
+/// # Safety
+/// As for [`PackedBlocks`].
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn load_five_bits(weight_type: WeightType, group: *const u8, slot: usize, quad: usize, side: usize) -> __m256i {
+    // SAFETY: promised by the caller; there are 64 bits for the 16 columns of a quad.
+    unsafe {
+        let bits = group.add(fifths_offset(weight_type) + slot * 64 + quad * 8 + side * 4);
+        let bits = _mm256_set1_epi32(bits.cast::<i32>().read_unaligned());
+        // Each byte of the bits eight times, and of these one bit each.
+        let bytes = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+        let single = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+        let bits = _mm256_and_si256(_mm256_shuffle_epi8(bits, bytes), single);
+        let fifths = _mm256_and_si256(_mm256_cmpeq_epi8(bits, single), _mm256_set1_epi8(16));
+        _mm256_or_si256(load_nibbles(weight_type, group, slot, quad, side), fifths)
+    }
+}
+
+macro_rules! packed_blocks {
+    ($name:ident, $type:expr, $scales:literal, $together:literal,
+     |$group:ident, $slot:ident, $quad:ident, $side:ident| $codes:expr, |$half:ident| $scale:expr, $minimum:expr) => {
+        struct $name;
+        // SAFETY: offsets are those of `packed`, inside `group_bytes`.
+        unsafe impl PackedBlocks for $name {
+            const SCALES: usize = $scales;
+            const MINIMA: bool = has_minima($type);
+            const TOGETHER: usize = $together;
+            const GROUP_BLOCKS: usize = group_blocks($type);
+            const GROUP_BYTES: usize = group_bytes($type);
+
+            #[inline]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn codes($group: *const u8, $slot: usize, $quad: usize, $side: usize) -> __m256i {
+                // SAFETY: inside the group, as the trait asks.
+                unsafe { $codes }
+            }
+            #[inline]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn scale($group: *const u8, $slot: usize, $half: usize, $side: usize) -> __m256 {
+                let _ = ($slot, $half);
+                // SAFETY: inside the group, as the trait asks.
+                unsafe { $scale }
+            }
+            #[inline]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn minimum($group: *const u8, $slot: usize, $side: usize) -> __m256 {
+                let _ = ($group, $slot, $side);
+                #[allow(unused_unsafe)]
+                // SAFETY: inside the group, as the trait asks.
+                unsafe {
+                    $minimum
+                }
+            }
+        }
+    };
+}
+
+packed_blocks!(
+    Q80,
+    WeightType::Q8_0,
+    1,
+    0,
+    |group, slot, quad, side| load(group, codes_offset(WeightType::Q8_0) + (slot * 8 + quad) * 64 + side * 32),
+    |half| load_f16(group, slot * 32 + side * 16),
+    _mm256_setzero_ps()
+);
+packed_blocks!(
+    Q40,
+    WeightType::Q4_0,
+    1,
+    8,
+    |group, slot, quad, side| load_nibbles(WeightType::Q4_0, group, slot, quad, side),
+    |half| load_f16(group, slot * 32 + side * 16),
+    _mm256_setzero_ps()
+);
+packed_blocks!(
+    Q41,
+    WeightType::Q4_1,
+    1,
+    8,
+    |group, slot, quad, side| load_nibbles(WeightType::Q4_1, group, slot, quad, side),
+    |half| load_f16(group, slot * 32 + side * 16),
+    load_f16(group, 64 + slot * 32 + side * 16)
+);
+packed_blocks!(
+    Q50,
+    WeightType::Q5_0,
+    1,
+    4,
+    |group, slot, quad, side| load_five_bits(WeightType::Q5_0, group, slot, quad, side),
+    |half| load_f16(group, slot * 32 + side * 16),
+    _mm256_setzero_ps()
+);
+packed_blocks!(
+    Q51,
+    WeightType::Q5_1,
+    1,
+    4,
+    |group, slot, quad, side| load_five_bits(WeightType::Q5_1, group, slot, quad, side),
+    |half| load_f16(group, slot * 32 + side * 16),
+    load_f16(group, 64 + slot * 32 + side * 16)
+);
+packed_blocks!(
+    Q4K,
+    WeightType::Q4_K,
+    1,
+    8,
+    |group, slot, quad, side| load_nibbles(WeightType::Q4_K, group, slot, quad, side),
+    |half| _mm256_mul_ps(load_f16(group, side * 16), load_u8(group, 64 + slot * 16 + side * 8)),
+    _mm256_mul_ps(load_f16(group, 32 + side * 16), load_u8(group, 192 + slot * 16 + side * 8))
+);
+packed_blocks!(
+    Q5K,
+    WeightType::Q5_K,
+    1,
+    4,
+    |group, slot, quad, side| load_five_bits(WeightType::Q5_K, group, slot, quad, side),
+    |half| _mm256_mul_ps(load_f16(group, side * 16), load_u8(group, 64 + slot * 16 + side * 8)),
+    _mm256_mul_ps(load_f16(group, 32 + side * 16), load_u8(group, 192 + slot * 16 + side * 8))
+);
+packed_blocks!(
+    Q6K,
+    WeightType::Q6_K,
+    2,
+    2,
+    |group, slot, quad, side| {
+        let at = codes_offset(WeightType::Q6_K) + slot * 6 * 64 + side * 32;
+        let codes = nibbles(load(group, at + quad % 4 * 64), quad);
+        let pairs = load(group, at + (4 + quad / 4) * 64);
+        let high = match quad % 4 {
+            0 => _mm256_slli_epi16(pairs, 4),
+            1 => _mm256_slli_epi16(pairs, 2),
+            2 => pairs,
+            _ => _mm256_srli_epi16(pairs, 2),
+        };
+        _mm256_or_si256(codes, _mm256_and_si256(high, _mm256_set1_epi8(0x30)))
+    },
+    |half| {
+        let scales = _mm_loadl_epi64(group.add(64 + (slot * 2 + half) * 16 + side * 8).cast());
+        _mm256_mul_ps(load_f16(group, side * 16), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(scales)))
+    },
+    _mm256_setzero_ps()
+);
+
+/// # Safety
+/// The preconditions of [`Tile`] for `R` rows and one panel; `steps` is a multiple of `GROUP_BLOCKS`.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn multiply<W: PackedBlocks, const R: usize>(tile: &Tile) {
+    let columns = columns_of(tile, 0);
+    let mut outputs = [[0.0_f32; PANEL]; R];
+    if tile.accumulate {
+        for (row, output) in outputs.iter_mut().enumerate() {
+            // SAFETY: precondition 3.
+            unsafe { output.as_mut_ptr().copy_from_nonoverlapping(tile.output.add(row * tile.row_stride), columns) };
+        }
+    }
+    let mut sums = [[_mm256_setzero_ps(); 2]; R];
+    for (sums, output) in sums.iter_mut().zip(&outputs) {
+        for (side, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: a side of sixteen numbers.
+            *sum = unsafe { _mm256_loadu_ps(output.as_ptr().add(side * SIDE)) };
+        }
+    }
+    let (mut activations, mut group) = (tile.activations, tile.weights);
+    for _ in 0..tile.steps / W::GROUP_BLOCKS {
+        for slot in 0..W::GROUP_BLOCKS {
+            // SAFETY: `activations` and `group` stay inside what preconditions 1 and 2 give: `steps` blocks of
+            // `BLOCK_WORDS · R` words, and `steps / GROUP_BLOCKS` groups of the panel.
+            unsafe {
+                add_block::<W, R>(activations, group, slot, &mut sums);
+                activations = activations.add(BLOCK_WORDS * R);
+            }
+        }
+        group = group.wrapping_add(W::GROUP_BYTES);
+    }
+    for (row, (output, sums)) in outputs.iter_mut().zip(sums).enumerate() {
+        for (side, sum) in sums.into_iter().enumerate() {
+            // SAFETY: a side of sixteen numbers.
+            unsafe { _mm256_storeu_ps(output.as_mut_ptr().add(side * SIDE), sum) };
+        }
+        // SAFETY: precondition 3.
+        unsafe { tile.output.add(row * tile.row_stride).copy_from_nonoverlapping(output.as_ptr(), columns) };
+    }
+}
+
+/// # Safety
+/// `activations` points at `BLOCK_WORDS · R` words; otherwise as [`PackedBlocks`].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn add_block<W: PackedBlocks, const R: usize>(
+    activations: *const u32,
+    group: *const u8,
+    slot: usize,
+    sums: &mut [[__m256; 2]; R],
+) {
+    let ones = _mm256_set1_epi16(1);
+    // SAFETY: all word offsets are below `BLOCK_WORDS · R`; the rest as the caller promises.
+    unsafe {
+        let word = |at: usize| _mm256_set1_epi32(*activations.add(at) as i32);
+        let factor = |at: usize| _mm256_castsi256_ps(word(at));
+        for side in 0..2 {
+            for half in 0..W::SCALES {
+                let mut dots = [_mm256_setzero_si256(); R];
+                // Codes of eight bits are multiplied as the numbers that they stand for.
+                if !W::MINIMA && W::TOGETHER > 0 {
+                    for row in 0..R {
+                        dots[row] = word((9 + half) * R + row);
+                    }
+                }
+                let quads = half * QUADS / W::SCALES..(half + 1) * QUADS / W::SCALES;
+                if W::TOGETHER == 0 {
+                    for quad in quads {
+                        let codes = W::codes(group, slot, quad, side);
+                        let numbers = _mm256_xor_si256(codes, _mm256_set1_epi8(i8::MIN));
+                        let magnitudes = _mm256_abs_epi8(numbers);
+                        for row in 0..R {
+                            let signed = _mm256_sign_epi8(word(quad * R + row), numbers);
+                            let pairs = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitudes, signed), ones);
+                            dots[row] = _mm256_add_epi32(dots[row], pairs);
+                        }
+                    }
+                } else {
+                    for first in quads.step_by(W::TOGETHER) {
+                        let mut pairs = [_mm256_setzero_si256(); R];
+                        for quad in first..first + W::TOGETHER {
+                            let codes = W::codes(group, slot, quad, side);
+                            for row in 0..R {
+                                let products = _mm256_maddubs_epi16(codes, word(quad * R + row));
+                                pairs[row] = _mm256_add_epi16(pairs[row], products);
+                            }
+                        }
+                        for row in 0..R {
+                            dots[row] = _mm256_add_epi32(dots[row], _mm256_madd_epi16(pairs[row], ones));
+                        }
+                    }
+                }
+                let scale = W::scale(group, slot, half, side);
+                for row in 0..R {
+                    let scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(dots[row]), scale);
+                    sums[row][side] = _mm256_fmadd_ps(scaled, factor(8 * R + row), sums[row][side]);
+                }
+            }
+            if W::MINIMA {
+                let minimum = W::minimum(group, slot, side);
+                for row in 0..R {
+                    sums[row][side] = _mm256_fnmadd_ps(minimum, factor(9 * R + row), sums[row][side]);
+                }
+            }
+        }
+    }
+}
+
+macro_rules! tile_kernels {
+    ($weights:ty, $name:literal) => {{
+        static TABLE: [&[TileKernel]; TILE_ROWS] = [
+            &[multiply::<$weights, 1>],
+            &[multiply::<$weights, 2>],
+            &[multiply::<$weights, 3>],
+            &[multiply::<$weights, 4>],
+            &[multiply::<$weights, 5>],
+            &[multiply::<$weights, 6>],
+        ];
+        TileKernels { table: TileTable::Vectors(&TABLE), name: $name }
+    }};
+}
+
+/// The kernels of a GGML type.
+pub(super) fn kernels(weight_type: WeightType) -> TileKernels {
+    match weight_type {
+        WeightType::Q8_0 => tile_kernels!(Q80, "avx2-q8_0-6x16"),
+        WeightType::Q4_0 => tile_kernels!(Q40, "avx2-q4_0-6x16"),
+        WeightType::Q4_1 => tile_kernels!(Q41, "avx2-q4_1-6x16"),
+        WeightType::Q5_0 => tile_kernels!(Q50, "avx2-q5_0-6x16"),
+        WeightType::Q5_1 => tile_kernels!(Q51, "avx2-q5_1-6x16"),
+        WeightType::Q4_K => tile_kernels!(Q4K, "avx2-q4_k-6x16"),
+        WeightType::Q5_K => tile_kernels!(Q5K, "avx2-q5_k-6x16"),
+        WeightType::Q6_K => tile_kernels!(Q6K, "avx2-q6_k-6x16"),
+        WeightType::F32 | WeightType::F16 | WeightType::Bf16 => unreachable!("floats have no 8-bit kernel"),
+    }
+}
+
+/// Rounds rows as [`super::int8::quantise`] does, to the same numbers.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn quantise(weight_type: WeightType, input: &[f32], in_features: usize, output: &mut [u32]) {
+    let rows = input.len() / in_features;
+    let (minima, halves) = (has_minima(weight_type), weight_type == WeightType::Q6_K);
+    let offset = i32::from(offset(weight_type));
+    output[in_features / BLOCK * BLOCK_WORDS * rows..].fill(0);
+    for (row, values) in input.chunks_exact(in_features).enumerate() {
+        for (values, words) in values.as_chunks::<BLOCK>().0.iter().zip(output.chunks_exact_mut(BLOCK_WORDS * rows)) {
+            // As integers the bits of magnitudes are ordered like the numbers, infinity and NaN above all others.
+            let largest = values.iter().fold(0, |most, value| most.max(value.to_bits() & 0x7fff_ffff));
+            let largest = f32::from_bits(largest);
+            let scale = match largest {
+                largest if !largest.is_finite() => f32::NAN,
+                largest if largest < SMALLEST => 0.0,
+                largest => largest / 127.0,
+            };
+            let inverse = if scale > 0.0 { 127.0 / largest } else { 0.0 };
+            let mut codes = [0_i32; BLOCK];
+            for (code, value) in codes.iter_mut().zip(values) {
+                *code = (value * inverse).round_ties_even() as i32;
+            }
+            for (quad, codes) in codes.chunks_exact(4).enumerate() {
+                words[quad * rows + row] = u32::from_le_bytes(std::array::from_fn(|place| codes[place] as u8));
+            }
+            words[8 * rows + row] = scale.to_bits();
+            let sum = |codes: &[i32]| codes.iter().sum::<i32>();
+            if halves {
+                let (first, second) = codes.split_at(BLOCK / 2);
+                words[9 * rows + row] = (-offset * sum(first)) as u32;
+                words[10 * rows + row] = (-offset * sum(second)) as u32;
+            } else {
+                let sum = sum(&codes);
+                words[9 * rows + row] = if minima { (scale * sum as f32).to_bits() } else { (-offset * sum) as u32 };
+                words[10 * rows + row] = 0;
+            }
+        }
+    }
+}
