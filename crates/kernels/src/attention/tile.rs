@@ -342,7 +342,8 @@ impl AttentionTile {
                 is_in_place = false;
                 self.expanded_keys.grow(key_elements);
                 self.expanded_values.grow(value_elements);
-                expand(block, key_dim, value_dim, &mut self.expanded_keys, &mut self.expanded_values);
+                let (keys, values) = (&mut self.expanded_keys, &mut self.expanded_values);
+                expand(level, block, key_dim, value_dim, &mut keys[..key_elements], &mut values[..value_elements]);
                 (self.expanded_keys.as_ptr().cast(), std::ptr::null(), self.expanded_values.as_ptr().cast())
             }
             (Arithmetic::Bf16, KeyBlock::Bf16 { keys, values }) => {

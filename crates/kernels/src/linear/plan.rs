@@ -127,8 +127,8 @@ impl Plan {
             amx::STEP_INPUTS if tiles => return unsafe { amx::convert(input, weights.in_features, words) },
             // SAFETY: only kernels for a level with AVX-512 BF16, checked when the weights were packed, step by 2.
             2 => return unsafe { brain_float::interleave(input, weights.in_features, words) },
-            // SAFETY: a level is only in use when this machine has it.
             32 if weights.level >= InstructionSet::Avx512Vnni => {
+                // SAFETY: a level is only in use when this machine has it.
                 return unsafe { int8::quantise(weights.weight_type, input, weights.in_features, words) };
             }
             // SAFETY: only kernels for a level with AVX2, checked when the weights were packed, step by 32.
