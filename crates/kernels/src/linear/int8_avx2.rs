@@ -1,9 +1,8 @@
 //! 8-bit micro-kernels with AVX2: 6 rows × 1 panel, a block of 32 inputs a step (`vpmaddubsw`, `vpmaddwd`).
 //!
-//! Weights, activations and sums are those of [`super::int8`], and so are the results but for the order in which blocks are
-//! added. Products of unsigned codes and signed activations are summed in 16 bits as long as they fit, which depends on the
-//! bits of a code; then in 32. Codes of eight bits do not fit at all: their magnitudes are multiplied, and the activations
-//! take their signs.
+//! Weights, activations and sums are those of [`super::int8`], and so are the results, to the bit. Products of unsigned
+//! codes and signed activations are summed in 16 bits as long as they fit, which depends on the bits of a code; then in 32.
+//! Codes of eight bits do not fit at all: their magnitudes are multiplied, and the activations take their signs.
 
 use std::arch::x86_64::*;
 

@@ -121,6 +121,22 @@ fn every_type_level_and_row_count_matches_the_reference() {
     }
 }
 
+/// Sums of a block are whole numbers, whichever instructions make them.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn bytes_are_multiplied_to_the_same_bits_with_avx2_and_with_vnni() {
+    if InstructionSet::detected() < InstructionSet::Avx512Vnni {
+        return;
+    }
+    for weight_type in WeightType::ALL.into_iter().filter(|weight_type| weight_type.block_weights() > 1) {
+        for rows in [1, 4, 6, 50] {
+            let of_level = |level| case(level, weight_type, rows, 1024, 70).run(2);
+            let bytes = of_level(InstructionSet::Avx2);
+            assert_eq!(bytes, of_level(InstructionSet::Avx512Vnni), "{}, {rows} rows", weight_type.name());
+        }
+    }
+}
+
 #[test]
 fn output_bits_do_not_depend_on_threads_or_on_other_rows() {
     for level in levels() {
