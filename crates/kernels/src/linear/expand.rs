@@ -1,4 +1,4 @@
-//! Panels of GGML types and of bf16 as f32, for instruction sets without dot products of 8 or 16 bits.
+//! Panels of GGML types and of bf16 as f32, for instruction sets without products of 8 or 16 bits.
 
 use super::WeightType;
 use super::packed::{PANEL, expand_panel};
@@ -12,22 +12,23 @@ pub(super) fn expand_to_f32(
     first: usize,
     output: &mut [f32],
 ) {
+    // GGML types are expanded on the portable level alone.
     #[cfg(target_arch = "x86_64")]
-    if level >= InstructionSet::Avx512 {
+    if matches!(weight_type, WeightType::F16 | WeightType::Bf16) {
         // SAFETY: a level is only in use when this machine has it.
-        return unsafe { avx512(weight_type, panel, first, output) };
-    }
-    #[cfg(target_arch = "x86_64")]
-    if level >= InstructionSet::Avx2 {
-        // SAFETY: a level is only in use when this machine has it.
-        return unsafe { avx2(weight_type, panel, first, output) };
+        unsafe {
+            match level {
+                InstructionSet::Portable => {}
+                InstructionSet::Avx2 => return expand_brain_avx2(panel, first, output),
+                _ => return expand_brain_avx512(panel, first, output),
+            }
+        }
     }
     let _ = level;
     by_type(weight_type, panel, first, output);
 }
 
 /// One compiled loop for each type, so that the compiler sees constant shifts and offsets.
-#[inline(always)]
 fn by_type(weight_type: WeightType, panel: &[u8], first: usize, output: &mut [f32]) {
     use WeightType::*;
     match weight_type {
@@ -58,13 +59,13 @@ fn expand_brain(panel: &[u8], first: usize, output: &mut [f32]) {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn avx2(weight_type: WeightType, panel: &[u8], first: usize, output: &mut [f32]) {
-    by_type(weight_type, panel, first, output);
+#[target_feature(enable = "avx2")]
+fn expand_brain_avx2(panel: &[u8], first: usize, output: &mut [f32]) {
+    expand_brain(panel, first, output);
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn avx512(weight_type: WeightType, panel: &[u8], first: usize, output: &mut [f32]) {
-    by_type(weight_type, panel, first, output);
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn expand_brain_avx512(panel: &[u8], first: usize, output: &mut [f32]) {
+    expand_brain(panel, first, output);
 }

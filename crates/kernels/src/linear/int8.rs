@@ -437,7 +437,46 @@ impl ExpandedKernels {
 }
 
 /// Magnitudes below this count as zero: their scale would not be a normal number.
-pub(super) const SMALLEST: f32 = 1e-35;
+const SMALLEST: f32 = 1e-35;
+
+/// The scale of a block of activations with this largest magnitude.
+#[inline]
+pub(super) fn scale_of(largest: f32) -> f32 {
+    match largest {
+        largest if !largest.is_finite() => f32::NAN,
+        largest if largest < SMALLEST => 0.0,
+        largest => largest / 127.0,
+    }
+}
+
+/// Writes blocks of rounded activations to the layout of the module.
+pub(super) struct BlockWriter {
+    rows: usize,
+    minima: bool,
+    /// Whether each half of a block has a sum of its own.
+    pub halves: bool,
+    offset: i32,
+}
+
+impl BlockWriter {
+    pub fn new(weight_type: WeightType, rows: usize) -> Self {
+        let offset = i32::from(offset(weight_type));
+        Self { rows, minima: has_minima(weight_type), halves: weight_type == WeightType::Q6_K, offset }
+    }
+
+    /// Writes a block of row `row` to `words`, that of all rows. `sums` are those of the codes: of each half, or of all and 0.
+    #[inline]
+    pub fn write(&self, words: &mut [u32], row: usize, quads: &[u32; BLOCK / 4], scale: f32, sums: [i32; 2]) {
+        let rows = self.rows;
+        for (quad, &code) in quads.iter().enumerate() {
+            words[quad * rows + row] = code;
+        }
+        words[8 * rows + row] = scale.to_bits();
+        words[9 * rows + row] =
+            if self.minima { (scale * sums[0] as f32).to_bits() } else { (-self.offset * sums[0]) as u32 };
+        words[10 * rows + row] = (-self.offset * sums[1]) as u32;
+    }
+}
 
 /// Rounds rows `[rows][in_features]` to the layout of the module: for each row and block of 32, scale = largest
 /// magnitude / 127, codes to nearest even. A block with a NaN or an infinity gets the scale NaN, so that the output
@@ -445,8 +484,7 @@ pub(super) const SMALLEST: f32 = 1e-35;
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,f16c")]
 pub(super) fn quantise(weight_type: WeightType, input: &[f32], in_features: usize, output: &mut [u32]) {
     let rows = input.len() / in_features;
-    let (minima, halves) = (has_minima(weight_type), weight_type == WeightType::Q6_K);
-    let offset = i32::from(offset(weight_type));
+    let writer = BlockWriter::new(weight_type, rows);
     output[in_features / BLOCK * BLOCK_WORDS * rows..].fill(0);
     for (row, values) in input.chunks_exact(in_features).enumerate() {
         for (values, words) in values.chunks_exact(BLOCK).zip(output.chunks_exact_mut(BLOCK_WORDS * rows)) {
@@ -457,11 +495,7 @@ pub(super) fn quantise(weight_type: WeightType, input: &[f32], in_features: usiz
             let magnitudes =
                 _mm512_max_epu32(_mm512_castps_si512(_mm512_abs_ps(first)), _mm512_castps_si512(_mm512_abs_ps(second)));
             let largest = f32::from_bits(_mm512_reduce_max_epu32(magnitudes));
-            let scale = match largest {
-                largest if !largest.is_finite() => f32::NAN,
-                largest if largest < SMALLEST => 0.0,
-                largest => largest / 127.0,
-            };
+            let scale = scale_of(largest);
             let inverse = _mm512_set1_ps(127.0 / largest);
             let usable = if scale > 0.0 { 0xffff } else { 0 };
             let first = _mm512_maskz_cvtps_epi32(usable, _mm512_mul_ps(first, inverse));
@@ -472,18 +506,11 @@ pub(super) fn quantise(weight_type: WeightType, input: &[f32], in_features: usiz
                 _mm_storeu_si128(codes.as_mut_ptr().cast(), _mm512_cvtsepi32_epi8(first));
                 _mm_storeu_si128(codes.as_mut_ptr().add(4).cast(), _mm512_cvtsepi32_epi8(second));
             }
-            for (quad, &code) in codes.iter().enumerate() {
-                words[quad * rows + row] = code;
-            }
-            words[8 * rows + row] = scale.to_bits();
-            if halves {
-                words[9 * rows + row] = (-offset * _mm512_reduce_add_epi32(first)) as u32;
-                words[10 * rows + row] = (-offset * _mm512_reduce_add_epi32(second)) as u32;
-            } else {
-                let sum = _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
-                words[9 * rows + row] = if minima { (scale * sum as f32).to_bits() } else { (-offset * sum) as u32 };
-                words[10 * rows + row] = 0;
-            }
+            let sums = match writer.halves {
+                true => [_mm512_reduce_add_epi32(first), _mm512_reduce_add_epi32(second)],
+                false => [_mm512_reduce_add_epi32(_mm512_add_epi32(first, second)), 0],
+            };
+            writer.write(words, row, &codes, scale, sums);
         }
     }
 }

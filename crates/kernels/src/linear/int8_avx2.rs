@@ -7,8 +7,8 @@
 use std::arch::x86_64::*;
 
 use super::WeightType;
-use super::blocks::{has_minima, offset};
-use super::int8::{BLOCK_WORDS, SMALLEST};
+use super::blocks::{has_fifth_bits, has_minima};
+use super::int8::{BLOCK_WORDS, BlockWriter, scale_of};
 use super::packed::{BLOCK, PANEL, codes_offset, fifths_offset, group_blocks, group_bytes};
 use super::tile::{TILE_ROWS, Tile, TileKernel, TileKernels, TileTable, columns_of};
 
@@ -17,27 +17,22 @@ const SIDE: usize = PANEL / 2;
 /// Quads of a block.
 const QUADS: usize = BLOCK / 4;
 
-/// How the blocks of 32 weights of 16 columns lie in memory.
-///
-/// # Safety
-/// Every method needs `group` to point at `GROUP_BYTES` readable bytes, `slot < GROUP_BLOCKS`, `quad < 8`,
-/// `half < SCALES`, `side < 2`, and a processor with AVX2 and F16C (level [`crate::InstructionSet::Avx2`]).
-unsafe trait PackedBlocks {
+/// A GGML type, as a type of this language.
+trait Blocks {
+    const TYPE: WeightType;
     /// Scales of a block and column.
-    const SCALES: usize;
+    const SCALES: usize = if matches!(Self::TYPE, WeightType::Q6_K) { 2 } else { 1 };
     /// Whether a minimum is subtracted (and codes have no offset).
-    const MINIMA: bool;
+    const MINIMA: bool = has_minima(Self::TYPE);
     /// Quads whose products fit 16 bits together; 0 where those of one do not.
-    const TOGETHER: usize;
-    const GROUP_BLOCKS: usize;
-    const GROUP_BYTES: usize;
-
-    /// Codes of quad `quad` of eight columns: byte `4 · column + i` belongs to input `4 · quad + i`.
-    unsafe fn codes(group: *const u8, slot: usize, quad: usize, side: usize) -> __m256i;
-    /// Scales of the eight columns.
-    unsafe fn scale(group: *const u8, slot: usize, half: usize, side: usize) -> __m256;
-    /// Minima of the eight columns.
-    unsafe fn minimum(group: *const u8, slot: usize, side: usize) -> __m256;
+    const TOGETHER: usize = match Self::TYPE {
+        WeightType::Q8_0 => 0,
+        WeightType::Q6_K => 2,
+        _ if has_fifth_bits(Self::TYPE) => 4,
+        _ => 8,
+    };
+    const GROUP_BLOCKS: usize = group_blocks(Self::TYPE);
+    const GROUP_BYTES: usize = group_bytes(Self::TYPE);
 }
 
 /// # Safety
@@ -82,7 +77,7 @@ fn nibbles(bytes: __m256i, quad: usize) -> __m256i {
 /// Codes of four bits of a type.
 ///
 /// # Safety
-/// As for [`PackedBlocks`].
+/// As for [`codes`].
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn load_nibbles(weight_type: WeightType, group: *const u8, slot: usize, quad: usize, side: usize) -> __m256i {
@@ -93,7 +88,7 @@ unsafe fn load_nibbles(weight_type: WeightType, group: *const u8, slot: usize, q
 /// The same with a fifth bit that lies apart.
 ///
 /// # Safety
-/// As for [`PackedBlocks`].
+/// As for [`codes`].
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn load_five_bits(weight_type: WeightType, group: *const u8, slot: usize, quad: usize, side: usize) -> __m256i {
@@ -110,136 +105,86 @@ unsafe fn load_five_bits(weight_type: WeightType, group: *const u8, slot: usize,
     }
 }
 
-macro_rules! packed_blocks {
-    ($name:ident, $type:expr, $scales:literal, $together:literal,
-     |$group:ident, $slot:ident, $quad:ident, $side:ident| $codes:expr, |$half:ident| $scale:expr, $minimum:expr) => {
-        struct $name;
-        // SAFETY: offsets are those of `packed`, inside `group_bytes`.
-        unsafe impl PackedBlocks for $name {
-            const SCALES: usize = $scales;
-            const MINIMA: bool = has_minima($type);
-            const TOGETHER: usize = $together;
-            const GROUP_BLOCKS: usize = group_blocks($type);
-            const GROUP_BYTES: usize = group_bytes($type);
-
-            #[inline]
-            #[target_feature(enable = "avx2,fma,f16c")]
-            unsafe fn codes($group: *const u8, $slot: usize, $quad: usize, $side: usize) -> __m256i {
-                // SAFETY: inside the group, as the trait asks.
-                unsafe { $codes }
-            }
-            #[inline]
-            #[target_feature(enable = "avx2,fma,f16c")]
-            unsafe fn scale($group: *const u8, $slot: usize, $half: usize, $side: usize) -> __m256 {
-                let _ = ($slot, $half);
-                // SAFETY: inside the group, as the trait asks.
-                unsafe { $scale }
-            }
-            #[inline]
-            #[target_feature(enable = "avx2,fma,f16c")]
-            unsafe fn minimum($group: *const u8, $slot: usize, $side: usize) -> __m256 {
-                let _ = ($group, $slot, $side);
-                #[allow(unused_unsafe)]
-                // SAFETY: inside the group, as the trait asks.
-                unsafe {
-                    $minimum
-                }
-            }
-        }
+/// Codes of six bits, of which two lie apart.
+///
+/// # Safety
+/// As for [`codes`].
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn load_six_bits(group: *const u8, slot: usize, quad: usize, side: usize) -> __m256i {
+    let at = codes_offset(WeightType::Q6_K) + slot * 6 * 64 + side * 32;
+    // SAFETY: promised by the caller.
+    let (codes, pairs) =
+        unsafe { (nibbles(load(group, at + quad % 4 * 64), quad), load(group, at + (4 + quad / 4) * 64)) };
+    let high = match quad % 4 {
+        0 => _mm256_slli_epi16(pairs, 4),
+        1 => _mm256_slli_epi16(pairs, 2),
+        2 => pairs,
+        _ => _mm256_srli_epi16(pairs, 2),
     };
+    _mm256_or_si256(codes, _mm256_and_si256(high, _mm256_set1_epi8(0x30)))
 }
 
-packed_blocks!(
-    Q80,
-    WeightType::Q8_0,
-    1,
-    0,
-    |group, slot, quad, side| load(group, codes_offset(WeightType::Q8_0) + (slot * 8 + quad) * 64 + side * 32),
-    |half| load_f16(group, slot * 32 + side * 16),
-    _mm256_setzero_ps()
-);
-packed_blocks!(
-    Q40,
-    WeightType::Q4_0,
-    1,
-    8,
-    |group, slot, quad, side| load_nibbles(WeightType::Q4_0, group, slot, quad, side),
-    |half| load_f16(group, slot * 32 + side * 16),
-    _mm256_setzero_ps()
-);
-packed_blocks!(
-    Q41,
-    WeightType::Q4_1,
-    1,
-    8,
-    |group, slot, quad, side| load_nibbles(WeightType::Q4_1, group, slot, quad, side),
-    |half| load_f16(group, slot * 32 + side * 16),
-    load_f16(group, 64 + slot * 32 + side * 16)
-);
-packed_blocks!(
-    Q50,
-    WeightType::Q5_0,
-    1,
-    4,
-    |group, slot, quad, side| load_five_bits(WeightType::Q5_0, group, slot, quad, side),
-    |half| load_f16(group, slot * 32 + side * 16),
-    _mm256_setzero_ps()
-);
-packed_blocks!(
-    Q51,
-    WeightType::Q5_1,
-    1,
-    4,
-    |group, slot, quad, side| load_five_bits(WeightType::Q5_1, group, slot, quad, side),
-    |half| load_f16(group, slot * 32 + side * 16),
-    load_f16(group, 64 + slot * 32 + side * 16)
-);
-packed_blocks!(
-    Q4K,
-    WeightType::Q4_K,
-    1,
-    8,
-    |group, slot, quad, side| load_nibbles(WeightType::Q4_K, group, slot, quad, side),
-    |half| _mm256_mul_ps(load_f16(group, side * 16), load_u8(group, 64 + slot * 16 + side * 8)),
-    _mm256_mul_ps(load_f16(group, 32 + side * 16), load_u8(group, 192 + slot * 16 + side * 8))
-);
-packed_blocks!(
-    Q5K,
-    WeightType::Q5_K,
-    1,
-    4,
-    |group, slot, quad, side| load_five_bits(WeightType::Q5_K, group, slot, quad, side),
-    |half| _mm256_mul_ps(load_f16(group, side * 16), load_u8(group, 64 + slot * 16 + side * 8)),
-    _mm256_mul_ps(load_f16(group, 32 + side * 16), load_u8(group, 192 + slot * 16 + side * 8))
-);
-packed_blocks!(
-    Q6K,
-    WeightType::Q6_K,
-    2,
-    2,
-    |group, slot, quad, side| {
-        let at = codes_offset(WeightType::Q6_K) + slot * 6 * 64 + side * 32;
-        let codes = nibbles(load(group, at + quad % 4 * 64), quad);
-        let pairs = load(group, at + (4 + quad / 4) * 64);
-        let high = match quad % 4 {
-            0 => _mm256_slli_epi16(pairs, 4),
-            1 => _mm256_slli_epi16(pairs, 2),
-            2 => pairs,
-            _ => _mm256_srli_epi16(pairs, 2),
-        };
-        _mm256_or_si256(codes, _mm256_and_si256(high, _mm256_set1_epi8(0x30)))
-    },
-    |half| {
-        let scales = _mm_loadl_epi64(group.add(64 + (slot * 2 + half) * 16 + side * 8).cast());
-        _mm256_mul_ps(load_f16(group, side * 16), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(scales)))
-    },
-    _mm256_setzero_ps()
-);
+/// Codes of quad `quad` of eight columns: byte `4 · column + i` belongs to input `4 · quad + i`.
+///
+/// # Safety
+/// `group` points at `GROUP_BYTES` readable bytes, `slot < GROUP_BLOCKS`, `quad < 8`, `side < 2`.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn codes<B: Blocks>(group: *const u8, slot: usize, quad: usize, side: usize) -> __m256i {
+    // SAFETY: promised by the caller; offsets are those of `packed`, inside `group_bytes`.
+    unsafe {
+        match B::TYPE {
+            WeightType::Q8_0 => load(group, codes_offset(B::TYPE) + (slot * 8 + quad) * 64 + side * 32),
+            WeightType::Q6_K => load_six_bits(group, slot, quad, side),
+            _ if has_fifth_bits(B::TYPE) => load_five_bits(B::TYPE, group, slot, quad, side),
+            _ => load_nibbles(B::TYPE, group, slot, quad, side),
+        }
+    }
+}
+
+/// Scales of eight columns.
+///
+/// # Safety
+/// As for [`codes`], with `half < SCALES`.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn scales<B: Blocks>(group: *const u8, slot: usize, half: usize, side: usize) -> __m256 {
+    // SAFETY: promised by the caller; offsets are those of `packed`, inside `group_bytes`.
+    unsafe {
+        match B::TYPE {
+            WeightType::Q4_K | WeightType::Q5_K => {
+                _mm256_mul_ps(load_f16(group, side * 16), load_u8(group, 64 + slot * 16 + side * 8))
+            }
+            WeightType::Q6_K => {
+                let scales = _mm_loadl_epi64(group.add(64 + (slot * 2 + half) * 16 + side * 8).cast());
+                _mm256_mul_ps(load_f16(group, side * 16), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(scales)))
+            }
+            _ => load_f16(group, slot * 32 + side * 16),
+        }
+    }
+}
+
+/// Minima of eight columns of a type that has some.
+///
+/// # Safety
+/// As for [`codes`].
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn minima<B: Blocks>(group: *const u8, slot: usize, side: usize) -> __m256 {
+    // SAFETY: promised by the caller; offsets are those of `packed`, inside `group_bytes`.
+    unsafe {
+        match B::TYPE {
+            WeightType::Q4_1 | WeightType::Q5_1 => load_f16(group, 64 + slot * 32 + side * 16),
+            _ => _mm256_mul_ps(load_f16(group, 32 + side * 16), load_u8(group, 192 + slot * 16 + side * 8)),
+        }
+    }
+}
 
 /// # Safety
 /// The preconditions of [`Tile`] for `R` rows and one panel; `steps` is a multiple of `GROUP_BLOCKS`.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply<W: PackedBlocks, const R: usize>(tile: &Tile) {
+unsafe fn multiply<B: Blocks, const R: usize>(tile: &Tile) {
     let columns = columns_of(tile, 0);
     let mut outputs = [[0.0_f32; PANEL]; R];
     if tile.accumulate {
@@ -256,16 +201,16 @@ unsafe fn multiply<W: PackedBlocks, const R: usize>(tile: &Tile) {
         }
     }
     let (mut activations, mut group) = (tile.activations, tile.weights);
-    for _ in 0..tile.steps / W::GROUP_BLOCKS {
-        for slot in 0..W::GROUP_BLOCKS {
+    for _ in 0..tile.steps / B::GROUP_BLOCKS {
+        for slot in 0..B::GROUP_BLOCKS {
             // SAFETY: `activations` and `group` stay inside what preconditions 1 and 2 give: `steps` blocks of
             // `BLOCK_WORDS · R` words, and `steps / GROUP_BLOCKS` groups of the panel.
             unsafe {
-                add_block::<W, R>(activations, group, slot, &mut sums);
+                add_block::<B, R>(activations, group, slot, &mut sums);
                 activations = activations.add(BLOCK_WORDS * R);
             }
         }
-        group = group.wrapping_add(W::GROUP_BYTES);
+        group = group.wrapping_add(B::GROUP_BYTES);
     }
     for (row, (output, sums)) in outputs.iter_mut().zip(sums).enumerate() {
         for (side, sum) in sums.into_iter().enumerate() {
@@ -278,10 +223,10 @@ unsafe fn multiply<W: PackedBlocks, const R: usize>(tile: &Tile) {
 }
 
 /// # Safety
-/// `activations` points at `BLOCK_WORDS · R` words; otherwise as [`PackedBlocks`].
+/// `activations` points at `BLOCK_WORDS · R` words; otherwise as [`codes`].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn add_block<W: PackedBlocks, const R: usize>(
+unsafe fn add_block<B: Blocks, const R: usize>(
     activations: *const u32,
     group: *const u8,
     slot: usize,
@@ -293,18 +238,18 @@ unsafe fn add_block<W: PackedBlocks, const R: usize>(
         let word = |at: usize| _mm256_set1_epi32(*activations.add(at) as i32);
         let factor = |at: usize| _mm256_castsi256_ps(word(at));
         for side in 0..2 {
-            for half in 0..W::SCALES {
+            for half in 0..B::SCALES {
                 let mut dots = [_mm256_setzero_si256(); R];
                 // Codes of eight bits are multiplied as the numbers that they stand for.
-                if !W::MINIMA && W::TOGETHER > 0 {
+                if !B::MINIMA && B::TOGETHER > 0 {
                     for row in 0..R {
                         dots[row] = word((9 + half) * R + row);
                     }
                 }
-                let quads = half * QUADS / W::SCALES..(half + 1) * QUADS / W::SCALES;
-                if W::TOGETHER == 0 {
+                let quads = half * QUADS / B::SCALES..(half + 1) * QUADS / B::SCALES;
+                if B::TOGETHER == 0 {
                     for quad in quads {
-                        let codes = W::codes(group, slot, quad, side);
+                        let codes = codes::<B>(group, slot, quad, side);
                         let numbers = _mm256_xor_si256(codes, _mm256_set1_epi8(i8::MIN));
                         let magnitudes = _mm256_abs_epi8(numbers);
                         for row in 0..R {
@@ -314,10 +259,10 @@ unsafe fn add_block<W: PackedBlocks, const R: usize>(
                         }
                     }
                 } else {
-                    for first in quads.step_by(W::TOGETHER) {
+                    for first in quads.step_by(B::TOGETHER) {
                         let mut pairs = [_mm256_setzero_si256(); R];
-                        for quad in first..first + W::TOGETHER {
-                            let codes = W::codes(group, slot, quad, side);
+                        for quad in first..first + B::TOGETHER {
+                            let codes = codes::<B>(group, slot, quad, side);
                             for row in 0..R {
                                 let products = _mm256_maddubs_epi16(codes, word(quad * R + row));
                                 pairs[row] = _mm256_add_epi16(pairs[row], products);
@@ -328,14 +273,14 @@ unsafe fn add_block<W: PackedBlocks, const R: usize>(
                         }
                     }
                 }
-                let scale = W::scale(group, slot, half, side);
+                let scale = scales::<B>(group, slot, half, side);
                 for row in 0..R {
                     let scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(dots[row]), scale);
                     sums[row][side] = _mm256_fmadd_ps(scaled, factor(8 * R + row), sums[row][side]);
                 }
             }
-            if W::MINIMA {
-                let minimum = W::minimum(group, slot, side);
+            if B::MINIMA {
+                let minimum = minima::<B>(group, slot, side);
                 for row in 0..R {
                     sums[row][side] = _mm256_fnmadd_ps(minimum, factor(9 * R + row), sums[row][side]);
                 }
@@ -344,15 +289,19 @@ unsafe fn add_block<W: PackedBlocks, const R: usize>(
     }
 }
 
-macro_rules! tile_kernels {
-    ($weights:ty, $name:literal) => {{
+macro_rules! kernels {
+    ($type:ident, $name:literal) => {{
+        struct Type;
+        impl Blocks for Type {
+            const TYPE: WeightType = WeightType::$type;
+        }
         static TABLE: [&[TileKernel]; TILE_ROWS] = [
-            &[multiply::<$weights, 1>],
-            &[multiply::<$weights, 2>],
-            &[multiply::<$weights, 3>],
-            &[multiply::<$weights, 4>],
-            &[multiply::<$weights, 5>],
-            &[multiply::<$weights, 6>],
+            &[multiply::<Type, 1>],
+            &[multiply::<Type, 2>],
+            &[multiply::<Type, 3>],
+            &[multiply::<Type, 4>],
+            &[multiply::<Type, 5>],
+            &[multiply::<Type, 6>],
         ];
         TileKernels { table: TileTable::Vectors(&TABLE), name: $name }
     }};
@@ -361,14 +310,14 @@ macro_rules! tile_kernels {
 /// The kernels of a GGML type.
 pub(super) fn kernels(weight_type: WeightType) -> TileKernels {
     match weight_type {
-        WeightType::Q8_0 => tile_kernels!(Q80, "avx2-q8_0-6x16"),
-        WeightType::Q4_0 => tile_kernels!(Q40, "avx2-q4_0-6x16"),
-        WeightType::Q4_1 => tile_kernels!(Q41, "avx2-q4_1-6x16"),
-        WeightType::Q5_0 => tile_kernels!(Q50, "avx2-q5_0-6x16"),
-        WeightType::Q5_1 => tile_kernels!(Q51, "avx2-q5_1-6x16"),
-        WeightType::Q4_K => tile_kernels!(Q4K, "avx2-q4_k-6x16"),
-        WeightType::Q5_K => tile_kernels!(Q5K, "avx2-q5_k-6x16"),
-        WeightType::Q6_K => tile_kernels!(Q6K, "avx2-q6_k-6x16"),
+        WeightType::Q8_0 => kernels!(Q8_0, "avx2-q8_0-6x16"),
+        WeightType::Q4_0 => kernels!(Q4_0, "avx2-q4_0-6x16"),
+        WeightType::Q4_1 => kernels!(Q4_1, "avx2-q4_1-6x16"),
+        WeightType::Q5_0 => kernels!(Q5_0, "avx2-q5_0-6x16"),
+        WeightType::Q5_1 => kernels!(Q5_1, "avx2-q5_1-6x16"),
+        WeightType::Q4_K => kernels!(Q4_K, "avx2-q4_k-6x16"),
+        WeightType::Q5_K => kernels!(Q5_K, "avx2-q5_k-6x16"),
+        WeightType::Q6_K => kernels!(Q6_K, "avx2-q6_k-6x16"),
         WeightType::F32 | WeightType::F16 | WeightType::Bf16 => unreachable!("floats have no 8-bit kernel"),
     }
 }
@@ -377,38 +326,26 @@ pub(super) fn kernels(weight_type: WeightType) -> TileKernels {
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn quantise(weight_type: WeightType, input: &[f32], in_features: usize, output: &mut [u32]) {
     let rows = input.len() / in_features;
-    let (minima, halves) = (has_minima(weight_type), weight_type == WeightType::Q6_K);
-    let offset = i32::from(offset(weight_type));
+    let writer = BlockWriter::new(weight_type, rows);
     output[in_features / BLOCK * BLOCK_WORDS * rows..].fill(0);
     for (row, values) in input.chunks_exact(in_features).enumerate() {
         for (values, words) in values.as_chunks::<BLOCK>().0.iter().zip(output.chunks_exact_mut(BLOCK_WORDS * rows)) {
             // As integers the bits of magnitudes are ordered like the numbers, infinity and NaN above all others.
             let largest = values.iter().fold(0, |most, value| most.max(value.to_bits() & 0x7fff_ffff));
             let largest = f32::from_bits(largest);
-            let scale = match largest {
-                largest if !largest.is_finite() => f32::NAN,
-                largest if largest < SMALLEST => 0.0,
-                largest => largest / 127.0,
-            };
+            let scale = scale_of(largest);
             let inverse = if scale > 0.0 { 127.0 / largest } else { 0.0 };
             let mut codes = [0_i32; BLOCK];
             for (code, value) in codes.iter_mut().zip(values) {
                 *code = (value * inverse).round_ties_even() as i32;
             }
-            for (quad, codes) in codes.chunks_exact(4).enumerate() {
-                words[quad * rows + row] = u32::from_le_bytes(std::array::from_fn(|place| codes[place] as u8));
-            }
-            words[8 * rows + row] = scale.to_bits();
+            let quads = std::array::from_fn(|quad| {
+                u32::from_le_bytes(std::array::from_fn(|place| codes[4 * quad + place] as u8))
+            });
             let sum = |codes: &[i32]| codes.iter().sum::<i32>();
-            if halves {
-                let (first, second) = codes.split_at(BLOCK / 2);
-                words[9 * rows + row] = (-offset * sum(first)) as u32;
-                words[10 * rows + row] = (-offset * sum(second)) as u32;
-            } else {
-                let sum = sum(&codes);
-                words[9 * rows + row] = if minima { (scale * sum as f32).to_bits() } else { (-offset * sum) as u32 };
-                words[10 * rows + row] = 0;
-            }
+            let (first, second) = codes.split_at(BLOCK / 2);
+            let sums = if writer.halves { [sum(first), sum(second)] } else { [sum(&codes), 0] };
+            writer.write(words, row, &quads, scale, sums);
         }
     }
 }
