@@ -11,44 +11,9 @@ use std::arch::x86_64::*;
 use super::ahead;
 use super::passes::{Pass, WeightedValues, WideValues, bytes_of_pair, pass_over_values};
 use super::softmax::{decay, exp2, lanes, largest_scores};
-use super::tile::{MicroTile, NOTHING_SEEN, WEIGHT_STEPS};
+use super::tile::{MicroTile, NOTHING_SEEN};
+use super::value_scales::{LEAST, WEIGHT_STEPS};
 use super::{FEW_ROWS, MAX_BLOCK_KEYS, PAGE_KEYS, PAGE_PAIRS, pages_at_once};
-
-const _: () = assert!(MAX_BLOCK_KEYS * WEIGHT_STEPS as usize * 127 < 1 << 31);
-
-/// How many times as large as another the largest value of a block may be: a 512th of it is then the step of a weight.
-const MOST_UNEVEN: f32 = 64.0;
-/// What is no more than this counts as nothing: the steps of a weight in it would be infinitely many.
-const LEAST: f32 = 1e-34;
-
-const _: () = assert!(WEIGHT_STEPS / LEAST < f32::INFINITY);
-
-/// Writes to `factors` the share of each scale in the largest, in steps of a weight. Returns what one step of a weighted
-/// value is worth, and whether the scales are of much the same size. Both slices are `[pages · 16]`.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn scale_values(scales: &[f32], factors: &mut [f32]) -> (f32, bool) {
-    let scales = scales.as_chunks::<PAGE_KEYS>().0;
-    let (mut largest, mut smallest) = (_mm512_setzero_si512(), _mm512_set1_epi32(-1));
-    for scales in scales {
-        // SAFETY: sixteen f32.
-        let bits = unsafe { _mm512_loadu_si512(scales.as_ptr().cast()) };
-        // Sizes are ordered as their bits are, with ∞ and what is no number above all others. A scale of zero, which is that
-        // of a value of zeros or of none at all, is above them too once its bits are one less.
-        largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(i32::MAX)));
-        smallest = _mm512_min_epu32(smallest, _mm512_sub_epi32(bits, _mm512_set1_epi32(1)));
-    }
-    let largest = f32::from_bits(_mm512_reduce_max_epi32(largest) as u32);
-    // A NaN or ∞ among the scales must show in every row's output.
-    let largest = if largest.is_finite() { largest } else { f32::NAN };
-    let smallest = _mm512_reduce_min_epu32(smallest);
-    let is_even = smallest >= f32::INFINITY.to_bits() || f32::from_bits(smallest + 1) * MOST_UNEVEN >= largest;
-    let inverse = _mm512_set1_ps(if largest > LEAST { WEIGHT_STEPS / largest } else { 0.0 });
-    for (factors, scales) in factors.as_chunks_mut::<PAGE_KEYS>().0.iter_mut().zip(scales) {
-        // SAFETY: sixteen f32 each.
-        unsafe { _mm512_storeu_ps(factors.as_mut_ptr(), _mm512_mul_ps(_mm512_loadu_ps(scales.as_ptr()), inverse)) }
-    }
-    (largest / WEIGHT_STEPS, is_even)
-}
 
 /// Runs `rows` (1 to 6) rows.
 ///

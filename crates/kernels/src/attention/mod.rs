@@ -26,6 +26,8 @@ mod expand;
 mod float;
 #[cfg(target_arch = "x86_64")]
 mod int8;
+#[cfg(target_arch = "x86_64")]
+mod int8_avx2;
 mod masses;
 mod moments;
 #[cfg(target_arch = "x86_64")]
@@ -37,6 +39,8 @@ mod running_softmax;
 mod softmax;
 mod tile;
 mod transpose;
+#[cfg(target_arch = "x86_64")]
+mod value_scales;
 mod widened;
 
 pub use ahead::fetch;

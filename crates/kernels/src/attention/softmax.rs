@@ -7,7 +7,7 @@ use super::{MAX_BLOCK_KEYS, PAGE_KEYS};
 use crate::simd::exponential::LOWEST_WEIGHT;
 
 /// Cubic for 2^f on [0, 1), highest power first; relative error 7.5e-5, a fortieth of the rounding of a bf16 weight.
-const EXP2: [f32; 4] = [0.078_024_51, 0.226_067_18, 0.695_833_54, 0.999_925_2];
+pub(super) const EXP2: [f32; 4] = [0.078_024_51, 0.226_067_18, 0.695_833_54, 0.999_925_2];
 
 /// 2^x: the whole part goes to the exponent, a cubic gives the rest. Below 2^[`LOWEST_WEIGHT`] it is 0; NaN gives NaN.
 #[inline]

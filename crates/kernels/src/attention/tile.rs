@@ -7,7 +7,9 @@ use super::block::KeyBlock;
 use super::expand::expand;
 use super::float::FloatMicroTile;
 #[cfg(target_arch = "x86_64")]
-use super::{FEW_ROWS, amx as amx_kernel, bf16 as bf16_kernel, int8 as int8_kernel};
+use super::value_scales::scale_values;
+#[cfg(target_arch = "x86_64")]
+use super::{FEW_ROWS, amx as amx_kernel, bf16 as bf16_kernel, int8 as int8_kernel, int8_avx2};
 use super::{KEY_DIM_MULTIPLE, MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, VALUE_DIM_MULTIPLE, queries};
 #[cfg(target_arch = "x86_64")]
 use crate::amx::{Elements, PRODUCT_ROWS};
@@ -33,14 +35,16 @@ enum Arithmetic {
     Bf16,
     /// int8 queries against int8 keys, int16 weights against int8 values.
     Int8,
+    /// The same integers, each widened to 16 bits before it is multiplied.
+    Int16,
 }
 
 impl Arithmetic {
-    /// Bytes of a query's, key's or value's number.
+    /// Bytes of a query's number.
     fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,
-            Self::Bf16 => 2,
+            Self::Bf16 | Self::Int16 => 2,
             Self::Int8 => 1,
         }
     }
@@ -65,6 +69,7 @@ pub struct AttentionTile {
     queries_f32: AlignedBuffer<f32>,
     queries_bf16: AlignedBuffer<u16>,
     queries_int8: AlignedBuffer<i8>,
+    queries_int16: AlignedBuffer<i16>,
     /// Value of one integer step of a row's queries (int8), else unused. `[rows]`
     query_scales: Vec<f32>,
     /// −128 · Σ of a row's integers: what the offset of the keys adds to every dot product. `[rows]`
@@ -91,6 +96,8 @@ pub struct AttentionTile {
 
 /// Up to so many rows of an int8 block the vector kernel is faster, as it need not widen the values first.
 const FEW_INT8_ROWS: usize = 12;
+/// Up to so many rows of an int8 block integers are faster than f32 in vectors of 512 bits.
+const FEW_INT16_ROWS: usize = 12;
 /// Up to so many rows widening a bf16 block for each micro-tile is faster than expanding it first.
 const FEW_BRAIN_ROWS: usize = 12;
 #[cfg(target_arch = "x86_64")]
@@ -99,9 +106,6 @@ const AMX_STRIP: usize = amx_kernel::STRIP;
 const AMX_STRIP: usize = 0;
 #[cfg(not(target_arch = "x86_64"))]
 const PRODUCT_ROWS: usize = MICRO_ROWS;
-
-/// Largest int16 weight.
-pub(super) const WEIGHT_STEPS: f32 = 32_767.0;
 
 /// Smallest running maximum: finite, so that a row that has seen nothing yet never computes −∞ − −∞, and no logit's.
 pub(super) const NOTHING_SEEN: f32 = f32::MIN;
@@ -187,6 +191,8 @@ impl AttentionTile {
             _ if soft_cap.is_some() => Arithmetic::F32,
             (level, KeyBlock::Bf16 { .. }) if multiplies_brain_floats(level) => Arithmetic::Bf16,
             (level, KeyBlock::Int8 { .. }) if level >= InstructionSet::Avx512Vnni => Arithmetic::Int8,
+            (InstructionSet::Avx2, KeyBlock::Int8 { .. }) => Arithmetic::Int16,
+            (InstructionSet::Avx512, KeyBlock::Int8 { .. }) if rows <= FEW_INT16_ROWS => Arithmetic::Int16,
             _ => Arithmetic::F32,
         };
         self.arithmetic = Some(arithmetic);
@@ -195,6 +201,10 @@ impl AttentionTile {
             Arithmetic::F32 => self.queries_f32.grow(rows * key_dim),
             Arithmetic::Bf16 => self.queries_bf16.grow(rows * key_dim),
             Arithmetic::Int8 => self.queries_int8.grow(rows * key_dim),
+            Arithmetic::Int16 => {
+                self.queries_int8.grow(key_dim);
+                self.queries_int16.grow(rows * key_dim);
+            }
         }
         self.query_scales.resize(rows, 1.0);
         self.query_offsets.resize(rows, 0);
@@ -226,6 +236,7 @@ impl AttentionTile {
             (level, KeyBlock::Bf16 { .. }) if multiplies_brain_floats(level) => "avx512-bf16-6x64",
             (InstructionSet::Avx512Vnni | InstructionSet::Avx512Bf16, KeyBlock::Int8 { .. }) => "avx512-vnni-6x64",
             (InstructionSet::Portable, _) => "portable-f32-6x16",
+            (InstructionSet::Avx2, KeyBlock::Int8 { .. }) => "avx2-int16-6x8",
             (InstructionSet::Avx2, _) => "avx2-f32-6x16",
             _ => "avx512-f32-6x64",
         }
@@ -253,8 +264,9 @@ impl AttentionTile {
                 }
                 target[query.len()..].fill(0);
             }
-            Arithmetic::Int8 => {
-                let target = &mut self.queries_int8[range];
+            Arithmetic::Int8 | Arithmetic::Int16 => {
+                let is_widened = arithmetic == Arithmetic::Int16;
+                let target = &mut self.queries_int8[if is_widened { 0..key_dim } else { range.clone() }];
                 let level = self.instruction_set.expect("begin was called");
                 let (step, sum) = queries::quantise(level, query, target);
                 target[query.len()..].fill(0);
@@ -270,6 +282,10 @@ impl AttentionTile {
                     // All scores are zero; a scale of zero would make NaN of the −∞ of keys that the row may not see.
                     target.fill(0);
                     (self.query_scales[row], self.query_offsets[row]) = (1.0, 0);
+                }
+                if is_widened {
+                    let wide = &mut self.queries_int16[range];
+                    wide.iter_mut().zip(target).for_each(|(wide, integer)| *wide = i16::from(*integer));
                 }
             }
         }
@@ -322,7 +338,7 @@ impl AttentionTile {
         let arithmetic = self.arithmetic.expect("begin was called");
         let amx = level == InstructionSet::Amx
             && match arithmetic {
-                Arithmetic::F32 => false,
+                Arithmetic::F32 | Arithmetic::Int16 => false,
                 Arithmetic::Bf16 => true,
                 Arithmetic::Int8 => rows.len() > FEW_INT8_ROWS && wanted_rows() > FEW_INT8_ROWS,
             };
@@ -358,11 +374,10 @@ impl AttentionTile {
                 (keys.as_ptr(), key_scales.as_ptr(), self.brain_values.as_ptr().cast())
             }
             #[cfg(target_arch = "x86_64")]
-            (Arithmetic::Int8, KeyBlock::Int8 { keys, key_scales, values, value_scales }) => {
+            (Arithmetic::Int8 | Arithmetic::Int16, KeyBlock::Int8 { keys, key_scales, values, value_scales }) => {
+                stored_as = Arithmetic::Int8;
                 self.value_factors.resize(value_scales.len(), 0.0);
-                // SAFETY: a level is only in use when this machine has it.
-                (value_step, values_are_even) =
-                    unsafe { int8_kernel::scale_values(value_scales, &mut self.value_factors) };
+                (value_step, values_are_even) = scale_values(level, value_scales, &mut self.value_factors);
                 value_factors = self.value_factors.as_ptr();
                 (keys.as_ptr(), key_scales.as_ptr(), values.as_ptr().cast())
             }
@@ -372,6 +387,7 @@ impl AttentionTile {
             Arithmetic::F32 => self.queries_f32.as_ptr().cast(),
             Arithmetic::Bf16 => self.queries_bf16.as_ptr().cast(),
             Arithmetic::Int8 => self.queries_int8.as_ptr().cast(),
+            Arithmetic::Int16 => self.queries_int16.as_ptr().cast(),
         };
         let (query_bytes, key_bytes) = (arithmetic.bytes(), stored_as.bytes());
         let value_bytes = if amx { size_of::<u16>() } else { key_bytes };
@@ -380,7 +396,7 @@ impl AttentionTile {
         // Only where the block is used in place: an expanded one is read by `expand`.
         let mut ahead = match next.filter(|_| is_in_place) {
             #[cfg(target_arch = "x86_64")]
-            _ if !amx && arithmetic != Arithmetic::F32 && rows.len() <= FEW_ROWS => {
+            _ if !amx && matches!(arithmetic, Arithmetic::Bf16 | Arithmetic::Int8) && rows.len() <= FEW_ROWS => {
                 let wide = if arithmetic == Arithmetic::Bf16 { bf16_kernel::WIDE } else { int8_kernel::WIDE };
                 Some(Ahead::along(block, next, pages, key_page, value_page, wide.pages_behind(rows.len(), value_dim)))
             }
@@ -497,6 +513,8 @@ unsafe fn run_micro_tile(
             (Arithmetic::Bf16, _) => bf16_kernel::micro_tile_rows(rows, tile),
             #[cfg(target_arch = "x86_64")]
             (Arithmetic::Int8, _) => int8_kernel::micro_tile_rows(rows, tile),
+            #[cfg(target_arch = "x86_64")]
+            (Arithmetic::Int16, _) => int8_avx2::micro_tile_rows(rows, tile),
             _ => simd::run(level, FloatMicroTile { tile, rows, brain: stored_as == Arithmetic::Bf16 }),
         }
     }
