@@ -44,7 +44,7 @@ pub(super) struct MeasuredRow {
     pub bearable: f32,
     /// Missed mass in units of the error that was estimated, where it tells.
     pub ratio: Option<f32>,
-    /// Its [spread](super::index::HeadClusters::logit_spread).
+    /// Its [spread](super::tile::Work::spread_of).
     pub spread: f32,
 }
 

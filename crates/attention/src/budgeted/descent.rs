@@ -48,7 +48,7 @@ impl Descent {
     }
 
     /// Takes a micro-tile to `limits`, one for each query head: as few clusters as keep them are computed, the others
-    /// estimated. `None` where a number is none.
+    /// estimated. `None` where nothing can be estimated.
     pub fn go_to(&mut self, work: &Work<'_>, micro_tile: usize, limits: &[f32]) -> Option<Estimated> {
         self.clusters_within(work, micro_tile, limits)?;
         let (rows, estimate) = (work.rows_of(micro_tile), &mut self.estimate);
@@ -72,7 +72,7 @@ impl Descent {
         Some(Estimated { selected, errors })
     }
 
-    /// How many clusters would be computed within `limits`. `None` where a number is none.
+    /// How many clusters would be computed within `limits`. `None` where nothing can be estimated.
     pub fn clusters_within(&mut self, work: &Work<'_>, micro_tile: usize, limits: &[f32]) -> Option<usize> {
         if self.estimated != Some(micro_tile) {
             self.estimated = None;

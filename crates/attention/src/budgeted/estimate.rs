@@ -13,6 +13,10 @@ const MOST_OF_LIMIT: f32 = 1.8;
 /// … which is brought about by selecting again, with more weight on such rows, at most so often.
 const MOST_SELECTIONS: usize = 3;
 
+/// How far above the largest logit that was computed the logit of a cluster may be said to be, in nats. Means and variances are
+/// rounded to eight bits, so that large ones are off by as much as other logits differ; and 9 nats further a weight is 0.
+const MOST_ABOVE: f32 = 60.0;
+
 /// Estimates of one micro-tile, in buffers that are used again.
 #[derive(Default)]
 pub(super) struct Estimate {
@@ -35,7 +39,7 @@ pub(super) struct Estimate {
 
 impl Estimate {
     /// Estimates the clusters of a micro-tile whose near keys are in `tile`, which learns the largest logits. False when
-    /// a softmax sum is no number.
+    /// a softmax sum is no number, or a cluster is said to have a logit far above all that was computed.
     pub fn begin(&mut self, work: &Work<'_>, micro_tile: usize, tile: &mut AttentionTile) -> bool {
         let call = &work.budgeted.call;
         let (rows, clusters) = (work.rows_of(micro_tile), work.clusters());
@@ -55,6 +59,10 @@ impl Estimate {
         }
         for ((row, total), masses) in rows.zip(totals).zip(masses.chunks_exact_mut(clusters)) {
             let reference = largest(masses).max(tile.maximum(row));
+            // Were the estimate wrong, what the row sees near it would be lost beside it.
+            if tile.sum(row) > 0.0 && reference - tile.maximum(row) > MOST_ABOVE {
+                return false;
+            }
             tile.raise_maximum(row, reference);
             *total = tile.sum(row) + masses_in_place(masses, reference, CLUSTER_KEYS as f32);
             if !(total.is_finite() && *total > 0.0) {
@@ -184,9 +192,36 @@ mod tests {
     use iceformer_testing::random::Random;
 
     use super::*;
-    use crate::KeyValueType;
+    use crate::budgeted::tile::Budgeted;
     use crate::budgeted::tile::tests::look_at_work;
-    use crate::tiles;
+    use crate::tiles::{self, Call};
+    use crate::{Attention, KeyValueType};
+
+    /// Beside a logit that is far too large all others would be lost, and the row be zeros.
+    #[test]
+    fn an_estimate_far_above_all_that_was_computed_spoils_nothing() {
+        let mut random = Random::new(6);
+        look_at_work(KeyValueType::F32, (1, MICRO_ROWS), 0, &mut random, |work| {
+            let attention = Attention { scale: 1e6, ..work.budgeted.call.attention.clone() };
+            let budgeted = Budgeted {
+                call: Call { attention: &attention, ..work.budgeted.call },
+                settings: work.budgeted.settings,
+                index: work.budgeted.index,
+                audits_last: false,
+            };
+            let work = Work { budgeted: &budgeted, ..*work };
+            let [mut tile, mut exact] = [AttentionTile::default(), AttentionTile::default()];
+            let seen = tiles::begin(&mut tile, &budgeted.call, work.task);
+            budgeted.accumulate_near(&mut tile, work.task, work.regions, seen);
+            assert!(!Estimate::default().begin(&work, 0, &mut tile));
+            tiles::attend_to_all(&mut exact, &budgeted.call, work.task);
+            work.accumulate_exactly(&mut tile, |_| true);
+            for row in work.rows_of(0) {
+                let (sum, exact) = (tile.log_sum_exp(row), exact.log_sum_exp(row));
+                assert!((sum - exact).abs() <= 1e-6 * exact.abs(), "row {row}: {sum} and {exact}");
+            }
+        });
+    }
 
     #[test]
     fn a_row_keeps_its_own_limit_beside_rows_of_other_heads() {

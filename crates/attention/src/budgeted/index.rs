@@ -357,12 +357,6 @@ impl HeadClusters {
         turned
     }
 
-    /// By how much the logits of a query with the keys of a cluster vary; see [`Region::logit_spread`]. Infinite without
-    /// clusters.
-    pub fn logit_spread(&self, query: &[f32], scale: f32) -> f32 {
-        self.regions.first().map_or(f32::INFINITY, |region| region.logit_spread(query, scale))
-    }
-
     /// Root mean square distance of the values in `regions` from their mean.
     pub fn value_spread(&self, regions: &[usize]) -> f32 {
         let regions = || regions.iter().map(|region| &self.regions[*region]);

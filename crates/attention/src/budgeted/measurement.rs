@@ -11,6 +11,7 @@ use super::calibration::{
     bearable_by_most, computed_share, costs_too_much, room, rows_of,
 };
 use super::descent::Descent;
+use super::places::anywhere_in;
 use super::tile::{Work, distance};
 use crate::tiles::{self, Call, HeadKeys, Part, Task};
 
@@ -137,8 +138,8 @@ pub(crate) fn share_of_allowed(missed: f32, exact_output: &[f32], budget: f32, v
     if missed <= allowed { missed / allowed.max(f32::MIN_POSITIVE) } else { f32::INFINITY }
 }
 
-/// Measures the query heads of `kv_head` at `places` places of the call at most: `between` those that were measured of it
-/// before, or from the last tokens on. Where that is all tokens of the call, as they are decoded, the exact rows are left in
+/// Measures the query heads of `kv_head` at `places` places of the call at most, one in each of as many stretches: the last
+/// tokens among them, or `between` those that were measured of it before. Where that is all tokens of the call, as they are decoded, the exact rows are left in
 /// `answer`.
 pub(super) fn measure(
     budgeted: &Budgeted<'_>,
@@ -168,7 +169,11 @@ pub(super) fn measure(
         trial.measured.is_hopeless = head.is_given_up(query_head, budget);
     }
     let task = |place: usize| {
-        let end = tokens - (tokens - earliest - place_tokens) * (2 * place + usize::from(between)) / (2 * places);
+        let (span, stretch) = (tokens - earliest - place_tokens, 2 * (position + place) + usize::from(between));
+        // The last tokens tell the most of those to come.
+        let is_last = place == 0 && !between;
+        let back = span * place / places + if is_last { 0 } else { anywhere_in(stretch, span / places) };
+        let end = tokens - back;
         Task { kv_head, tokens: end - place_tokens..end, keys: 0..call.cache.len() }
     };
     // The first alone, as it shows which heads are hopeless. Then some are computed exactly together: a block of keys is
@@ -297,7 +302,7 @@ impl MeasurementScratch {
     }
 
     /// Computes a micro-tile within `limits`; takes those of its rows out of `open`, and `note`s them with their heads, that
-    /// miss no more than they may. What is no number is computed exactly and tells nothing.
+    /// miss no more than they may. Where nothing can be estimated rows bear nothing; what is no number tells nothing.
     fn try_limits(
         &mut self,
         work: &Work<'_>,
@@ -308,7 +313,13 @@ impl MeasurementScratch {
     ) -> Tried {
         let rows = work.rows_of(micro_tile);
         let Some(estimated) = self.descent.go_to(work, micro_tile, limits) else {
-            open.retain(|row| !rows.contains(row));
+            for row in open.extract_if(.., |row| rows.contains(row)) {
+                self.exact.finish_row(self.first_exact_row + row, &mut self.exact_output);
+                if self.exact_output.iter().all(|value| value.is_finite()) {
+                    let spread = work.spread_of(row, &mut self.query);
+                    note(work.task.head_and_token(row).0, MeasuredRow { bearable: 0.0, ratio: None, spread });
+                }
+            }
             return Tried { computed: work.clusters(), rest: 1.0 };
         };
         let budget = work.budgeted.settings.budget;

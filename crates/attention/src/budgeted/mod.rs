@@ -23,6 +23,7 @@ mod index;
 mod measurement;
 mod metric;
 mod pieces;
+mod places;
 mod region;
 mod selection;
 mod settings;

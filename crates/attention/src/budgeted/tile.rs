@@ -8,6 +8,7 @@ use super::calibration::Calibration;
 use super::chosen::Chosen;
 use super::estimate::Estimate;
 use super::index::{ClusterIndex, HeadClusters};
+use super::places::anywhere_in;
 use super::region::{CLUSTER_KEYS, Region, begins_block};
 use super::settings::BudgetSettings;
 use crate::HeadReport;
@@ -128,7 +129,10 @@ impl<'a> Budgeted<'a> {
         let is_last = task.tokens.end == self.call.tokens();
         let is_next = match self.is_decoding(task) {
             true => position % AUDITED_TOKENS == AUDITED_TOKENS / 2,
-            false => (position / task.tokens.len() + task.kv_head).is_multiple_of(AUDITED_TILES),
+            false => {
+                let tile = position / task.tokens.len() + task.kv_head;
+                tile % AUDITED_TILES == anywhere_in(tile / AUDITED_TILES, AUDITED_TILES)
+            }
         };
         is_next || is_last && self.audits_last
     }
@@ -223,7 +227,7 @@ impl Work<'_> {
     }
 
     /// Adds all keys of the far regions to the micro-tiles that `wanted` names.
-    fn accumulate_exactly(&self, tile: &mut AttentionTile, wanted: impl Fn(usize) -> bool) {
+    pub fn accumulate_exactly(&self, tile: &mut AttentionTile, wanted: impl Fn(usize) -> bool) {
         HeadKeys::of(&self.budgeted.call, self.task).accumulate(tile, self.far_keys(), wanted);
     }
 
@@ -274,12 +278,14 @@ impl Work<'_> {
         self.head().calibration(head)
     }
 
-    /// The spread of row `row`; see [`HeadClusters::logit_spread`].
+    /// The spread of row `row`: that of the region in which it is the largest (keys of one may be all the same); see
+    /// [`Region::logit_spread`].
     pub fn spread_of(&self, row: usize, buffer: &mut Vec<f32>) -> f32 {
         let call = &self.budgeted.call;
         let (head, token) = self.task.head_and_token(row);
         let query = call.query(self.task.kv_head * call.group() + head, token, buffer);
-        self.head().logit_spread(query, call.attention.scale)
+        let spreads = self.regions().map(|region| region.logit_spread(query, call.attention.scale));
+        spreads.fold(0.0, f32::max)
     }
 
     /// Whether some row of a micro-tile is unlike those that were measured of its head.
@@ -338,7 +344,8 @@ impl Work<'_> {
         }
     }
 
-    /// Computes one row of each head exactly and tells how far off it was, as `output_of` gives the output of a row.
+    /// Computes one row of each head exactly, of those that left something to an estimate, and tells how far off it was, as
+    /// `output_of` gives the output of a row.
     pub fn audit(
         &self,
         chosen: &Chosen,
@@ -346,27 +353,31 @@ impl Work<'_> {
         reports: &mut [HeadReport],
         output_of: impl Fn(usize, &mut [f32]),
     ) {
-        let call = &self.budgeted.call;
-        let shape = call.cache.shape();
-        let (group, token) = (call.group(), self.task.tokens.start + self.task.tokens.len() / 2);
+        let (call, tokens, kv_head) = (&self.budgeted.call, &self.task.tokens, self.task.kv_head);
+        let (shape, group) = (call.cache.shape(), call.group());
         let value_scale = self.value_scale();
         let TileScratch { audit, output, audited_output, .. } = scratch;
-        let seen = tiles::begin_rows(audit, call, group, 0..call.cache.len(), |head| {
-            (self.task.kv_head * group + head, token)
+        let first = anywhere_in(call.first_position + tokens.start, tokens.len());
+        let is_estimated = |head: usize, token: usize| !chosen.is_exact(self.task.row(head, token) / MICRO_ROWS);
+        let from_first = || (tokens.start + first..tokens.end).chain(tokens.start..tokens.start + first);
+        let of_head = |head: usize| Some((head, from_first().find(|token| is_estimated(head, *token))?));
+        let rows: Vec<(usize, usize)> = (0..group).filter_map(of_head).collect();
+        if rows.is_empty() {
+            return;
+        }
+        let seen = tiles::begin_rows(audit, call, rows.len(), 0..call.cache.len(), |row| {
+            let (head, token) = rows[row];
+            (kv_head * group + head, token)
         });
         let first = tiles::block_start(call.cache, seen.start);
-        let keys = HeadKeys::of_tokens(call, self.task.kv_head, std::iter::once(token..token + 1));
+        let keys = HeadKeys::of_tokens(call, kv_head, rows.iter().map(|&(_, token)| token..token + 1));
         keys.accumulate(audit, first..seen.end, |_| true);
         output.resize(shape.value_dim, 0.0);
         audited_output.resize(shape.value_dim, 0.0);
-        for (head, report) in reports.iter_mut().enumerate() {
-            let row = self.task.row(head, token);
-            if chosen.is_exact(row / MICRO_ROWS) {
-                continue;
-            }
-            output_of(row, output);
-            audit.finish_row(head, audited_output);
-            report.audited_missed_mass.add(distance(output, audited_output) / value_scale);
+        for (row, &(head, token)) in rows.iter().enumerate() {
+            output_of(self.task.row(head, token), output);
+            audit.finish_row(row, audited_output);
+            reports[head].audited_missed_mass.add(distance(output, audited_output) / value_scale);
         }
     }
 

@@ -5,6 +5,7 @@ mod budget;
 mod case;
 mod decisions;
 mod few_tiles;
+mod records;
 mod sorted_keys;
 
 use iceformer_attention::{BudgetSettings, DciSettings, KeyValueType, Mask, Method, ThreadTeam};
