@@ -1,6 +1,6 @@
 //! Whether a call on a caller's arrays may read its keys and values rounded to a narrower type: tried on a few rows.
 //!
-//! Integers are attended to two to three times as fast as f32, and what a query may miss leaves room for their rounding
+//! Integers are attended to 1.4 (AVX2) to three times as fast as f32, and what a query may miss leaves room for their rounding
 //! in most models, but not in all of them (keys with a few very large channels). So the rounded keys and values are
 //! made, some queries attend to them and to the caller's own, and the difference decides.
 
@@ -10,7 +10,7 @@ use iceformer_kernels::InstructionSet;
 use iceformer_kernels::rows::{ROW_MULTIPLE, Rows, add_weighted_rows, dot_rows};
 use iceformer_kernels::softmax::softmax_in_place;
 
-use crate::budgeted::{distance, share_of_allowed};
+use crate::budgeted::{anywhere_in, distance, share_of_allowed};
 use crate::exact::{self, AttentionScratch};
 use crate::output::Output;
 use crate::tiles::Call;
@@ -25,8 +25,10 @@ const LEAST_QUERIES: usize = 512;
 const BUDGET_SHARE: f32 = 0.5;
 /// One row of a head may take more, up to all of its budget.
 const ROWS_ABOVE: usize = 1;
-/// Queries that are tried.
+/// Queries that are tried: …
 const PLACES: usize = 17;
+/// … so many of them the longest beside others of their head, as what rounding makes of a logit grows with the query.
+const LONGEST: usize = 4;
 /// Keys that such a query sees at least.
 const LEAST_SEEN: usize = 64;
 /// Keys read at a time.
@@ -45,7 +47,9 @@ pub(crate) fn rest_of(budget: f32) -> f32 {
 pub(crate) fn faster_type(precise: KeyValueType, budget: f32, queries: usize) -> Option<KeyValueType> {
     let level = InstructionSet::current();
     let faster = match level {
-        _ if budget < LEAST_BUDGET || queries < LEAST_QUERIES || level < InstructionSet::Avx512Vnni => return None,
+        _ if budget < LEAST_BUDGET || queries < LEAST_QUERIES => return None,
+        // AVX-512 multiplies f32 as fast as AVX2 does integers.
+        InstructionSet::Portable | InstructionSet::Avx512 => return None,
         InstructionSet::Amx => KeyValueType::Bf16,
         _ => KeyValueType::Int8,
     };
@@ -71,7 +75,12 @@ pub(crate) fn is_within(
     if seeing.len() < PLACES {
         return false;
     }
-    let places: Vec<usize> = (1..=PLACES).map(|place| seeing[place * seeing.len() / PLACES - 1]).collect();
+    let mut places = longest_queries(call, &seeing, team);
+    let stretches = PLACES - places.len();
+    places.extend((0..stretches).map(|stretch| {
+        let (first, end) = (stretch * seeing.len() / stretches, (stretch + 1) * seeing.len() / stretches);
+        seeing[first + anywhere_in(stretch, end - first)]
+    }));
     let mut rounded = vec![0.0_f32; PLACES * batch * heads * value_dim];
     for (&token, output) in places.iter().zip(rounded.chunks_exact_mut(batch * heads * value_dim)) {
         let output = Output::new(output, [batch, 1, heads, value_dim], None);
@@ -95,6 +104,27 @@ pub(crate) fn is_within(
         let above = shares.clone().filter(|share| *share > BUDGET_SHARE).count();
         above <= ROWS_ABOVE && shares.clone().all(|share| share <= 1.0)
     })
+}
+
+/// Those of `tokens` with the longest queries of some head, in relation to its root mean square length.
+fn longest_queries(call: &Call<'_>, tokens: &[usize], team: &ThreadTeam) -> Vec<usize> {
+    let [batch, heads, _, width] = call.queries.shape();
+    let mut squares = vec![vec![0.0_f32; tokens.len()]; batch * heads];
+    team.run_chunks(&mut squares, 1, |head, squares, _| {
+        let (squares, mut query) = (&mut squares[0], vec![0.0; width]);
+        for (square, token) in squares.iter_mut().zip(tokens) {
+            call.queries.read_row(head, *token, &mut query);
+            *square = query.iter().map(|value| value * value).sum();
+        }
+        let mean = squares.iter().map(|square| f64::from(*square)).sum::<f64>() / tokens.len() as f64;
+        squares.iter_mut().for_each(|square| *square = (f64::from(*square) / mean) as f32);
+    });
+    let longest = |place: usize| squares.iter().map(|squares| squares[place]).fold(0.0, f32::max);
+    let mut lengths: Vec<(f32, usize)> =
+        tokens.iter().enumerate().map(|(place, token)| (longest(place), *token)).collect();
+    lengths.sort_by(|a, b| b.0.total_cmp(&a.0));
+    lengths.truncate(LONGEST);
+    lengths.into_iter().map(|(_, token)| token).collect()
 }
 
 /// What the query heads that read `kv_head` give for query `token` with the keys and values as the caller has them, by
@@ -192,7 +222,9 @@ mod tests {
         let faster = faster_type(KeyValueType::F32, 0.05, 512);
         match level {
             InstructionSet::Amx => assert_eq!(faster, Some(KeyValueType::Bf16)),
-            level if level >= InstructionSet::Avx512Vnni => assert_eq!(faster, Some(KeyValueType::Int8)),
+            level if level == InstructionSet::Avx2 || level >= InstructionSet::Avx512Vnni => {
+                assert_eq!(faster, Some(KeyValueType::Int8));
+            }
             _ => assert_eq!(faster, None),
         }
         assert_eq!(faster_type(KeyValueType::F32, 0.01, 512), None);

@@ -36,6 +36,7 @@ use iceformer_kernels::attention::MICRO_ROWS;
 
 pub(crate) use index::ClusterIndex;
 pub(crate) use measurement::share_of_allowed;
+pub(crate) use places::anywhere_in;
 pub(crate) use region::SortedKeys;
 pub use settings::{BudgetError, BudgetSettings};
 pub(crate) use tile::distance;

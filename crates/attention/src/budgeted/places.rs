@@ -5,7 +5,7 @@
 
 /// One of `count` places of stretch `stretch` (0 where there is none), the same each time: the lower bits of a number mixed as
 /// SplitMix64 does (Steele et al. 2014).
-pub(super) fn anywhere_in(stretch: usize, count: usize) -> usize {
+pub(crate) fn anywhere_in(stretch: usize, count: usize) -> usize {
     let mut mixed = (stretch as u64).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
