@@ -69,6 +69,12 @@ pub enum RopeScaling {
         /// Whether the ends of the ramp between kept and divided frequencies are rounded to whole dimensions.
         truncate: bool,
     },
+    /// Dynamic NTK: a larger theta for texts beyond the context length, which the engine does not read. Up to it nothing
+    /// is scaled.
+    Dynamic {
+        /// By how much the context is to grow.
+        factor: f32,
+    },
     /// Frequency `i` is divided by factor `i`: `rope_freqs.weight` of a GGUF file, `[head_dim / 2]`.
     Factors(Vec<f32>),
 }
@@ -200,7 +206,9 @@ impl RopeConfig {
         positive("rope theta", self.theta)?;
         match &self.scaling {
             RopeScaling::None => Ok(()),
-            RopeScaling::Linear { factor } => positive("rope scaling factor", f64::from(*factor)),
+            RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor } => {
+                positive("rope scaling factor", f64::from(*factor))
+            }
             RopeScaling::Llama3 { factor, low_frequency_factor, high_frequency_factor, original_context } => {
                 positive("rope scaling factor", f64::from(*factor))?;
                 positive("rope scaling low_freq_factor", f64::from(*low_frequency_factor))?;

@@ -521,7 +521,7 @@ impl Clock {
 
 fn rope_table(config: &RopeConfig, head_dim: usize) -> Result<RopeTable, rope::RopeError> {
     let scaling = match config.scaling {
-        RopeScaling::None => rope::RopeScaling::None,
+        RopeScaling::None | RopeScaling::Dynamic { .. } => rope::RopeScaling::None,
         RopeScaling::Linear { factor } => rope::RopeScaling::Linear { factor: factor.into() },
         RopeScaling::Llama3 { factor, low_frequency_factor, high_frequency_factor, original_context } => {
             rope::RopeScaling::Llama3 {

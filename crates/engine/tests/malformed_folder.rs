@@ -115,7 +115,8 @@ fn configurations() {
         ("hidden_size", json!(null), &["hidden_size is missing"]),
         ("hidden_size", json!(0), &["hidden_size is 0", "1 to 131072"]),
         ("hidden_size", json!(-8), &["hidden_size is -8"]),
-        ("hidden_size", json!(8.5), &["hidden_size is 8.5"]),
+        ("hidden_size", json!(8.5), &["hidden_size is 8.5; expected a whole number"]),
+        ("num_hidden_layers", json!(3.0), &["num_hidden_layers is 3.0; expected a whole number"]),
         ("hidden_size", json!("8"), &["hidden_size is \"8\"", "a whole number"]),
         ("hidden_size", json!(u64::MAX), &["hidden_size is 18446744073709551615"]),
         ("hidden_size", json!(7), &["hidden_size 7 is no multiple of num_attention_heads 2"]),
@@ -140,7 +141,11 @@ fn configurations() {
         ("quantization_config", json!({"quant_method": "gptq"}), &["quantization_config", "gptq", "GGUF"]),
         ("rope_theta", json!(-2), &["rope theta is -2"]),
         ("rope_scaling", json!("linear"), &["rope_scaling is \"linear\"", "an object"]),
-        ("rope_scaling", json!({"rope_type": "longrope"}), &["rope_scaling.rope_type", "longrope", "yarn"]),
+        (
+            "rope_scaling",
+            json!({"rope_type": "longrope"}),
+            &["rope_scaling.rope_type", "longrope", "yarn, and dynamic up to"],
+        ),
         ("rope_scaling", json!({"type": "linear"}), &["rope_scaling.factor is missing"]),
         ("rope_scaling", json!({"type": "linear", "factor": 0}), &["rope scaling factor is 0"]),
         ("rope_scaling", json!({"type": "linear", "factor": "2"}), &["rope_scaling.factor is \"2\""]),
@@ -274,8 +279,8 @@ fn both_layouts_of_rope() {
     assert_eq!(open("rope_theta", json!(5e5)).theta, 5e5);
     assert_eq!(open("rope_parameters", json!({"rope_type": "default", "rope_theta": 7.0})).theta, 7.0);
     assert_eq!(open("rope_scaling", Value::Null).scaling, RopeScaling::None);
-    // Within the model's context it scales nothing.
-    assert_eq!(open("rope_scaling", json!({"type": "dynamic", "factor": 2.0})).scaling, RopeScaling::None);
+    let dynamic = open("rope_scaling", json!({"type": "dynamic", "factor": 2.0})).scaling;
+    assert_eq!(dynamic, RopeScaling::Dynamic { factor: 2.0 });
     // Of both the older counts, unless it says nothing.
     let both = |older: Value| {
         let mut config = tiny_config(64);

@@ -253,8 +253,9 @@ fn rope(fields: &Fields<'_>, context_length: usize) -> Result<RopeConfig, Config
         Ok::<_, ConfigError>(outside.or(inside).unwrap_or(context_length))
     };
     let scaling = match kind {
-        // Dynamic scaling begins beyond max_position_embeddings, which is the context of the model here.
-        None | Some("default" | "dynamic") => RopeScaling::None,
+        None | Some("default") => RopeScaling::None,
+        // It begins beyond max_position_embeddings, which is the context of the model here.
+        Some("dynamic") => RopeScaling::Dynamic { factor: scaling.number("factor")?.unwrap_or(1.0) as f32 },
         Some("linear") => RopeScaling::Linear { factor: scaling.required_number("factor")? as f32 },
         Some("llama3") => RopeScaling::Llama3 {
             factor: scaling.required_number("factor")? as f32,
@@ -267,7 +268,7 @@ fn rope(fields: &Fields<'_>, context_length: usize) -> Result<RopeConfig, Config
             return Err(ConfigError::Unsupported {
                 field: scaling.path("rope_type"),
                 found: other.into(),
-                hint: "known types are default, dynamic, linear, llama3, yarn",
+                hint: "known types are default, linear, llama3, yarn, and dynamic up to max_position_embeddings",
             });
         }
     };
@@ -351,7 +352,7 @@ impl<'a> Fields<'a> {
 
     fn integer_from(&self, field: &str, minimum: usize, maximum: usize) -> Result<Option<usize>, ConfigError> {
         let Some(value) = self.get(field) else { return Ok(None) };
-        if !value.is_number() {
+        if !value.is_u64() && !value.is_i64() {
             return Err(self.wrong_type(field, "a whole number"));
         }
         match value.as_u64().and_then(|value| usize::try_from(value).ok()) {

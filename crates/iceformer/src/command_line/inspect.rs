@@ -88,7 +88,7 @@ fn describe(config: &ModelConfig) -> Value {
         "vocabulary": config.vocabulary,
         "norm_epsilon": config.norm_epsilon,
         "rope_theta": config.rope.theta,
-        "rope_scaling": rope_scaling(&config.rope.scaling),
+        "rope_scaling": rope_scaling(config),
         "sliding_window": config.sliding_window,
         "tied_embeddings": config.tied_embeddings,
         "attention_bias": config.attention_bias,
@@ -96,8 +96,9 @@ fn describe(config: &ModelConfig) -> Value {
     })
 }
 
-fn rope_scaling(scaling: &RopeScaling) -> String {
-    match scaling {
+fn rope_scaling(config: &ModelConfig) -> String {
+    let context = config.context_length;
+    match &config.rope.scaling {
         RopeScaling::None => "none".into(),
         RopeScaling::Linear { factor } => format!("linear, factor {factor}"),
         RopeScaling::Llama3 { factor, original_context, .. } => {
@@ -105,6 +106,9 @@ fn rope_scaling(scaling: &RopeScaling) -> String {
         }
         RopeScaling::Yarn { factor, original_context, .. } => {
             format!("yarn, factor {factor} over {original_context} tokens")
+        }
+        RopeScaling::Dynamic { factor } => {
+            format!("dynamic, factor {factor}, not applied: no text beyond {context} tokens is read")
         }
         RopeScaling::Factors(factors) => format!("{} factors from the file", factors.len()),
     }
@@ -133,7 +137,7 @@ impl Inspection {
         row("heads", format!("{} query, {} key/value, width {}", config.query_heads, config.kv_heads, config.head_dim));
         let tied = if config.tied_embeddings { "tied to the embedding" } else { "own weights" };
         row("vocabulary", format!("{}, output layer {tied}", grouped(config.vocabulary as u64)));
-        row("rope", format!("theta {}, scaling {}", config.rope.theta, rope_scaling(&config.rope.scaling)));
+        row("rope", format!("theta {}, scaling {}", config.rope.theta, rope_scaling(config)));
         if let Some(window) = config.sliding_window {
             let layers = config.sliding_layers.iter().filter(|&&sliding| sliding).count();
             row("sliding window", format!("{window} tokens in {layers} of {} layers", config.layers));
