@@ -2,6 +2,7 @@
 
 mod arguments;
 mod attention_figures;
+mod bar;
 mod bench;
 mod chat;
 mod destination;

@@ -3,8 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-
+use super::bar::Bar;
 use super::text::{grouped, rate, seconds};
 
 /// Time between two plain lines.
@@ -24,10 +23,12 @@ pub struct Progress {
     display: Display,
     /// `(done, seconds)` of each step.
     steps: Vec<(f64, f64)>,
+    /// Done, and the whole, as last told.
+    last: Option<(usize, usize)>,
 }
 
 enum Display {
-    Bar(ProgressBar),
+    Bar(Bar),
     Lines(Instant),
     Quiet,
 }
@@ -38,16 +39,10 @@ impl Progress {
         let start = Instant::now();
         let display = match (quiet, std::io::stderr().is_terminal()) {
             (true, _) => Display::Quiet,
-            (false, true) => {
-                let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-                let style = ProgressStyle::with_template("{prefix} {bar:20} {percent:>3} % {wide_msg}");
-                bar.set_style(style.expect("the template is well formed"));
-                bar.set_prefix(what);
-                Display::Bar(bar)
-            }
+            (false, true) => Display::Bar(Bar::new(what)),
             (false, false) => Display::Lines(start),
         };
-        Self { what, unit, start, display, steps: Vec::new() }
+        Self { what, unit, start, display, steps: Vec::new(), last: None }
     }
 
     /// Shows that `done` of `total` is done.
@@ -57,17 +52,16 @@ impl Progress {
         if done > 0 && (is_new || done == total) {
             self.steps.push((done as f64, elapsed));
         }
+        self.last = Some((done, total));
         if matches!(self.display, Display::Bar(_)) && elapsed < BAR_AFTER {
             return;
         }
-        let mut told = format!("{} of {} {}", grouped(done as u64), grouped(total as u64), self.unit);
-        if self.unit == "tokens" && done > 0 && elapsed > 0.0 {
-            told += &format!(", {} tokens/s", rate(done as f64 / elapsed));
-        }
-        if done > 0 && done < total {
-            told += &format!(", {} left", seconds((self.time_at(total as f64) - elapsed).max(0.0)));
-        }
-        self.show(done as u64, total as u64, told);
+        let count = format!("{} of {} {}", grouped(done as u64), grouped(total as u64), self.unit);
+        let has_rate = self.unit == "tokens" && done > 0 && elapsed > 0.0;
+        let per_second = has_rate.then(|| format!("{} tokens/s", rate(done as f64 / elapsed)));
+        let left = || format!("{} left", seconds((self.time_at(total as f64) - elapsed).max(0.0)));
+        let left = (done > 0 && done < total).then(left);
+        self.show(done as u64, total as u64, [Some(count), per_second, left]);
     }
 
     /// Shows that a share of the work is done, of work whose parts have nothing in common to count.
@@ -76,36 +70,48 @@ impl Progress {
         if matches!(self.display, Display::Bar(_)) && elapsed < BAR_AFTER {
             return;
         }
-        let left = |told: String| format!("{told}{} left", seconds(elapsed * (1.0 - share) / share));
-        let told = match &self.display {
-            Display::Bar(_) if share > 0.0 => left(String::new()),
-            Display::Lines(_) if share > 0.0 => left(format!("{:.0} %, ", 100.0 * share)),
-            _ => String::new(),
-        };
-        self.show((share * 1000.0) as u64, 1000, told);
+        let is_line = matches!(self.display, Display::Lines(_));
+        let percent = (share > 0.0 && is_line).then(|| format!("{:.0} %", 100.0 * share));
+        let left = (share > 0.0).then(|| format!("{} left", seconds(elapsed * (1.0 - share) / share)));
+        self.show((share * 1000.0) as u64, 1000, [percent, None, left]);
     }
 
-    fn show(&mut self, done: u64, total: u64, told: String) {
+    /// `parts`: what is done, how fast, and the time left.
+    fn show(&mut self, done: u64, total: u64, parts: [Option<String>; 3]) {
         match &mut self.display {
             Display::Quiet => {}
-            Display::Bar(bar) => {
-                bar.set_length(total);
-                bar.set_message(told);
-                bar.set_position(done);
-            }
+            Display::Bar(bar) => bar.show(done, total, &parts),
             Display::Lines(last) if last.elapsed() >= LINE_EVERY => {
                 *last = Instant::now();
-                let _ = writeln!(std::io::stderr(), "{}: {told}", self.what);
+                let told: Vec<String> = parts.into_iter().flatten().collect();
+                let _ = writeln!(std::io::stderr(), "{}: {}", self.what, told.join(", "));
             }
             Display::Lines(_) => {}
         }
+    }
+
+    /// Ends the display of work that was stopped: the last line tells how much of it was done.
+    pub fn cancelled(self) {
+        match &self.display {
+            Display::Quiet => return,
+            Display::Bar(bar) => bar.clear(),
+            Display::Lines(_) => {}
+        }
+        let time = seconds(self.start.elapsed().as_secs_f64());
+        let told = match self.last {
+            Some((done, total)) => {
+                format!("after {} of {} {} in {time}", grouped(done as u64), grouped(total as u64), self.unit)
+            }
+            None => format!("after {time}"),
+        };
+        let _ = writeln!(std::io::stderr(), "{}: cancelled {told}", self.what);
     }
 
     /// Ends the display: the bar goes, and plain lines end with one that tells the whole.
     pub fn finish(self) {
         let elapsed = self.start.elapsed().as_secs_f64();
         match &self.display {
-            Display::Bar(bar) => bar.finish_and_clear(),
+            Display::Bar(bar) => bar.clear(),
             Display::Lines(_) => {
                 if let Some(&(done, _)) = self.steps.last() {
                     let done = grouped(done as u64);

@@ -15,7 +15,7 @@ use super::text::{bytes, grouped, rate, seconds};
 /// What one run did. Field names are those of the JSON output.
 #[derive(Debug, Serialize)]
 pub struct Figures {
-    /// Path of the model.
+    /// Path of the model, or the name of the built-in one.
     pub model: String,
     /// Text generated.
     pub text: String,
@@ -105,6 +105,8 @@ impl Figures {
             table += "ended     at --max-tokens\n";
         } else if self.finish == Finish::Context.name() {
             table += "ended     the context is full\n";
+        } else if self.finish == Finish::Cancelled.name() {
+            table += "ended     cancelled\n";
         }
         let _ = write!(std::io::stderr(), "{table}");
     }
