@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use iceformer_attention::{BudgetSettings, KeyValueType, Method};
 use iceformer_kernels::linear::WeightType;
 use iceformer_study::synthetic::Kind;
@@ -60,10 +60,10 @@ pub struct RunArguments {
     #[arg(long)]
     pub no_chat: bool,
     /// Most tokens to generate.
-    #[arg(long, short = 'n', default_value = "1024", value_name = "TOKENS")]
+    #[arg(long, short = 'n', default_value = "1024", value_name = "TOKENS", value_parser = count)]
     pub max_tokens: usize,
     /// Ends at this text, which is not shown; may be given several times.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = stop)]
     pub stop: Vec<String>,
     /// Goes on at the model's end tokens.
     #[arg(long)]
@@ -82,6 +82,28 @@ pub struct RunArguments {
     pub quiet: bool,
 }
 
+impl Arguments {
+    /// The arguments of this process.
+    ///
+    /// # Errors
+    /// What is wrong with them, or the help that they ask for.
+    pub fn of_process() -> Result<Self, clap::Error> {
+        let matches = numbers_may_be_negative(Self::command()).try_get_matches()?;
+        Self::from_arg_matches(&matches)
+    }
+}
+
+/// `command` whose options take `-1` for a value and not for an option, so that each says what it expected.
+fn numbers_may_be_negative(command: clap::Command) -> clap::Command {
+    let takes_values = |argument: &clap::Arg| argument.get_action().takes_values();
+    command
+        .mut_args(|argument| match takes_values(&argument) {
+            true => argument.allow_negative_numbers(true),
+            false => argument,
+        })
+        .mut_subcommands(numbers_may_be_negative)
+}
+
 impl RunArguments {
     /// What `iceformer` without arguments does.
     pub fn example() -> Self {
@@ -98,25 +120,25 @@ impl RunArguments {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArguments {
     /// Divisor of the logits; 0 always takes the most probable token.
-    #[arg(long, default_value = "0", value_name = "T", allow_negative_numbers = true)]
+    #[arg(long, default_value = "0", value_name = "T")]
     pub temperature: f32,
     /// Keeps the K most probable tokens; 0 keeps all.
-    #[arg(long, default_value = "40", value_name = "K")]
+    #[arg(long, default_value = "40", value_name = "K", value_parser = count)]
     pub top_k: usize,
     /// Keeps the most probable tokens that reach this probability together.
-    #[arg(long, default_value = "0.95", value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, default_value = "0.95", value_name = "P")]
     pub top_p: f32,
     /// Keeps tokens with at least this share of the best one's probability.
-    #[arg(long, default_value = "0.05", value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, default_value = "0.05", value_name = "P")]
     pub min_p: f32,
     /// Makes tokens of the last `--repetition-window` less probable; 1 is off.
-    #[arg(long, default_value = "1", value_name = "FACTOR", allow_negative_numbers = true)]
+    #[arg(long, default_value = "1", value_name = "FACTOR")]
     pub repetition_penalty: f32,
     /// Tokens that the repetition penalty looks at.
-    #[arg(long, default_value = "64", value_name = "TOKENS")]
+    #[arg(long, default_value = "64", value_name = "TOKENS", value_parser = count)]
     pub repetition_window: usize,
     /// Seed of the sampler: the same seed gives the same text.
-    #[arg(long, default_value = "0", value_parser = seed, allow_negative_numbers = true)]
+    #[arg(long, default_value = "0", value_parser = seed)]
     pub seed: u64,
 }
 
@@ -126,7 +148,7 @@ pub struct MethodArguments {
     #[arg(long, value_name = "METHOD", value_parser = method)]
     method: Option<Method>,
     /// Share of the softmax mass that a query may miss [default: 0.05].
-    #[arg(long, value_name = "SHARE", value_parser = budget, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE", value_parser = budget)]
     budget: Option<f32>,
 }
 
@@ -202,7 +224,7 @@ pub struct BenchCommon {
     #[arg(long, short, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
     /// Measurements, of which the median is given.
-    #[arg(long, default_value = "5", value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
+    #[arg(long, default_value = "5", value_parser = repeat, value_name = "N")]
     pub repeat: u32,
     /// Writes one line of JSON.
     #[arg(long)]
@@ -227,6 +249,10 @@ pub struct LinearArguments {
     pub common: BenchCommon,
 }
 
+/// What synthetic inputs have. Beside them clap lets an option that requires `from` pass, with which they conflict: so
+/// they conflict with that option too.
+const SYNTHETIC: [&str; 4] = ["generator", "heads", "kv_heads", "head_dim"];
+
 #[derive(Debug, Args)]
 pub struct AttentionArguments {
     #[command(flatten)]
@@ -235,13 +261,13 @@ pub struct AttentionArguments {
     #[arg(long, default_value = "gauss", value_name = "KIND", value_parser = generator)]
     pub generator: Kind,
     /// Queries, keys and values of a dump that `iceformer study dump` wrote, repeated to --tokens.
-    #[arg(long, value_name = "DUMP", conflicts_with_all = ["generator", "heads", "kv_heads", "head_dim"])]
+    #[arg(long, value_name = "DUMP", conflicts_with_all = SYNTHETIC)]
     pub from: Option<PathBuf>,
     /// Layer of the dump, counted from 0 [default: each in turn, then all together].
-    #[arg(long, requires = "from", value_name = "L")]
+    #[arg(long, requires = "from", conflicts_with_all = SYNTHETIC, value_name = "L", value_parser = count)]
     pub layer: Option<usize>,
     /// Noise on the repeated keys and values of a dump, in standard deviations of each channel.
-    #[arg(long, requires_all = ["from", "tokens"], default_value = "0", value_name = "SHARE", value_parser = noise, allow_negative_numbers = true)]
+    #[arg(long, requires_all = ["from", "tokens"], conflicts_with_all = SYNTHETIC, default_value = "0", value_name = "SHARE", value_parser = noise)]
     pub tile_noise: f32,
     /// Keys in the cache [default: 8192, or as many as the dump has].
     #[arg(long, value_parser = size)]
@@ -269,16 +295,16 @@ pub struct AttentionArguments {
     pub chunk: Option<usize>,
     /// Tokens before the queries that the method reads first, untimed and 512 at a time, as it reads a prompt: of
     /// decoding, what it knows of a text by then.
-    #[arg(long, default_value = "0", value_name = "TOKENS")]
+    #[arg(long, default_value = "0", value_name = "TOKENS", value_parser = count)]
     pub read_first: usize,
     /// Measures this method too, in turn with the other, and tells how much faster the other is.
     #[arg(long, value_name = "METHOD", value_parser = method)]
     pub against: Option<Method>,
     /// (query, head) rows whose true error is taken, against attention in f64; 0: none.
-    #[arg(long, default_value = "256", value_name = "ROWS")]
+    #[arg(long, default_value = "256", value_name = "ROWS", value_parser = count)]
     pub samples: usize,
     /// Seed of inputs, noise and samples.
-    #[arg(long, default_value = "0", value_parser = seed, allow_negative_numbers = true)]
+    #[arg(long, default_value = "0", value_parser = seed)]
     pub seed: u64,
     #[command(flatten)]
     pub common: BenchCommon,
@@ -320,7 +346,7 @@ pub struct PromptArguments {
     #[arg(long, default_value = "4096", value_parser = size)]
     pub tokens: usize,
     /// Tokens to generate after it.
-    #[arg(long, default_value = "32", value_name = "TOKENS")]
+    #[arg(long, default_value = "32", value_name = "TOKENS", value_parser = count)]
     pub generate: usize,
     /// Element type of the key/value cache.
     #[arg(long, default_value = "int8", value_name = "TYPE", value_parser = kv_type)]
@@ -334,15 +360,28 @@ pub struct PromptArguments {
     #[arg(long, short, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
     /// Measurements, of which the median is given.
-    #[arg(long, default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
+    #[arg(long, default_value = "1", value_parser = repeat, value_name = "N")]
     pub repeat: u32,
     /// Writes one line of JSON.
     #[arg(long)]
     pub json: bool,
 }
 
+fn stop(text: &str) -> Result<String, String> {
+    if text.is_empty() { Err("expected a text of at least one character".into()) } else { Ok(text.to_owned()) }
+}
+
 pub fn threads(text: &str) -> Result<usize, String> {
     number(text, 1, 1024)
+}
+
+/// A number that may be zero.
+pub fn count(text: &str) -> Result<usize, String> {
+    text.parse().map_err(|_| "expected a whole number of at least 0".into())
+}
+
+fn repeat(text: &str) -> Result<u32, String> {
+    number(text, 1, 1000).map(|repeat| repeat as u32)
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

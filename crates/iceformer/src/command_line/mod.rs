@@ -21,7 +21,6 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Parser;
 use clap::error::ErrorKind;
 use iceformer_kernels::InstructionSet;
 
@@ -37,7 +36,7 @@ enum Outcome {
 /// Parses the arguments, runs the command and turns its end into an exit code: 0 fine, 1 error, 2 wrong usage, 130
 /// Ctrl-C. A reader that closes standard output early is no error.
 pub fn main() -> ExitCode {
-    let arguments = match Arguments::try_parse() {
+    let arguments = match Arguments::of_process() {
         Ok(arguments) => arguments,
         Err(error) => return usage(&error),
     };

@@ -60,7 +60,7 @@ pub struct EvalCommon {
     #[arg(long, value_delimiter = ',', default_value = "exact,budgeted,dci", value_name = "METHODS", value_parser = method)]
     pub methods: Vec<Method>,
     /// Share of the softmax mass that a query of method `budgeted` may miss; several are compared [default: 0.05].
-    #[arg(long, value_delimiter = ',', value_name = "SHARES", value_parser = budget, allow_negative_numbers = true)]
+    #[arg(long, value_delimiter = ',', value_name = "SHARES", value_parser = budget)]
     pub budget: Vec<f32>,
     /// Threads [default: the cores this process may use].
     #[arg(long, short, value_name = "N", value_parser = threads, help_heading = "Machine")]
@@ -109,7 +109,7 @@ impl EvalCommon {
 #[derive(Debug, Args)]
 pub struct GeneratedArguments {
     /// Seed of generated prompts: the same seed gives the same prompts.
-    #[arg(long, default_value = "0", value_parser = seed, allow_negative_numbers = true)]
+    #[arg(long, default_value = "0", value_parser = seed)]
     pub seed: u64,
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use iceformer_study::dump::NumberType;
 
-use crate::command_line::arguments::{choice, noise, seed, size, threads};
+use crate::command_line::arguments::{choice, count, noise, seed, size, threads};
 
 #[derive(Debug, Args)]
 pub struct StudyArguments {
@@ -61,13 +61,13 @@ pub struct ReplayArguments {
     /// File that `iceformer study dump` or `bench/dump_encoder.py` wrote.
     pub dump: PathBuf,
     /// Layer of the dump, counted from 0 [default: all together].
-    #[arg(long, value_name = "L")]
+    #[arg(long, value_name = "L", value_parser = count)]
     pub layer: Option<usize>,
     /// Repeats the dump to so many tokens [default: as many as it has].
     #[arg(long, value_name = "N", value_parser = size)]
     pub tokens: Option<usize>,
     /// Noise on the repeated keys and values, in standard deviations of each channel.
-    #[arg(long, requires = "tokens", default_value = "0", value_name = "SHARE", value_parser = noise, allow_negative_numbers = true)]
+    #[arg(long, requires = "tokens", default_value = "0", value_name = "SHARE", value_parser = noise)]
     pub tile_noise: f32,
     /// Shares of the far keys to keep, with commas between.
     #[arg(long, default_value = "0.1", value_name = "SHARES", value_delimiter = ',', value_parser = share)]
@@ -76,7 +76,7 @@ pub struct ReplayArguments {
     #[arg(long, default_value = "8", value_name = "N", value_parser = size)]
     pub tiles: usize,
     /// Seed of the places of tiles and of the noise.
-    #[arg(long, default_value = "0", value_parser = seed, allow_negative_numbers = true)]
+    #[arg(long, default_value = "0", value_parser = seed)]
     pub seed: u64,
     /// Threads [default: the cores this process may use].
     #[arg(long, short, value_name = "N", value_parser = threads)]
