@@ -5,7 +5,9 @@ mod common;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Output, Stdio};
 
-use common::{assert_error, iceformer, json, model, on_reference, stderr, stdout, unread, with_input};
+use common::{
+    assert_error, chat_model, copied_model, iceformer, json, model, on_reference, stderr, stdout, unread, with_input,
+};
 use serde_json::Value;
 
 #[test]
@@ -30,6 +32,8 @@ fn json_holds_text_and_figures() {
     let value = json(&on_reference(&["--prompt", "Once upon a time", "-n", "10", "--json", "-q", "--threads", "1"]));
     assert_eq!(format!("{}\n", value["text"].as_str().unwrap()), stdout(&plain));
     assert_eq!((value["finish"].as_str(), value["generated_tokens"].as_u64()), (Some("length"), Some(10)));
+    let built_in = json(&iceformer(&["run", "--prompt", "Once", "-n", "1", "--json", "-q"]));
+    assert_eq!(built_in["model"], "built-in reference model");
     assert_eq!((value["threads"].as_u64(), value["kv_type"].as_str()), (Some(1), Some("int8")));
     let shares: f64 =
         ["attention_share", "linear_share", "rest_share"].map(|n| value[n].as_f64().unwrap()).iter().sum();
@@ -137,10 +141,7 @@ fn errors_are_one_line_and_exit_with_1() {
 
 #[test]
 fn damaged_models_are_named() {
-    let folder = tempfile::tempdir().unwrap();
-    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
-        std::fs::copy(model().join(name), folder.path().join(name)).unwrap();
-    }
+    let folder = copied_model();
     let path = folder.path().to_str().unwrap();
     let run = || iceformer(&["run", "--model", path, "-p", "x", "-n", "1", "-q"]);
     assert!(run().status.success());
@@ -172,10 +173,23 @@ fn wrong_usage_is_one_line_and_exits_with_2() {
     assert_error(&iceformer(&["run", "--context", "0"]), 2, &["--context", "at least 1"]);
     assert_error(&iceformer(&["run", "--kv-type", "int3"]), 2, &["--kv-type", "f32, bf16, int8"]);
     assert_error(&iceformer(&["run", "--chat", "--no-chat"]), 2, &["--no-chat"]);
+    assert_error(&iceformer(&["run", "-p", "x", "--stop", ""]), 2, &["--stop", "at least one character"]);
     assert_error(&iceformer(&["walk"]), 2, &["walk"]);
     for command in [&["run", "-p", "x"][..], &["eval", "needle"], &["bench", "attention"], &["study", "replay", "x"]] {
         let output = iceformer(&[command, &["--seed", "-1"]].concat());
         assert_error(&output, 2, &["'-1' for '--seed", "expected a whole number from 0 to 18446744073709551615"]);
+    }
+    for (arguments, option) in [
+        (&["run", "-n", "-1"][..], "--max-tokens"),
+        (&["run", "-t", "-1"], "--threads"),
+        (&["run", "--top-k", "-1"], "--top-k"),
+        (&["eval", "needle", "--depths", "-1"], "--depths"),
+        (&["eval", "longeval", "--lengths", "600,-1"], "--lengths"),
+        (&["bench", "linear", "--repeat", "-1"], "--repeat"),
+        (&["bench", "attention", "--layer", "-1"], "--layer"),
+        (&["study", "replay", "x", "--share", "-1"], "--share"),
+    ] {
+        assert_error(&iceformer(arguments), 2, &["'-1' for '", option, "expected a"]);
     }
     assert_error(&iceformer(&["bench"]), 2, &["command"]);
     assert_error(&iceformer(&["bench", "prompt"]), 2, &["--shape", "--model"]);
@@ -194,12 +208,7 @@ fn help_and_version_exit_with_0() {
 
 #[test]
 fn the_chat_template_is_used_where_the_model_has_one() {
-    let folder = tempfile::tempdir().unwrap();
-    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
-        std::fs::copy(model().join(name), folder.path().join(name)).unwrap();
-    }
-    let template = r#"{"chat_template": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"}"#;
-    std::fs::write(folder.path().join("tokenizer_config.json"), template).unwrap();
+    let folder = chat_model();
     let path = folder.path().to_str().unwrap();
     let count = |more: &[&str]| {
         let run = ["run", "--model", path, "-p", "Hello", "-n", "1", "--json", "-q"];
@@ -209,6 +218,11 @@ fn the_chat_template_is_used_where_the_model_has_one() {
     assert_eq!(count(&[]), plain + 2, "<|user|> and <|end|> around the text");
     assert_eq!(count(&["--chat"]), plain + 2);
     assert!(count(&["--system", "Be brief."]) > plain + 4);
+    assert_eq!(
+        count(&["--template-variable", "verbose=true"]),
+        plain + 2,
+        "a variable that this template does not know"
+    );
 
     // One that cannot be used is in the way of chats only.
     std::fs::write(folder.path().join("tokenizer_config.json"), r#"{"chat_template": "{% for"}"#).unwrap();
@@ -226,6 +240,60 @@ fn the_chat_template_is_used_where_the_model_has_one() {
 }
 
 #[test]
+fn variables_reach_the_chat_template() {
+    let folder = chat_model();
+    let template =
+        "{{ messages[0].content }}{% if mood is defined %} {{ mood }}{% endif %}{% if loud is true %} LOUD{% endif %}";
+    let config = serde_json::json!({ "chat_template": template }).to_string();
+    std::fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+    let run = |prompt: &str, variables: &[&str]| {
+        let named: Vec<&str> = variables.iter().flat_map(|variable| ["--template-variable", *variable]).collect();
+        let run = ["run", "-m", folder.path().to_str().unwrap(), "-p", prompt, "-n", "8", "-q"];
+        iceformer(&[&run[..], &named].concat())
+    };
+    for (variables, text) in [
+        (&["mood=glad"][..], "Hello glad"),
+        (&["mood=\"glad\"", "loud=true"], "Hello glad LOUD"),
+        (&["mood=a=b", "loud=yes"], "Hello a=b"),
+        (&["mood="], "Hello "),
+    ] {
+        assert_eq!(stdout(&run("Hello", variables)), stdout(&run(text, &[])), "{variables:?}");
+    }
+    for wrong in ["mood", "=glad"] {
+        assert_error(&run("Hello", &[wrong]), 2, &["--template-variable", "expected NAME=VALUE"]);
+    }
+    assert_error(&run("Hello", &["mood=1", "mood=2"]), 1, &["--template-variable mood is given twice"]);
+    assert_error(&run("Hello", &["messages=1"]), 1, &["variable messages is set already"]);
+    assert_error(&on_reference(&["-p", "x", "--template-variable", "a=1"]), 1, &["no chat template"]);
+    assert_error(&on_reference(&["-p", "x", "--no-chat", "--template-variable", "a=1"]), 2, &["--no-chat"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn input_that_is_not_read_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("text.txt");
+    std::fs::write(&path, "One two three.").unwrap();
+    let file = path.to_str().unwrap();
+    let empty = folder.path().join("empty.txt");
+    std::fs::write(&empty, "").unwrap();
+    let told = |input: Stdio, more: &[&str]| {
+        let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("iceformer"));
+        let output = command.args(["run", "-n", "1"]).args(more).stdin(input).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        stderr(&output).contains("warning: standard input is not read; --file - reads it\n")
+    };
+    let opened = |path: &std::path::Path| Stdio::from(std::fs::File::open(path).unwrap());
+    // A pipe whose other end stays open: to read it would be to wait.
+    let (pipe, _writer) = std::io::pipe().unwrap();
+    assert!(told(pipe.into(), &["-p", "x"]));
+    assert!(told(opened(&path), &["-p", "x"]) && told(opened(&path), &["-f", file]));
+    assert!(!told(opened(&path), &["-p", "x", "-q"]));
+    assert!(!told(opened(&path), &["-p", "x", "-f", "-"]) && !told(opened(&path), &[]));
+    assert!(!told(opened(&empty), &["-p", "x"]) && !told(Stdio::null(), &["-p", "x"]));
+}
+
+#[test]
 fn inspect_tells_what_is_in_the_files() {
     let path = model();
     let table = iceformer(&["inspect", path.to_str().unwrap(), "--tensors"]);
@@ -237,6 +305,22 @@ fn inspect_tells_what_is_in_the_files() {
     assert_eq!(value["tensors"].as_array().unwrap().len(), 74);
     assert_eq!(value["config"]["kv_heads"], 2);
     assert_eq!(value["tokenizer"]["vocabulary"], 4096);
+}
+
+/// What begins beyond the trained context is not applied, and must not look as if there were none.
+#[test]
+fn dynamic_scaling_is_told() {
+    let folder = chat_model();
+    let (config, path) = (folder.path().join("config.json"), folder.path().to_str().unwrap());
+    let mut value: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    value["rope_scaling"] = serde_json::json!({"rope_type": "dynamic", "factor": 2.0});
+    value["max_position_embeddings"] = 20.into();
+    std::fs::write(&config, value.to_string()).unwrap();
+    let told = "dynamic, factor 2, not applied: no text beyond 20 tokens is read";
+    assert!(stdout(&iceformer(&["inspect", path])).contains(told));
+    assert_eq!(json(&iceformer(&["inspect", path, "--json"]))["config"]["rope_scaling"], told);
+    let long = iceformer(&["run", "-m", path, "-p", &"word ".repeat(40)]);
+    assert_error(&long, 1, &["the context takes 20 (it asks for dynamic rope scaling beyond that"]);
 }
 
 /// Some types take more memory than their files.
@@ -321,7 +405,12 @@ fn bench_lines_carry_their_fields() {
     // Before minutes of work.
     let long = ["bench", "prompt", "--model", path.to_str().unwrap(), "--tokens", "1000000", "--generate", "4"];
     assert_error(&iceformer(&long), 1, &["--tokens 1000000", "1000004 together", "the model takes 65536"]);
-    assert_error(&iceformer(&["bench", "attention", "--layer", "1"]), 2, &["--from"]);
+    for more in [&[][..], &["--generator", "gauss"], &["--heads", "2"]] {
+        let told = if more.is_empty() { "--from" } else { "cannot be used with" };
+        assert_error(&iceformer(&[&["bench", "attention", "--layer", "1"], more].concat()), 2, &[told]);
+        let noise = ["bench", "attention", "--tile-noise", "0.1", "--tokens", "64"];
+        assert_error(&iceformer(&[&noise[..], more].concat()), 2, &[told]);
+    }
 }
 
 #[cfg(target_os = "linux")]
@@ -372,7 +461,8 @@ fn ctrl_c_exits_with_130() {
     // Longer than the context would be refused; this takes far more seconds to read than pass until the first line.
     let text = "All that day they walked along the river and over the hills. ".repeat(3500);
     child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
-    let told = BufReader::new(child.stderr.take().unwrap()).lines().next().unwrap().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let told = lines.next().unwrap();
     assert!(told.starts_with("reading: ") && told.contains(" left"), "{told}");
     let id = child.id().to_string();
     assert!(std::process::Command::new("kill").args(["-INT", &id]).status().unwrap().success());
@@ -380,6 +470,8 @@ fn ctrl_c_exits_with_130() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130));
     assert!(start.elapsed().as_secs() < 10 && stdout(&output).is_empty());
+    let last = lines.last().unwrap();
+    assert!(last.starts_with("reading: cancelled after ") && last.contains(" of ") && last.contains(" tokens in "));
 }
 
 /// The built-in example as a whole. Slow without optimisation: `cargo test --release` runs it.

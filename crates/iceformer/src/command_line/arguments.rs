@@ -6,6 +6,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use iceformer_attention::{BudgetSettings, KeyValueType, Method};
 use iceformer_kernels::linear::WeightType;
 use iceformer_study::synthetic::Kind;
+use serde_json::Value;
 
 use super::eval::arguments::EvalArguments;
 use super::study::StudyArguments;
@@ -48,14 +49,19 @@ pub struct RunArguments {
     #[arg(long, short)]
     pub prompt: Option<String>,
     /// Runs the built-in example: a novel with a question at its end.
-    #[arg(long, conflicts_with_all = ["model", "file", "prompt", "chat", "system"])]
+    #[arg(long, conflicts_with_all = ["model", "file", "prompt", "chat", "system", "template_variable"])]
     pub example: bool,
     /// System message of the chat.
     #[arg(long, conflicts_with = "no_chat")]
     pub system: Option<String>,
-    /// Uses the model's chat template [default: when the model has one].
+    /// Uses the model's chat template [default: when the model has one]. Where standard input is a terminal, a chat goes on
+    /// after the files and the prompt.
     #[arg(long, conflicts_with = "no_chat")]
     pub chat: bool,
+    /// Variable of the chat template, such as `enable_thinking=false`: a value that is no JSON is a string; may be given
+    /// several times.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = template_variable, conflicts_with = "no_chat")]
+    pub template_variable: Vec<(String, Value)>,
     /// Continues the text as it is.
     #[arg(long)]
     pub no_chat: bool,
@@ -365,6 +371,11 @@ pub struct PromptArguments {
     /// Writes one line of JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+fn template_variable(text: &str) -> Result<(String, Value), String> {
+    let (name, value) = text.split_once('=').filter(|(name, _)| !name.is_empty()).ok_or("expected NAME=VALUE")?;
+    Ok((name.to_owned(), serde_json::from_str(value).unwrap_or_else(|_| value.into())))
 }
 
 fn stop(text: &str) -> Result<String, String> {

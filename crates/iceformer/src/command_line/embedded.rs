@@ -5,8 +5,8 @@ use std::io::Write;
 use anyhow::Context;
 use iceformer_engine::{MemoryModel, ModelFiles};
 
-/// How messages call the built-in model.
-pub const NAME: &str = "models/reference";
+/// How messages and figures call the built-in model.
+pub const NAME: &str = "built-in reference model";
 /// The number planted in the novel.
 pub const PLANTED: &str = "9312021";
 /// The answer ends here.

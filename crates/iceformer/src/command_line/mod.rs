@@ -16,6 +16,7 @@ mod report;
 mod run;
 mod study;
 mod text;
+mod unread_input;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -9,29 +9,40 @@ use std::time::Instant;
 use anyhow::Context;
 use iceformer_attention::{Method, ThreadTeam};
 use iceformer_engine::{
-    ChatTemplate, Finish, Generation, GenerationSettings, Message, Model, ModelFiles, Sampler, SamplerSettings,
-    Session, SessionError, SessionSettings, Tokenizer, generate,
+    ChatTemplate, Finish, Generation, GenerationSettings, Message, Model, ModelConfig, ModelFiles, RopeScaling,
+    Sampler, SamplerSettings, Session, SessionError, SessionSettings, Tokenizer, generate,
 };
+use serde_json::{Map, Value};
 
 use super::arguments::{MachineArguments, RunArguments, SamplingArguments};
 use super::attention_figures::AttentionFigures;
+use super::chat::Opening;
 use super::embedded::{self, Example};
 use super::memory;
 use super::progress::Progress;
 use super::report::{Figures, per_second};
 use super::text::read_text;
+use super::unread_input::tell_of_unread_input;
 use super::{Outcome, chat, interrupt, print_json};
 
 /// The arguments as meant: checked, and the text read.
 pub struct Plan {
     /// `None`: the built-in reference model.
     pub model: Option<PathBuf>,
-    /// `None`: a chat on the terminal.
+    /// `None`: a chat waits for its first message.
     text: Option<String>,
+    /// Text of files that the first message of a chat is to begin with.
+    opening: Option<String>,
+    /// Whether the chat goes on after the text is answered.
+    goes_on: bool,
     example: Option<Example>,
     pub system: Option<String>,
+    /// Whether standard input was left alone.
+    leaves_input: bool,
     /// Whether the chat template was asked for (`true`) or refused (`false`).
     wants_template: Option<bool>,
+    /// Variables of the chat template.
+    variables: Map<String, Value>,
     pub sampler: SamplerSettings,
     pub generation: GenerationSettings,
     pub session: SessionSettings,
@@ -46,20 +57,28 @@ impl Plan {
         let sampler = sampler_settings(&arguments.sampling);
         Sampler::new(sampler.clone())?;
         let example = if example { Some(Example::new()?) } else { None };
-        let text = match &example {
+        let goes_on = chat && !arguments.json && std::io::stdin().is_terminal();
+        let waits = goes_on && prompt.is_none() && !file.is_empty();
+        let is_read = file.iter().any(|path| path.as_os_str() == "-") || (file.is_empty() && prompt.is_none());
+        let given = match &example {
             Some(example) => Some(example.prompt.clone()),
             None => input(&file, prompt)?,
         };
+        let (text, opening) = if waits { (None, given) } else { (given, None) };
         let stop = arguments.stop.into_iter().chain(example.as_ref().map(|_| embedded::STOP.to_owned())).collect();
         Ok(Self {
             model,
             text,
+            opening,
+            goes_on,
+            leaves_input: example.is_none() && !is_read,
             system,
             wants_template: match (chat, no_chat) {
                 (true, _) => Some(true),
                 (_, true) => Some(false),
                 _ => None,
             },
+            variables: variables(arguments.template_variable)?,
             sampler,
             generation: GenerationSettings {
                 max_tokens: Some(arguments.max_tokens),
@@ -92,10 +111,14 @@ impl Plan {
             true => anyhow::anyhow!("{error}; --no-chat gives the text to the model as it is"),
             false => error.into(),
         })?;
-        let needed = self.wants_template == Some(true) || self.system.is_some() || self.text.is_none();
+        let needed = self.wants_template == Some(true)
+            || self.system.is_some()
+            || self.text.is_none()
+            || !self.variables.is_empty();
         anyhow::ensure!(
             template.is_some() || !needed,
-            "this model has no chat template; give a text with --prompt or --file, and neither --chat nor --system"
+            "this model has no chat template; give a text with --prompt or --file, and neither --chat nor --system nor \
+             --template-variable"
         );
         Ok(template)
     }
@@ -103,6 +126,15 @@ impl Plan {
     /// The messages that a chat starts with.
     pub fn messages(&self) -> Vec<Message> {
         self.system.iter().map(|system| Message { role: "system".into(), content: system.clone() }).collect()
+    }
+
+    /// The text of a chat, up to where the next answer begins.
+    pub fn render(&self, template: &ChatTemplate, messages: &[Message]) -> anyhow::Result<String> {
+        if self.variables.is_empty() {
+            return Ok(template.render(messages, true)?);
+        }
+        let (messages, variables) = (serde_json::to_string(messages)?, serde_json::to_string(&self.variables)?);
+        Ok(template.render_json(&messages, &variables, true)?)
     }
 }
 
@@ -120,6 +152,16 @@ fn sampler_settings(arguments: &SamplingArguments) -> SamplerSettings {
 
 fn session_settings(arguments: &MachineArguments, method: Method) -> SessionSettings {
     SessionSettings { context: arguments.context, chunk: arguments.chunk, key_value_type: arguments.kv_type, method }
+}
+
+/// Template variables by name.
+fn variables(given: Vec<(String, Value)>) -> anyhow::Result<Map<String, Value>> {
+    let mut variables = Map::new();
+    for (name, value) in given {
+        anyhow::ensure!(!variables.contains_key(&name), "--template-variable {name} is given twice");
+        variables.insert(name, value);
+    }
+    Ok(variables)
 }
 
 /// Files, prompt or standard input as one text; `None` where a person sits at the terminal.
@@ -155,12 +197,13 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
     // What is wrong with the prompt is told before the weights are loaded.
     let context = plan.session.check(files.config())?;
     let template = plan.template(&files)?;
-    let prompt = match &plan.text {
-        Some(text) => Some(encode(&plan, &tokenizer, template.as_ref(), text)?),
-        None => None,
-    };
-    if let Some(tokens) = prompt.as_ref().map(Vec::len).filter(|&tokens| tokens > context) {
-        return Err(too_long(tokens, context));
+    let given = plan.text.as_ref().or(plan.opening.as_ref());
+    let prompt = given.map(|text| encode(&plan, &tokenizer, template.as_ref(), text)).transpose()?.unwrap_or_default();
+    if prompt.len() > context {
+        return Err(too_long(prompt.len(), context, files.config()));
+    }
+    if plan.leaves_input && !plan.quiet {
+        tell_of_unread_input();
     }
 
     let chat = template.is_some();
@@ -169,10 +212,13 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
     let model = Model::with_tokenizer(&files, tokenizer, template, team, |done, total| progress.update(done, total))?;
     progress.finish();
     let load_seconds = start.elapsed().as_secs_f64();
-    match prompt {
-        Some(tokens) => answer(&plan, &model, &tokens, chat, load_seconds),
-        None => chat::run(&plan, &model),
-    }
+    let opening = match (&plan.text, &plan.opening) {
+        (Some(_), _) if !plan.goes_on => return answer(&plan, &model, &prompt, chat, load_seconds),
+        (Some(text), _) => Opening::Ask(text.clone()),
+        (None, Some(text)) => Opening::Read(text.clone()),
+        (None, None) => Opening::Nothing,
+    };
+    chat::run(&plan, &model, opening)
 }
 
 /// Memory that a byte of text takes while it is encoded: of English 115 to 125 bytes were measured, of line breaks 328.
@@ -184,7 +230,7 @@ fn encode(plan: &Plan, tokenizer: &Tokenizer, template: Option<&ChatTemplate>, t
     let Some(template) = template else { return Ok(tokenizer.encode(text, true)?) };
     let mut messages = plan.messages();
     messages.push(Message { role: "user".into(), content: text.into() });
-    Ok(tokenizer.encode(&template.render(&messages, true)?, false)?)
+    Ok(tokenizer.encode(&plan.render(template, &messages)?, false)?)
 }
 
 fn answer(plan: &Plan, model: &Model, tokens: &[u32], chat: bool, load_seconds: f64) -> anyhow::Result<Outcome> {
@@ -194,8 +240,13 @@ fn answer(plan: &Plan, model: &Model, tokens: &[u32], chat: bool, load_seconds: 
 
     let _guard = interrupt::guard(session.cancel());
     let start = Instant::now();
-    if read(&mut session, tokens, plan.quiet)?.is_none() {
-        return Ok(Outcome::Interrupted);
+    match read(&mut session, tokens, plan.quiet) {
+        Ok(Some(_)) => {}
+        Ok(None) => return Ok(Outcome::Interrupted),
+        Err(SessionError::TooLong { tokens, held: 0, context }) => {
+            return Err(too_long(tokens, context, model.decoder().config()));
+        }
+        Err(error) => return Err(error.into()),
     }
     let prompt_seconds = start.elapsed().as_secs_f64();
 
@@ -243,24 +294,30 @@ fn answer(plan: &Plan, model: &Model, tokens: &[u32], chat: bool, load_seconds: 
 }
 
 /// A text that does not fit a session that holds nothing.
-pub fn too_long(tokens: usize, context: usize) -> anyhow::Error {
+pub fn too_long(tokens: usize, context: usize, config: &ModelConfig) -> anyhow::Error {
+    let dynamic = match config.rope.scaling {
+        RopeScaling::Dynamic { .. } if context == config.context_length => {
+            " (it asks for dynamic rope scaling beyond that, which is not supported)"
+        }
+        _ => "",
+    };
     anyhow::anyhow!(
-        "the prompt has {tokens} tokens; the context takes {context}: shorten the text or use a model with a longer context"
+        "the prompt has {tokens} tokens; the context takes {context}{dynamic}: shorten the text or use a model with a longer \
+         context"
     )
 }
 
 /// Reads `tokens` as the whole content of the session, with progress. Gives how many of them it had; `None` when Ctrl-C
 /// stopped it.
-pub fn read(session: &mut Session, tokens: &[u32], quiet: bool) -> anyhow::Result<Option<usize>> {
+pub fn read(session: &mut Session, tokens: &[u32], quiet: bool) -> Result<Option<usize>, SessionError> {
     let mut progress = Progress::new("reading", "tokens", quiet);
     let outcome = session.read_from_start(tokens, |done, total| progress.update(done, total));
-    progress.finish();
-    match outcome {
-        Ok(kept) => Ok(Some(kept)),
-        Err(SessionError::Cancelled(_)) => Ok(None),
-        Err(SessionError::TooLong { tokens, held: 0, context }) => Err(too_long(tokens, context)),
-        Err(error) => Err(error.into()),
+    if let Err(SessionError::Cancelled(_)) = outcome {
+        progress.cancelled();
+        return Ok(None);
     }
+    progress.finish();
+    outcome.map(Some)
 }
 
 /// Generates, writing text to standard output as it comes where `show` says so.

@@ -10,6 +10,35 @@ pub fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/reference")
 }
 
+/// A folder with the files of the reference model.
+pub fn copied_model() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(model().join(name), folder.path().join(name)).unwrap();
+    }
+    folder
+}
+
+/// The reference model with weights of which none is a number.
+pub fn damaged_model() -> tempfile::TempDir {
+    let folder = copied_model();
+    let weights = folder.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    // As bf16 and as f32 NaN.
+    bytes[data..].fill(0xff);
+    std::fs::write(&weights, bytes).unwrap();
+    folder
+}
+
+/// The reference model with a chat template.
+pub fn chat_model() -> tempfile::TempDir {
+    let folder = copied_model();
+    let template = r#"{"chat_template": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"}"#;
+    std::fs::write(folder.path().join("tokenizer_config.json"), template).unwrap();
+    folder
+}
+
 pub fn iceformer(arguments: &[&str]) -> Output {
     with_input(arguments, "")
 }

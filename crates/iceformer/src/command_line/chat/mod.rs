@@ -1,71 +1,150 @@
-//! A chat on the terminal: turn after turn, each reading only what is new.
+//! A chat on the terminal: turn after turn, each reading what is new.
 
-use std::io::{BufRead, Write};
+mod input;
+
+use std::io::Write;
 use std::time::Instant;
 
 use anyhow::Context;
-use iceformer_engine::{Finish, GenerationSettings, Message, Model, Sampler};
+use iceformer_engine::{ChatTemplate, Finish, GenerationSettings, Message, Model, Sampler, Session, SessionError};
 
 use super::report::per_second;
 use super::run::{Plan, read, stream};
-use super::text::{rate, seconds};
+use super::text::{grouped, rate, seconds};
 use super::{Outcome, interrupt};
+use input::{HELP, Input, Keyboard};
+
+/// What stands at the start of a chat.
+pub enum Opening {
+    Nothing,
+    /// Read at once, and in front of the first message.
+    Read(String),
+    /// The first message.
+    Ask(String),
+}
 
 /// Runs the chat until the input ends or the user leaves.
-pub fn run(plan: &Plan, model: &Model) -> anyhow::Result<Outcome> {
-    let template =
-        model.chat_template().map_err(|error| anyhow::anyhow!("{error}"))?.context("a chat needs a chat template")?;
-    let mut session = model.session(&plan.session)?;
-    let mut sampler = Sampler::new(plan.sampler.clone())?;
-    let settings = GenerationSettings { chat: true, ..plan.generation.clone() };
-    let mut messages = plan.messages();
-    let mut input = std::io::stdin().lock();
-    let guide = |text: &str| {
-        if !plan.quiet {
-            say(text);
+pub fn run(plan: &Plan, model: &Model, opening: Opening) -> anyhow::Result<Outcome> {
+    let mut chat = Chat::new(plan, model)?;
+    let mut keyboard = Keyboard::new(plan.quiet)?;
+    chat.guide("Ctrl-C stops an answer, Ctrl-D ends the chat, /help shows more.\n");
+    match opening {
+        Opening::Nothing => {}
+        Opening::Read(text) => {
+            if !chat.read_ahead(text)? {
+                return Ok(Outcome::Interrupted);
+            }
         }
-    };
-    guide("Ctrl-C stops an answer, Ctrl-D ends the chat.\n");
+        Opening::Ask(text) => {
+            if !chat.turn(text)? {
+                return Ok(Outcome::Interrupted);
+            }
+        }
+    }
     loop {
-        guide("\n> ");
-        let line = match next_line(&mut input).context("standard input")? {
-            Line::End => {
-                guide("\n");
-                return Ok(Outcome::Done);
+        chat.guide("\n");
+        match keyboard.next()? {
+            Input::Message(message) => {
+                chat.turn(message)?;
             }
-            Line::NotText => {
-                say("error: standard input: the line is not UTF-8; type it again\n");
-                continue;
-            }
-            Line::Text(line) if line.is_empty() => continue,
-            Line::Text(line) => line,
-        };
-        messages.push(Message { role: "user".into(), content: line });
-        let tokens = model.tokenizer().encode(&template.render(&messages, true)?, false)?;
+            Input::Nothing => {}
+            Input::Clear => chat.clear(),
+            Input::Help => say(HELP),
+            Input::NotText => say("error: standard input: the line is not UTF-8; type it again\n"),
+            Input::End => return Ok(Outcome::Done),
+            Input::Interrupt => return Ok(Outcome::Interrupted),
+        }
+    }
+}
 
-        let _guard = interrupt::guard(session.cancel());
+/// The conversation so far.
+struct Chat<'a> {
+    plan: &'a Plan,
+    model: &'a Model,
+    template: &'a ChatTemplate,
+    session: Session,
+    sampler: Sampler,
+    settings: GenerationSettings,
+    messages: Vec<Message>,
+    /// Text of files that the next message is to begin with.
+    pending: Option<String>,
+}
+
+impl<'a> Chat<'a> {
+    fn new(plan: &'a Plan, model: &'a Model) -> anyhow::Result<Self> {
+        let template = model.chat_template().map_err(|error| anyhow::anyhow!("{error}"))?;
+        Ok(Self {
+            plan,
+            model,
+            template: template.context("a chat needs a chat template")?,
+            session: model.session(&plan.session)?,
+            sampler: Sampler::new(plan.sampler.clone())?,
+            settings: GenerationSettings { chat: true, ..plan.generation.clone() },
+            messages: plan.messages(),
+            pending: None,
+        })
+    }
+
+    /// Forgets all but the system message.
+    fn clear(&mut self) {
+        self.messages = self.plan.messages();
+        self.pending = None;
+        self.guide("[cleared]\n");
+    }
+
+    /// The tokens of the conversation with `message` as its last.
+    fn tokens(&self, message: &str) -> anyhow::Result<Vec<u32>> {
+        let mut messages = self.messages.clone();
+        messages.push(Message::new("user", message));
+        Ok(self.model.tokenizer().encode(&self.plan.render(self.template, &messages)?, false)?)
+    }
+
+    /// Reads `text`, which the first message is to begin with, so that its answer need not wait; `false` when Ctrl-C
+    /// stopped it.
+    fn read_ahead(&mut self, text: String) -> anyhow::Result<bool> {
+        let tokens = self.tokens(&text)?;
+        let _guard = interrupt::guard(self.session.cancel());
         let start = Instant::now();
-        let kept = match read(&mut session, &tokens, plan.quiet) {
-            Ok(Some(kept)) => kept,
-            Ok(None) => {
-                messages.pop();
-                continue;
+        match read(&mut self.session, &tokens, self.plan.quiet)? {
+            Some(_) => {
+                let count = grouped(tokens.len() as u64);
+                self.guide(&format!("[{count} tokens read in {}]\n", seconds(start.elapsed().as_secs_f64())));
+                self.pending = Some(text);
+                Ok(true)
             }
-            // The turn does not fit: it is dropped and the chat goes on.
+            None => Ok(false),
+        }
+    }
+
+    /// Answers a message; `false` when Ctrl-C stopped it before the answer began.
+    fn turn(&mut self, message: String) -> anyhow::Result<bool> {
+        let content = match &self.pending {
+            Some(text) => format!("{text}\n\n{message}"),
+            None => message,
+        };
+        let tokens = self.tokens(&content)?;
+        let _guard = interrupt::guard(self.session.cancel());
+        let start = Instant::now();
+        // A turn that is not read is dropped and the chat goes on.
+        let kept = match read(&mut self.session, &tokens, self.plan.quiet) {
+            Ok(Some(kept)) => kept,
+            Ok(None) => return Ok(false),
             Err(error) => {
-                messages.pop();
-                say(&format!("error: {error:#}\n"));
-                continue;
+                let told = self.told(&error);
+                say(&format!("error: {told}\n"));
+                return Ok(true);
             }
         };
+        self.pending = None;
         let read_seconds = start.elapsed().as_secs_f64();
         let start = Instant::now();
-        let generation = stream(&mut session, model, &mut sampler, &settings, true)?;
+        let generation = stream(&mut self.session, self.model, &mut self.sampler, &self.settings, true)?;
         let decode_seconds = start.elapsed().as_secs_f64();
-        messages.push(Message { role: "assistant".into(), content: generation.text });
+        self.messages.push(Message::new("user", content));
+        self.messages.push(Message::new("assistant", generation.text));
         // The first token needs no pass through the layers.
-        let passes = session.tokens().len() - tokens.len();
-        guide(&format!(
+        let passes = self.session.tokens().len() - tokens.len();
+        self.guide(&format!(
             "[{} tokens kept, {} read in {}; {} generated, {} tokens/s{}]\n",
             kept,
             tokens.len() - kept,
@@ -74,45 +153,32 @@ pub fn run(plan: &Plan, model: &Model) -> anyhow::Result<Outcome> {
             per_second(passes, decode_seconds).map_or_else(|| "–".into(), rate),
             match generation.finish {
                 Finish::Length => "; ended at --max-tokens",
-                Finish::Context => "; the context is full",
-                _ => "",
+                Finish::Context => "; the context is full, /clear starts anew",
+                Finish::Cancelled => "; cancelled",
+                Finish::End | Finish::Stop => "",
             }
         ));
+        Ok(true)
     }
-}
 
-/// What a user typed.
-#[derive(Debug, PartialEq)]
-enum Line {
-    Text(String),
-    /// A terminal can send half a character, as when one is deleted byte by byte.
-    NotText,
-    End,
-}
-
-fn next_line(input: &mut impl BufRead) -> std::io::Result<Line> {
-    let mut line = Vec::new();
-    if input.read_until(b'\n', &mut line)? == 0 {
-        return Ok(Line::End);
+    /// Why a message was not read, and what to do.
+    fn told(&self, error: &SessionError) -> String {
+        let SessionError::TooLong { tokens, context, .. } = error else { return error.to_string() };
+        let is_first = self.messages.len() == self.plan.messages().len() && self.pending.is_none();
+        let advice = if is_first { "shorten the message" } else { "shorten the message, or type /clear to start anew" };
+        format!("the chat has {tokens} tokens with this message; the context takes {context}: {advice}")
     }
-    Ok(std::str::from_utf8(&line).map_or(Line::NotText, |line| Line::Text(line.trim().to_owned())))
+
+    /// Tells what helps, where it is wanted.
+    fn guide(&self, text: &str) {
+        if !self.plan.quiet {
+            say(text);
+        }
+    }
 }
 
 /// Writes to standard error, where the conversation's own text does not go.
 fn say(text: &str) {
     let mut error = std::io::stderr().lock();
     let _ = error.write_all(text.as_bytes()).and_then(|()| error.flush());
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn half_a_character_is_no_end_of_the_chat() {
-        let mut input = &b" caf\xc3\xa9 \n\xc3\n\nlast"[..];
-        let lines = std::array::from_fn(|_| next_line(&mut input).unwrap());
-        let text = |text: &str| Line::Text(text.to_owned());
-        assert_eq!(lines, [text("caf\u{e9}"), Line::NotText, text(""), text("last"), Line::End]);
-    }
 }

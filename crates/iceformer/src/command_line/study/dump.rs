@@ -61,7 +61,8 @@ pub fn run(arguments: &DumpArguments) -> anyhow::Result<Outcome> {
     let mut tokens = tokenizer.encode(&text, true)?;
     tokens.truncate(arguments.tokens.unwrap_or(usize::MAX));
     if tokens.len() > context {
-        return Err(too_long(tokens.len(), context));
+        let error = too_long(tokens.len(), context, files.config());
+        return Err(anyhow::anyhow!("{error}, or read its first tokens only: --tokens {context}"));
     }
 
     let config = files.config();
@@ -93,7 +94,13 @@ pub fn run(arguments: &DumpArguments) -> anyhow::Result<Outcome> {
     let _guard = interrupt::guard(session.cancel());
     let mut progress = Progress::new("reading", "tokens", arguments.quiet);
     let outcome = session.read(&tokens, |done, total| progress.update(done, total));
-    progress.finish();
+    // The recorder stops the session too, but with an error of its own.
+    let is_interrupted = outcome.is_err() && session.cancel().is_cancelled();
+    if is_interrupted {
+        progress.cancelled()
+    } else {
+        progress.finish()
+    }
     // Drops the session's handle, so that the recorder can be taken.
     session.set_observer(None);
     let recorder = Arc::into_inner(recorder).expect("the session let go of the recorder");
