@@ -511,8 +511,10 @@ fn indexes_and_shards() {
 fn tokenizers() {
     let folder = Folder::new("tokenizer");
     for (json, expected) in [
-        ("", "not a tokenizer"),
-        ("{}", "not a tokenizer"),
+        ("", "not a tokenizer: not valid JSON"),
+        ("{}", "not a tokenizer: model is missing"),
+        (r#"{"a": 1}"#, "not a tokenizer: model is missing"),
+        ("[]", "not a tokenizer: expected an object"),
         (r#"{"model": {"type": "BPE", "vocab": [], "merges": 3}}"#, "not a tokenizer"),
         (r#"{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}"#, "not a tokenizer"),
         (r#"{"model": {"type": "BPE", "vocab": {}, "merges": []}}"#, "the vocabulary is empty"),

@@ -10,6 +10,16 @@ use super::{END_OF_TURN, Encoder, TokenText, Tokenizer, TokenizerError};
 use crate::config::ModelConfig;
 use crate::text::quoted;
 
+/// Why the library does not take `json`, whose own `words` are about its syntax where a field is what is missing.
+fn reason(json: &[u8], words: &str) -> String {
+    match serde_json::from_slice(json) {
+        Err(error) => format!("not valid JSON: {error}"),
+        Ok(Value::Object(object)) if object.get("model").is_none_or(Value::is_null) => "model is missing".into(),
+        Ok(Value::Object(_)) => quoted(words),
+        Ok(_) => "expected an object".into(),
+    }
+}
+
 impl Tokenizer {
     /// Reads a `tokenizer.json`; `file` is how messages call it. Tokens that only the files `beside` it name are added.
     pub(crate) fn from_hugging_face(
@@ -20,7 +30,7 @@ impl Tokenizer {
     ) -> Result<Self, TokenizerError> {
         let problem = |problem: String| TokenizerError::Read { file: file.into(), problem };
         let mut tokenizer = tokenizers::Tokenizer::from_bytes(json)
-            .map_err(|error| problem(format!("not a tokenizer: {}", quoted(&error.to_string()))))?;
+            .map_err(|error| problem(format!("not a tokenizer: {}", reason(json, &error.to_string()))))?;
         add_missing(&mut tokenizer, beside)?;
         Self::from_library(tokenizer, file, config)
     }
