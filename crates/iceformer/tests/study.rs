@@ -35,7 +35,7 @@ fn a_dump_holds_every_layer() {
     let dump = Dump::open(&path).unwrap();
     let description = dump.description();
     assert_eq!((dump.layers(), description.scale, description.causal), (8, 0.125, true));
-    assert_eq!(description.model, "models/reference");
+    assert_eq!(description.model, "built-in reference model");
     for layer in 0..8 {
         let layer = dump.read(layer).unwrap();
         let shape = layer.shape;
@@ -65,11 +65,17 @@ fn dumps_that_cannot_be_made_leave_nothing() {
     let place = folder.path().to_str().unwrap();
     let told = stderr(&iceformer(&["study", "dump", "-o", place])).to_owned();
     assert_eq!(told, format!("error: {place}: is a folder; expected the name of a file\n"));
+    // A pipe has no path of its own.
+    #[cfg(target_os = "linux")]
+    assert_error(&["study", "dump", "-q", "-o", "/dev/stdout"], &["/dev/stdout: is a device, pipe or socket"]);
     assert_error(&["study", "dump", "-q", "-o", output, "--model", "no/model"], &["no/model"]);
     assert_error(&["study", "dump", "-q", "-o", output, "--prompt", ""], &["the text is empty"]);
     let long = folder.path().join("long.txt");
     std::fs::write(&long, "Milly ".repeat(60_000)).unwrap();
-    assert_error(&["study", "dump", "-q", "-o", output, "--file", long.to_str().unwrap()], &["context"]);
+    assert_error(
+        &["study", "dump", "-q", "-o", output, "--file", long.to_str().unwrap()],
+        &["context", "--tokens 65536"],
+    );
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "only the text is there");
 }
 
@@ -99,6 +105,10 @@ fn attention_on_a_dump_is_measured_layer_by_layer() {
             assert!(line.get(field).is_some_and(Value::is_null), "exact estimates nothing");
         }
     }
+
+    let decode = lines(&[&from[..], &["--queries", "1", "--samples", "0"], &ONCE].concat());
+    let ceiling = |line: &Value| line["memory_gigabytes_per_second"].as_f64().unwrap();
+    assert!(decode.iter().all(|line| ceiling(line) == ceiling(&decode[0])), "measured once");
 
     let one = ["--layer", "2", "--queries", "1", "--mask", "full", "--tokens", "900", "--tile-noise", "0.05"];
     let measured = lines(&[&from[..], &one, &ONCE].concat());

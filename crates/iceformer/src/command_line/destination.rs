@@ -19,6 +19,12 @@ pub fn destination(path: &Path) -> anyhow::Result<PathBuf> {
             Ok(place)
         }
         Err(error) if error.kind() == ErrorKind::NotFound => {
+            // Links of a process to what it has open, as `/dev/stdout` is one, lead where there is no path.
+            anyhow::ensure!(
+                path.metadata().is_err(),
+                "{}: is a device, pipe or socket; expected the name of a file to write",
+                path.display()
+            );
             anyhow::ensure!(
                 !path.is_symlink(),
                 "{}: is a link to what does not exist; expected the name of a file to write",

@@ -79,7 +79,12 @@ fn numbers_that_do_not_fit_are_told() {
     let error = write(NumberType::F16, 1e5).unwrap_err();
     assert!(error.ends_with("layer.1.keys holds a number beyond f16; write f32 instead"), "{error}");
     assert!(write(NumberType::F32, 1e5).is_ok());
-    assert!(write(NumberType::F32, f32::NAN).is_err());
+    for (numbers, number) in
+        [(NumberType::F16, f32::NAN), (NumberType::F32, f32::NAN), (NumberType::F16, f32::INFINITY)]
+    {
+        let error = write(numbers, number).unwrap_err();
+        assert!(error.contains("layer.1.keys holds what is not a number; the model's weights are damaged"), "{error}");
+    }
     let nowhere = DumpWriter::create(&folder.path().join("no/dump"), &description(), SHAPE, NumberType::F16);
     assert!(nowhere.err().unwrap().to_string().contains("no/dump: "));
 }

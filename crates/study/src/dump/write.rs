@@ -84,9 +84,14 @@ impl DumpWriter {
         for ((part, data), width) in PARTS.into_iter().zip([queries, keys, values]).zip(widths) {
             assert_eq!(data.len(), tokens * width, "{part} of another number of tokens");
             let bytes = self.encode(data).ok_or_else(|| {
-                let what = format!("{} holds a number beyond {}", tensor_name(layer, part), self.numbers.name());
-                let advice = if self.numbers == NumberType::F16 { "; write f32 instead" } else { "" };
-                problem(&self.path, format!("{what}{advice}"))
+                let name = tensor_name(layer, part);
+                let told = match data.iter().all(|value| value.is_finite()) {
+                    true => format!("{name} holds a number beyond {}; write f32 instead", self.numbers.name()),
+                    false => format!(
+                        "{name} holds what is not a number; the model's weights are damaged or overflow in this type"
+                    ),
+                };
+                problem(&self.path, told)
             })?;
             let place = tensor + (first * width * self.numbers.bytes()) as u64;
             let file = self.file.as_file_mut();

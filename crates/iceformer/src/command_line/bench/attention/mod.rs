@@ -86,22 +86,22 @@ pub fn run(arguments: &AttentionArguments) -> anyhow::Result<Outcome> {
         total: layers.len() * (1 + repeat * (1 + usize::from(arguments.against.is_some()))),
     };
     let mut all = Figures::default();
-    let mut all_ceilings = Vec::new();
+    let mut known = None;
     for &layer in &layers {
         let case = case(arguments, dump.as_ref(), layer)?;
-        let (figures, ceilings) = bench.measure(&case, &mut steps)?;
+        let (figures, ceilings) = bench.measure(&case, known, &mut steps)?;
         let mut line = bench.description(case.shape, &case.mask);
         if dump.is_some() {
             line.insert("layer".into(), layer.into());
         }
         bench.print(line, &figures, &ceilings, case.shape)?;
         all.add(&figures);
-        all_ceilings.push(ceilings);
+        known = Some(ceilings);
         if layers.len() > 1 && layer == layers[layers.len() - 1] {
             let mut line = bench.description(case.shape, &case.mask);
             line.insert("layer".into(), "all".into());
             line.insert("layers".into(), layers.len().into());
-            bench.print(line, &all, &measure::median_ceilings(&all_ceilings), case.shape)?;
+            bench.print(line, &all, &ceilings, case.shape)?;
         }
     }
     steps.progress.finish();
@@ -187,8 +187,9 @@ fn case(arguments: &AttentionArguments, dump: Option<&Dump>, layer: usize) -> an
 }
 
 impl Bench<'_> {
-    /// Measures the methods in turn, and the error of the first.
-    fn measure(&self, case: &Case, steps: &mut Steps) -> anyhow::Result<(Figures, Ceilings)> {
+    /// Measures the methods in turn, and the error of the first; the ceilings in turn with them, where they are not `known`
+    /// from another layer.
+    fn measure(&self, case: &Case, known: Option<Ceilings>, steps: &mut Steps) -> anyhow::Result<(Figures, Ceilings)> {
         let Case { shape, .. } = *case;
         let arguments = self.arguments;
         let mut calls = Calls::new(
@@ -219,7 +220,9 @@ impl Bench<'_> {
         let mut times = vec![Vec::new(); contestants.len()];
         let mut appends = Vec::new();
         for _ in 0..arguments.common.repeat {
-            ceilings.push(measure::measure_ceilings(&self.team)?);
+            if known.is_none() {
+                ceilings.push(measure::measure_ceilings(&self.team)?);
+            }
             for (index, &method) in contestants.iter().enumerate() {
                 let (time, append) = measure_passes(&mut calls, method, &mut scratches[index]);
                 times[index].push(time);
@@ -240,7 +243,7 @@ impl Bench<'_> {
             occupied_bytes,
             index_bytes,
         };
-        Ok((figures, measure::median_ceilings(&ceilings)))
+        Ok((figures, known.unwrap_or_else(|| measure::median_ceilings(&ceilings))))
     }
 
     /// The fields that tell what is measured.
