@@ -61,8 +61,9 @@ pub fn run_agreement(
     let weights = settings.lengths.iter().map(|&length| weight(length)).sum::<f64>();
     let total = weights * (settings.cases * driver.methods.len()) as f64;
     let mut work = Work { observer, done: 0.0, total };
-    for &length in &settings.lengths {
+    for (index, &length) in settings.lengths.iter().enumerate() {
         for case in 0..settings.cases {
+            work.observer.cases(index * settings.cases + case, settings.lengths.len() * settings.cases);
             let own = length - start.len();
             let first = Random::new(settings.seed, "agreement", length, case).index(tokens.len() - own + 1);
             let prompt: Vec<u32> = start.iter().chain(&tokens[first..first + own]).copied().collect();

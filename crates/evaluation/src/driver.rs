@@ -18,6 +18,11 @@ pub trait Observer {
     /// `done` of `total` is done, in tokens read weighed with what they cost: later tokens attend to more.
     fn progress(&mut self, done: f64, total: f64);
 
+    /// `done` of `of` cases are done by all methods.
+    fn cases(&mut self, done: usize, of: usize) {
+        let _ = (done, of);
+    }
+
     /// One method is done with one case in one set-up; `reports` tells layer by layer what attention did for all that
     /// the method read.
     fn measured(&mut self, measurement: Measurement, reports: &[Report]);
@@ -98,7 +103,8 @@ impl Driver<'_> {
         }
         let total = self.methods.len() as f64 * cases.iter().map(|case| weight(case.tokens)).sum::<f64>();
         let mut work = Work { observer, done: 0.0, total };
-        for planned in cases {
+        for (index, planned) in cases.iter().enumerate() {
+            work.observer.cases(index, cases.len());
             let case = (planned.make)()?;
             let place = Place {
                 evaluation,

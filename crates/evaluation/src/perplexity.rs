@@ -4,7 +4,7 @@
 //! mean over a window hides what a sparse method does far from the start, so the first tokens are not scored.
 
 use iceformer_attention::Method;
-use iceformer_engine::Session;
+use iceformer_engine::{SamplerError, Session};
 
 use crate::EvaluationError;
 use crate::driver::{Driver, Observer, Work, weight};
@@ -18,14 +18,21 @@ pub struct PerplexitySettings {
     pub lengths: Vec<usize>,
     /// Tokens from the start of a window to that of the next; `None`: a window's length.
     pub stride: Option<usize>,
-    /// Tokens at the end of each window that are scored.
-    pub scored: usize,
+    /// Tokens at the end of each window that are scored; `None`: [`SCORED`], but at most half of a window.
+    pub scored: Option<usize>,
     /// Most windows of each length, of all texts together.
     pub windows: usize,
 }
 
 /// Default of [`PerplexitySettings::scored`].
 pub const SCORED: usize = 1024;
+
+impl PerplexitySettings {
+    /// Tokens of a window of `length` that are scored.
+    fn scored_of(&self, length: usize) -> usize {
+        self.scored.unwrap_or_else(|| SCORED.min(length / 2))
+    }
+}
 
 /// Tokens that the model wants in front of a text.
 pub(crate) fn start_tokens(driver: &Driver<'_>) -> Result<Vec<u32>, EvaluationError> {
@@ -62,9 +69,18 @@ pub fn run_perplexity(
         if length > context {
             return Err(error(format!("was asked for; the context takes {context}")));
         }
-        // The prediction of the first scored token comes from the token before it, which is read with those scored.
-        if length < settings.scored + start.len() + 2 {
-            return Err(error(format!("leaves no context in front of {} scored tokens: score fewer", settings.scored)));
+        // The prediction of the first scored token comes from the token before it, which is read with those scored; at
+        // least one more is context.
+        let (scored, needed) = (settings.scored_of(length), start.len() + 2);
+        if scored == 0 || length <= needed {
+            return Err(error(format!("has no room for {needed} of context and one to score: ask for longer ones")));
+        }
+        if length < scored + needed {
+            let front = length.saturating_sub(scored);
+            return Err(error(format!(
+                "leaves {front} in front of {scored} scored ones; expected at least {needed}: score at most {}",
+                length - needed
+            )));
         }
         let own = length - start.len();
         let stride = settings.stride.unwrap_or(length);
@@ -94,11 +110,14 @@ pub fn run_perplexity(
     }
     let total = driver.methods.len() as f64 * windows.iter().map(|(_, place)| weight(place.tokens)).sum::<f64>();
     let mut work = Work { observer, done: 0.0, total };
-    for (text, place) in windows {
+    let count = windows.len();
+    for (index, (text, place)) in windows.into_iter().enumerate() {
+        work.observer.cases(index, count);
         let first = place.first_token.unwrap_or(0);
         let own = &tokens[text][first..first + place.tokens - start.len()];
         let whole = [&start[..], own].concat();
-        let window = Window { place, tokens: &whole, scored: settings.scored };
+        let scored = settings.scored_of(place.tokens);
+        let window = Window { place, tokens: &whole, scored };
         let mut exact = Vec::new();
         for &method in driver.methods {
             run_window(driver, &window, method, &mut exact, &mut work)?;
@@ -180,7 +199,7 @@ fn run_window(
     Ok(())
 }
 
-/// Reads all but the last of `tokens` and scores the prediction of each one's successor.
+/// Reads all but the last of `tokens` and scores the prediction of each one's successor. Fails where logits are not numbers.
 fn score(
     session: &mut Session,
     tokens: &[u32],
@@ -192,10 +211,11 @@ fn score(
     let (mut nats, mut divergences, mut same) = (0.0, Vec::with_capacity(read.len()), 0usize);
     let mut next = 0;
     let mut row_log = vec![0.0f32; vocabulary];
+    let mut are_numbers = true;
     let ((), cost) = Cost::of(|| {
         session.read_with_logits(read, |logits| {
             for row in logits.chunks_exact(vocabulary) {
-                log_softmax(row, &mut row_log);
+                are_numbers &= log_softmax(row, &mut row_log);
                 nats -= f64::from(row_log[tokens[next + 1] as usize]);
                 if is_exact {
                     exact.extend_from_slice(&row_log);
@@ -208,6 +228,9 @@ fn score(
         })?;
         Ok::<_, EvaluationError>(((), read.len()))
     })?;
+    if !are_numbers {
+        return Err(SamplerError::NotANumber.into());
+    }
     let count = read.len() as f64;
     let divergence = divergences.iter().sum::<f64>() / count;
     divergences.sort_by(f64::total_cmp);
@@ -221,14 +244,15 @@ fn score(
     Ok((finding, cost))
 }
 
-/// Log-probabilities of logits.
-fn log_softmax(logits: &[f32], log_probabilities: &mut [f32]) {
+/// Log-probabilities of logits; `false` where one is not a number, or none is finite.
+fn log_softmax(logits: &[f32], log_probabilities: &mut [f32]) -> bool {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
     let shift = f64::from(largest) + sum.ln();
     for (log_probability, &logit) in log_probabilities.iter_mut().zip(logits) {
         *log_probability = (f64::from(logit) - shift) as f32;
     }
+    shift.is_finite()
 }
 
 /// Kullback-Leibler divergence of `other` from `reference`, both log-probabilities, in nats.
@@ -250,6 +274,13 @@ fn likeliest(values: &[f32]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn short_windows_are_scored_by_half() {
+        let settings = |scored| PerplexitySettings { lengths: Vec::new(), stride: None, scored, windows: 1 };
+        assert_eq!([600, 2048, 16_384].map(|length| settings(None).scored_of(length)), [300, 1024, 1024]);
+        assert_eq!(settings(Some(599)).scored_of(600), 599);
+    }
 
     #[test]
     fn texts_take_turns() {
@@ -276,8 +307,12 @@ mod tests {
         assert!((divergence(&log([0.5, 0.5]), &log([0.9, 0.1])) - known).abs() < 1e-6);
         assert_eq!(divergence(&log([0.3, 0.7]), &log([0.3, 0.7])), 0.0);
         let mut row = [0.0; 3];
-        log_softmax(&[1000.0, 1000.0, -1e30], &mut row);
+        assert!(log_softmax(&[1000.0, 1000.0, -1e30], &mut row));
         assert!((row[0] - 0.5f32.ln()).abs() < 1e-6 && row[2] < -1e29);
         assert_eq!(likeliest(&[1.0, 3.0, 3.0]), 1);
+        for none in [[0.0, f32::NAN, 0.0], [f32::NEG_INFINITY; 3], [0.0, f32::INFINITY, 0.0]] {
+            assert!(!log_softmax(&none, &mut row), "{none:?}");
+        }
+        assert!(log_softmax(&[0.0, f32::NEG_INFINITY, 0.0], &mut row));
     }
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{assert_error, iceformer, json_lines, records, stderr, stdout, unread};
+use common::{assert_error, damaged_model, iceformer, json_lines, records, stderr, stdout, unread};
 use serde_json::Value;
 
 #[test]
@@ -123,6 +123,73 @@ fn eval_takes_windows_of_all_texts_in_turn() {
 }
 
 #[test]
+fn texts_whose_names_are_alike_are_told_apart() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, "The old man walked slowly down to the river. ".repeat(60)).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (first, second, other) = (path("a/same.txt"), path("b/same.txt"), path("b/other.txt"));
+    let texts = ["--text", &first, "--text", &second, "--text", &other];
+    let run = ["eval", "perplexity", "--lengths", "200", "--cases", "3", "--methods", "exact", "--json", "-q"];
+    let lines = json_lines(&iceformer(&[&run[..], &texts].concat()));
+    let sources: Vec<_> = records(&lines, "case").iter().map(|case| case["source"].as_str().unwrap()).collect();
+    assert_eq!(sources, [&first, &second, "other"]);
+}
+
+/// As `run` does, instead of a table of NaN.
+#[test]
+fn damaged_weights_are_no_measurement() {
+    let folder = damaged_model();
+    let model = folder.path().to_str().unwrap();
+    let told = ["the model's logits are not numbers; the weights are damaged"];
+    let perplexity = ["eval", "perplexity", "-m", model, "--lengths", "64", "--cases", "1", "-q"];
+    assert_error(&iceformer(&perplexity), 1, &told);
+    let prompt = ["bench", "prompt", "-m", model, "--tokens", "20", "--generate", "1"];
+    assert_error(&iceformer(&prompt), 1, &told);
+    assert_error(&iceformer(&["run", "-m", model, "-p", "x", "-q"]), 1, &told);
+    let dump = folder.path().join("dump");
+    let dump = ["study", "dump", "-m", model, "-p", "Once upon a time", "-q", "-o", dump.to_str().unwrap()];
+    assert_error(
+        &iceformer(&dump),
+        1,
+        &["layer.0.queries holds what is not a number; the model's weights are damaged"],
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_evaluation_tells_how_much_was_done() {
+    use std::io::{BufRead, BufReader, Read};
+    use std::process::{Command, Stdio};
+
+    let needle = ["eval", "needle", "--tasks", "single", "--lengths", "400", "--cases", "5000", "--methods", "exact"];
+    let mut child = Command::new(assert_cmd::cargo::cargo_bin("iceformer"))
+        .args(needle)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut told = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    // The first line comes after some seconds of cases.
+    told.read_line(&mut line).unwrap();
+    assert!(line.contains(" left"), "{line}");
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    told.read_to_string(&mut line).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{line}");
+    let last = line.lines().last().unwrap();
+    assert!(last.starts_with("needle: cancelled after ") && last.contains(" of 5,000 cases in "), "{last}");
+    let state = stdout(&output).lines().last().unwrap().to_owned();
+    let done = state.strip_prefix("interrupted: ").unwrap().strip_suffix(" of 5000 cases are done").unwrap();
+    assert!((1..5000).contains(&done.parse().unwrap()), "{state}");
+}
+
+#[test]
 fn lengths_and_tasks_count_once() {
     let needle = ["eval", "needle", "--tasks", "single,single", "--lengths", "400,400", "--cases", "1"];
     let longeval = ["eval", "longeval", "--lengths", "600,600", "--cases", "1"];
@@ -185,7 +252,7 @@ fn eval_reports_are_whole_pages() {
         let more = ["exact", "budgeted 0.05, text only", "dci, everything", "Time against length", "Missed mass"];
         let facts = [
             "iceformer eval",
-            "reference: 14,162,304 parameters",
+            "built-in reference model: 14,162,304 parameters",
             "Milly and Olly",
             "Kept share by layer and head",
             "thread",
@@ -249,7 +316,13 @@ fn what_eval_cannot_do_is_told_in_one_line() {
         (&["eval", "longeval", "--text", short], 1, &["short: 1 different words"]),
         (&["eval", "longeval", "--data", "nowhere.jsonl"], 1, &["nowhere.jsonl"]),
         (&["eval", "perplexity", "--text", short, "--lengths", "2k"], 1, &["short:", "needs more text"]),
-        (&["eval", "perplexity", "--lengths", "1k"], 1, &["a length of 1024 tokens leaves no context"]),
+        (
+            &["eval", "perplexity", "--lengths", "600", "--scored", "599"],
+            1,
+            &["a length of 600 tokens leaves 1 in front of 599 scored ones; expected at least 2: score at most 598"],
+        ),
+        (&["eval", "perplexity", "--lengths", "600", "--scored", "700"], 1, &["leaves 0 in front of 700 scored ones"]),
+        (&["eval", "perplexity", "--lengths", "2"], 1, &["a length of 2 tokens has no room for 2 of context"]),
         (&["eval", "perplexity", "--lengths", "65537"], 1, &["the context takes 65536"]),
     ] {
         assert_error(&iceformer(&[arguments, &["-q"]].concat()), code, parts);
@@ -265,7 +338,7 @@ fn a_report_is_written_though_nobody_reads_the_lines() {
     let output = unread(&[&needle[..], &["--json", "--report", page.to_str().unwrap()]].concat());
     assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
     let page = std::fs::read_to_string(page).unwrap();
-    assert!(page.contains("interrupted: cases are missing"), "{page}");
+    assert!(page.contains("interrupted: 1 of 2 cases are done"), "{page}");
 }
 
 #[test]

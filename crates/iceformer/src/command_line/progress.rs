@@ -76,6 +76,11 @@ impl Progress {
         self.show((share * 1000.0) as u64, 1000, [percent, None, left]);
     }
 
+    /// Notes that `done` of `total` are done, which is told where the work is stopped.
+    pub fn count(&mut self, done: usize, total: usize) {
+        self.last = Some((done, total));
+    }
+
     /// `parts`: what is done, how fast, and the time left.
     fn show(&mut self, done: u64, total: u64, parts: [Option<String>; 3]) {
         match &mut self.display {

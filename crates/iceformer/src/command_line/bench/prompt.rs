@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use iceformer_attention::{HeadReport, Method, ThreadTeam};
 use iceformer_engine::{
-    Decoder, Family, LayerTensor, ModelConfig, ModelFiles, PartTimes, RandomWeights, RopeConfig, RopeScaling, Session,
-    SessionSettings, TensorName,
+    Decoder, Family, LayerTensor, ModelConfig, ModelFiles, PartTimes, RandomWeights, RopeConfig, RopeScaling, Sampler,
+    SamplerSettings, Session, SessionSettings, TensorName,
 };
 use iceformer_kernels::InstructionSet;
 use iceformer_kernels::ceilings::process_cpu_seconds;
@@ -168,6 +168,8 @@ fn measure(session: &mut Session, tokens: usize, generate: usize) -> anyhow::Res
         outcome?;
     }
     let (decode_cpu, decode_wall) = (process_cpu_seconds() - cpu, wall.elapsed().as_secs_f64());
+    // What damaged weights compute is no measurement: fails as a run would.
+    Sampler::new(SamplerSettings::default())?.sample(session.logits(), session.tokens())?;
     let config = session.decoder().config();
     // Query heads that share a key/value head read its keys together.
     let keys = (config.layers * config.query_heads * (tokens + generate)) as f64;

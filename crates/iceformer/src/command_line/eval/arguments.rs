@@ -187,9 +187,9 @@ pub struct PerplexityArguments {
     /// Tokens from the start of one window of a text to that of the next [default: a window's length].
     #[arg(long, value_name = "TOKENS", value_parser = size)]
     pub stride: Option<usize>,
-    /// Tokens at the end of each window that are scored.
-    #[arg(long, default_value_t = iceformer_evaluation::SCORED, value_name = "TOKENS", value_parser = size)]
-    pub scored: usize,
+    /// Tokens at the end of each window that are scored [default: 1024, at most half of a window].
+    #[arg(long, value_name = "TOKENS", value_parser = size)]
+    pub scored: Option<usize>,
     /// Most windows of each length. Texts take turns: the first window of each, then the second of each that has one.
     #[arg(long, default_value = "4", value_name = "N", value_parser = size)]
     pub cases: usize,

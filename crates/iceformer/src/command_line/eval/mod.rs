@@ -5,7 +5,7 @@ mod facts;
 mod table;
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -32,6 +32,8 @@ struct Told {
     progress: Progress,
     json: bool,
     quiet: bool,
+    /// Cases that are done, and all of them.
+    cases: (usize, usize),
     /// What the measurements do not tell.
     notes: Vec<String>,
     /// Why standard output could not be written.
@@ -51,6 +53,11 @@ struct Line<'a, T> {
 impl Observer for Told {
     fn progress(&mut self, done: f64, total: f64) {
         self.progress.update_share(done / total);
+    }
+
+    fn cases(&mut self, done: usize, of: usize) {
+        self.cases = (done, of);
+        self.progress.count(done, of);
     }
 
     fn measured(&mut self, measurement: Measurement, reports: &[Report]) {
@@ -109,9 +116,10 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
     let driver = Driver { model: &model, settings, chat: encoder.is_chat(), methods: &methods, cancel: cancel.clone() };
     let mut told = Told {
         results: Results::default(),
-        progress: Progress::new(what.name(), "", common.quiet),
+        progress: Progress::new(what.name(), "cases", common.quiet),
         json: common.json,
         quiet: common.quiet,
+        cases: (0, 0),
         notes: Vec::new(),
         failure: None,
         cancel,
@@ -122,10 +130,15 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
         Eval::Perplexity(arguments) => perplexity(arguments, &driver, &texts, &mut told),
         Eval::Agreement(arguments) => agreement(arguments, &driver, &texts, &mut told),
     };
-    told.progress.finish();
+    // Where nobody reads on, nobody pressed Ctrl-C either.
+    match outcome {
+        Err(EvaluationError::Cancelled) if told.failure.is_none() => told.progress.cancelled(),
+        _ => told.progress.finish(),
+    }
+    let (done, of) = told.cases;
     let interrupted = match outcome {
-        Ok(()) => false,
-        Err(EvaluationError::Cancelled) => true,
+        Ok(()) => None,
+        Err(EvaluationError::Cancelled) => Some(format!("interrupted: {done} of {of} cases are done")),
         Err(error) => return Err(error.into()),
     };
     if let Some((path, file)) = page {
@@ -135,9 +148,7 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
             None => ("text", joined(&texts).name),
         });
         facts.extend(told.notes.iter().map(|note| ("note", note.clone())));
-        if interrupted {
-            facts.push(("state", "interrupted: cases are missing".into()));
-        }
+        facts.extend(interrupted.iter().map(|state| ("state", state.clone())));
         let title = format!("{}: {}", what.name(), files.summary().name);
         let html = page::html(&title, &facts, &told.results);
         file.write(&html).with_context(|| format!("--report {}", path.display()))?;
@@ -146,8 +157,8 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
     if let Some(failure) = told.failure {
         return Err(failure);
     }
-    close(&told.results, common)?;
-    Ok(if interrupted { Outcome::Interrupted } else { Outcome::Done })
+    close(&told.results, interrupted.as_deref(), common)?;
+    Ok(if interrupted.is_some() { Outcome::Interrupted } else { Outcome::Done })
 }
 
 fn page_file(path: &Path) -> anyhow::Result<PageFile> {
@@ -159,8 +170,17 @@ fn texts(common: &EvalCommon) -> anyhow::Result<Vec<NamedText>> {
     if common.text.is_empty() {
         return Ok(vec![NamedText { name: embedded::NOVEL_NAME.into(), text: embedded::NOVEL.into() }]);
     }
-    let stem = |path: &Path| path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-    once(&common.text).into_iter().map(|path| Ok(NamedText { name: stem(path), text: read_text(path)? })).collect()
+    let paths = once(&common.text);
+    let names = names(&paths);
+    paths.into_iter().zip(names).map(|(path, name)| Ok(NamedText { name, text: read_text(path)? })).collect()
+}
+
+/// How reports call files: by their stems, or by their paths where stems are the same.
+fn names(paths: &[&PathBuf]) -> Vec<String> {
+    let stem = |path: &PathBuf| path.file_stem().unwrap_or(path.as_os_str()).to_owned();
+    let is_only = |path: &PathBuf| paths.iter().filter(|other| stem(other) == stem(path)).count() == 1;
+    let name = |path: &PathBuf| if is_only(path) { stem(path) } else { path.clone().into_os_string() };
+    paths.iter().map(|path| name(path).to_string_lossy().into_owned()).collect()
 }
 
 /// All texts as one, with an empty line between.
@@ -241,8 +261,8 @@ fn perplexity(
     run_perplexity(driver, texts, &settings, told)
 }
 
-/// Writes the table, or its rows as JSON.
-fn close(results: &Results, common: &EvalCommon) -> anyhow::Result<()> {
+/// Writes the table and whether it is whole, or its rows as JSON.
+fn close(results: &Results, interrupted: Option<&str>, common: &EvalCommon) -> anyhow::Result<()> {
     if common.json {
         for summary in results.summaries() {
             print_json(&Line { record: "summary", fields: &summary })?;
@@ -252,5 +272,6 @@ fn close(results: &Results, common: &EvalCommon) -> anyhow::Result<()> {
         }
         return Ok(());
     }
-    print_text(&table::table(results))
+    let state = interrupted.map(|state| format!("\n{state}\n")).unwrap_or_default();
+    print_text(&(table::table(results) + &state))
 }
