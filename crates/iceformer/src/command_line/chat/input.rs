@@ -12,8 +12,8 @@ use rustyline::{Behavior, Cmd, Config, Editor, KeyEvent, Modifiers};
 pub const HELP: &str = "\
 /clear     starts anew: forgets all messages but the system message, and files
 /help      shows this
-Alt-Enter  starts a new line of the message (Esc, then Enter, where the terminal keeps Alt-Enter for itself); pasted lines
-           stay one message
+Alt-Enter  starts a new line of the message; so does Esc, then Enter. Pasted
+           lines stay one message
 Up, Down   earlier messages
 Ctrl-C     stops an answer; while you type, ends the chat
 Ctrl-D     ends the chat, on an empty line
