@@ -18,7 +18,8 @@ class MaskPattern:
     """A mask that is told rather than written out.
 
     The first query stands at key `first_position` (plus `offset`, a tensor, inside compiled graphs). `padding` is
-    `[batch, keys]`, True where a key is none.
+    `[batch, keys]`, True where a key is none. `counts` are the queries and keys that it is for, where they are known;
+    `sdpa_has_none` tells whether transformers gives SDPA no mask in its place, which then goes for any number of keys.
     """
 
     def __init__(
@@ -30,6 +31,8 @@ class MaskPattern:
         padding: torch.Tensor | None,
         ranges: list[tuple[int, int]] | None,
         build: Callable[[], torch.Tensor] | None,
+        counts: tuple[int, int] | None = None,
+        sdpa_has_none: Callable[[], bool] | None = None,
     ) -> None:
         self.causal = causal
         self.window = window
@@ -37,7 +40,10 @@ class MaskPattern:
         self.offset = offset
         self.padding = padding
         self.ranges = ranges
+        self.counts = counts
         self._build = build
+        self._sdpa_has_none = sdpa_has_none
+        self._whole: MaskPattern | None = None
         self._tensor: torch.Tensor | None = None
         self._version = 0
 
@@ -51,7 +57,47 @@ class MaskPattern:
 
     def is_changed(self) -> bool:
         """Whether `tensor()` was changed in place since it was written out: it counts then, and not the pattern."""
+        if self._whole is not None and self._whole.is_changed():
+            return True
         return self._tensor is not None and self._tensor._version != self._version
+
+    def of_queries(self, start: int, end: int) -> MaskPattern:
+        """The pattern of the queries from `start` to `end`; written out it is a view, so that changes of one are
+        changes of the other."""
+        assert self.counts is not None
+        part = MaskPattern(
+            self.causal,
+            self.window,
+            self.first_position + start,
+            self.offset,
+            self.padding,
+            self.ranges,
+            lambda: self.tensor()[:, :, start:end],
+            (end - start, self.counts[1]),
+        )
+        part._whole = self
+        return part
+
+    def gives_way(self, queries: int, keys: int, layer: str) -> bool:
+        """Whether a layer of `queries` and `keys` goes without this mask, which is for other counts: where transformers
+        makes none for SDPA. A cache of the model's own (MiniMax) tells fewer keys than it holds, for one.
+
+        Raises:
+            ValueError: Where SDPA would have a mask that does not fit, or would take the first keys for the last.
+        """
+        if self.counts is None or self.counts == (queries, keys):
+            return False
+        if self.counts[1] == keys and not self.causal and self.window is None:
+            # Alike for any number of queries.
+            return False
+        begins_in_the_middle = self.causal and queries > 1 and keys > queries
+        if self._sdpa_has_none is not None and not begins_in_the_middle and self._sdpa_has_none():
+            return True
+        raise ValueError(
+            f"the attention mask is for {self.counts[0]} queries and {self.counts[1]} keys, and {layer} has {queries} "
+            f"and {keys}; expected an attention_mask [batch, keys] as long as cache and input together, or none (where "
+            "it is, the cache tells another number of keys than it gives: use_cache=False)"
+        )
 
     def write_out(self) -> torch.Tensor:
         """The same, made anew."""
@@ -67,8 +113,9 @@ class MaskPattern:
 class ToldMask(torch.Tensor):
     """A `MaskPattern` in the shape of the 4-D boolean mask that it stands for.
 
-    `generate()` and some models look at a mask, slice it or make it contiguous. Metadata costs nothing; whatever
-    touches the numbers gets the mask written out, a plain tensor. Once that is changed in place, it is the mask.
+    `generate()` and some models look at a mask, slice it or make it contiguous. Metadata costs nothing, and a slice of
+    queries is told too; whatever else touches the numbers gets the mask written out, a plain tensor. Once that is
+    changed in place, it is the mask.
     """
 
     pattern: MaskPattern
@@ -89,6 +136,10 @@ class ToldMask(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.__getitem__ and isinstance(args[0], ToldMask):
+            part = _part(*args)
+            if part is not None:
+                return part
         numbers = None
         if func in _ADDITIONS:
             numbers = next((part for part in args if isinstance(part, torch.Tensor) and part.is_floating_point()), None)
@@ -103,6 +154,23 @@ class ToldMask(torch.Tensor):
 
         args, kwargs = torch.utils._pytree.tree_map_only(ToldMask, written, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _part(told: ToldMask, index: Any) -> ToldMask | None:
+    """`told[index]`, where that leaves some of the queries, in their order, and all of the rest."""
+    pattern = told.pattern
+    index = index if isinstance(index, tuple) else (index,)
+    if pattern.counts is None or pattern.is_changed() or len(index) > 4:
+        return None
+    if not all(isinstance(part, slice) and part.step in (None, 1) for part in index):
+        return None
+    batch, one, queries, keys = told.shape
+    spans = [part.indices(size)[:2] for part, size in zip(index, told.shape)]
+    spans += [(0, size) for size in told.shape[len(index) :]]
+    (start, end) = spans.pop(2)
+    if spans != [(0, batch), (0, one), (0, keys)] or start >= end:
+        return None
+    return ToldMask.of(pattern.of_queries(start, end), (batch, one, end - start, keys), told.device)
 
 
 def pattern_of(attention_mask: MaskPattern | torch.Tensor | None) -> MaskPattern | torch.Tensor | None:
@@ -205,8 +273,8 @@ def mask(
         # A static cache's own count, which each layer moves on in place before the mask is read or written out.
         q_offset = q_offset.clone()
 
-    def write_out() -> torch.Tensor:
-        written = masking_utils.sdpa_mask(
+    def for_sdpa(causal_skip: bool, bidirectional_skip: bool) -> torch.Tensor | None:
+        return masking_utils.sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -215,14 +283,23 @@ def mask(
             mask_function=mask_function,
             attention_mask=attention_mask,
             local_size=local_size,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
+            allow_is_causal_skip=causal_skip,
+            allow_is_bidirectional_skip=bidirectional_skip,
             use_vmap=use_vmap,
             device=device,
             **more,
         )
+
+    def write_out() -> torch.Tensor:
+        written = for_sdpa(False, False)
         assert written is not None
         return written
+
+    def sdpa_has_none() -> bool:
+        # A single query would see the padding among the keys that it was not told of.
+        if q_length == 1 and attention_mask is not None and not attention_mask.all():
+            return False
+        return for_sdpa(allow_is_causal_skip, allow_is_bidirectional_skip) is None
 
     compiling = torch.compiler.is_compiling()
     if not compiling and (torch.jit.is_tracing() or type(torch.empty(0)) is not torch.Tensor):
@@ -260,7 +337,7 @@ def mask(
         ranges = None if padding is None else _operator.padding_ranges(padding.cpu())
     except ValueError:
         return write_out()
-    told = MaskPattern(causal, window, first, None, padding, ranges, write_out)
+    told = MaskPattern(causal, window, first, None, padding, ranges, write_out, (q_length, kv_length), sdpa_has_none)
     if _something_is_compiled():
         return _written_with(told)
     return ToldMask.of(told, (batch_size, 1, q_length, kv_length), device)

@@ -67,7 +67,15 @@ def attention(
 
     `padding` is `[batch, keys]`, True where a key is none; `offset` is added to `first_position`; for `window`,
     `soft_cap` and `budget` 0 stands for none. The rest is as in `iceformer.attention`.
+
+    Raises:
+        ValueError: When `padding` is for another number of keys.
     """
+    if padding is not None and padding.shape[1] != keys.shape[2]:
+        raise ValueError(
+            f"the attention mask is for {padding.shape[1]} keys, and the layer has {keys.shape[2]}; expected an "
+            "attention_mask [batch, keys] as long as cache and input together, or none"
+        )
     # A graph that runs has no report to give, and one of an earlier call would be taken for its own.
     reports.last = None
     first = first_position + (0 if offset is None else int(offset))

@@ -169,8 +169,8 @@ def attention(
     """The attention function registered with transformers: gives `[batch, tokens, heads, value_dim]` and no weights.
 
     Raises:
-        ValueError: When attention weights are asked for, or the model hands over what changes attention in a way that is
-            not known here.
+        ValueError: When attention weights are asked for, the mask is for another number of queries or keys, or the
+            model hands over what changes attention in a way that is not known here.
     """
     if more.get("output_attentions"):
         raise ValueError(
@@ -183,6 +183,8 @@ def attention(
     if indices is not None:
         attention_mask = only_selected(indices, attention_mask, query, key, causal)
     pattern = pattern_of(attention_mask)
+    if isinstance(pattern, MaskPattern) and pattern.gives_way(query.shape[2], key.shape[2], type(module).__name__):
+        attention_mask = pattern = None
     if pattern is None:
         # As SDPA's hook: causal from the first key on, unless there is one query only.
         pattern = MaskPattern(causal and query.shape[2] > 1, None, 0, None, None, None, None)
