@@ -173,11 +173,35 @@ def test_what_does_not_fit_is_named(engine, tmp_path):
         engine.generate(b"x")
     with pytest.raises(TypeError, match="a single message; expected a list"):
         engine.generate({"role": "user", "content": "a"})
-    for flags in ([True], np.array([5, 1]) == 1):
-        with pytest.raises(TypeError, match="token 0 is (True|False); expected a whole number"):
-            engine.generate(flags)
+    with pytest.raises(TypeError, match="neither tokens nor messages"):
+        engine.generate([5, {"role": "user", "content": "a"}])
     with pytest.raises(ValueError, match=r"message 0 has the keys \['text'\]"):
         engine.generate([{"text": "a"}])
+
+
+def test_tokens_of_every_kind(engine):
+    tokens = engine.encode("Once upon a time")
+    wanted = engine.generate(tokens, max_tokens=4).text
+    kinds = [np.array(tokens), tuple(tokens), list(np.array(tokens)), list(np.array(tokens, dtype=np.uint16))]
+    torch = pytest.importorskip("torch")
+    for kind in [*kinds, torch.tensor(tokens), list(torch.tensor(tokens))]:
+        assert engine.generate(kind, max_tokens=4).text == wanted
+        assert engine.decode(kind) == engine.decode(tokens)
+
+
+def test_what_are_no_tokens(engine):
+    torch = pytest.importorskip("torch")
+    flags = np.array([5, 1]) == 1
+    for read in (engine.decode, engine.generate):
+        for given in ([True], flags, list(flags), torch.tensor([False]), list(torch.tensor([False]))):
+            with pytest.raises(TypeError, match=r"token 0 is .*(True|False)\)?; expected a whole number"):
+                read(given)
+        for given in (np.array([[1, 2]]), torch.tensor([[1, 2]])):
+            with pytest.raises(ValueError, match=r"has 2 dimensions, \(1, 2\); expected one, \[tokens\]"):
+                read(given)
+        for given in ([[1, 2], [3]], [np.array([1, 2])]):
+            with pytest.raises(TypeError, match=f"is a list of {len(given)} sequences; expected one of tokens"):
+                read(given)
 
 
 def test_tokens_that_are_none_have_no_text(engine):

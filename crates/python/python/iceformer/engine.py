@@ -182,6 +182,7 @@ class Engine:
             progress: Called with `(done, total)` tokens while the prompt is read.
 
         Raises:
+            TypeError: When the prompt, or a setting, is of another type.
             ValueError: When the prompt is empty or does not fit the context, or a setting is out of range.
         """
         if template_variables is not None and not isinstance(template_variables, Mapping):
@@ -230,12 +231,7 @@ class Engine:
             raise ValueError("tools and template_variables are for messages; write them into the prompt instead")
         if isinstance(prompt, str):
             return self._engine.encode(prompt), False
-        for index, part in enumerate(parts):
-            if isinstance(part, bool):
-                raise TypeError(f"token {index} is {part}; expected a whole number")
-        if all(isinstance(part, int) for part in parts):
-            return [whole_number(f"token {index}", token, 2**32 - 1) for index, token in enumerate(parts)], False
-        raise TypeError("the prompt is a list of neither tokens nor messages; expected a text, tokens or messages")
+        return _tokens("prompt", prompt, parts), False
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`, with the model's own first token where it has one."""
@@ -245,11 +241,10 @@ class Engine:
         """Text of `tokens`.
 
         Raises:
-            TypeError: When a token is no whole number.
-            ValueError: When a token is negative or not in the model's vocabulary.
+            TypeError: When a token is no whole number (a bool is none).
+            ValueError: When a token is negative or not in the model's vocabulary, or `tokens` has several dimensions.
         """
-        listed = as_list("tokens", tokens, "a list of tokens")
-        checked = [whole_number(f"token {index}", token) for index, token in enumerate(listed)]
+        checked = _tokens("tokens", tokens, as_list("tokens", tokens, "a list of tokens"))
         size = self._engine.vocabulary_size
         for token in checked:
             if token >= size:
@@ -270,6 +265,23 @@ class Engine:
     def threads(self) -> int:
         """Threads in use."""
         return self._engine.threads
+
+
+def _tokens(name: str, given: Any, listed: Sequence[Any]) -> list[int]:
+    """`listed`, the parts of what was given, when they are tokens: whole numbers of Python, NumPy or torch."""
+    dimensions = getattr(given, "ndim", 1)
+    if dimensions != 1:
+        raise ValueError(
+            f"{name} has {dimensions} dimensions, {tuple(given.shape)}; expected one, [tokens]: hand over one row at a time"
+        )
+    if listed and all(isinstance(part, (list, tuple)) or getattr(part, "ndim", 0) for part in listed):
+        raise TypeError(f"{name} is a list of {len(listed)} sequences; expected one of tokens: hand over one at a time")
+    for index, part in enumerate(listed):
+        if isinstance(part, bool) or str(getattr(part, "dtype", "")).endswith("bool"):
+            raise TypeError(f"token {index} is {part}; expected a whole number")
+        if name == "prompt" and not hasattr(part, "__index__"):
+            raise TypeError("the prompt is a list of neither tokens nor messages; expected a text, tokens or messages")
+    return [whole_number(f"token {index}", token, 2**32 - 1) for index, token in enumerate(listed)]
 
 
 def _stop_strings(stop: Any) -> list[str]:
