@@ -15,7 +15,9 @@ pub enum Method {
     /// All keys the mask allows: tiled, online softmax.
     #[default]
     Exact,
-    /// The keys that matter, so that no row misses more of its softmax mass than the budget says.
+    /// The keys that matter, so that few rows miss more of their softmax mass than the budget says: of those that are
+    /// measured all along the text about one in a hundred may, and miss anything. Rows that look for single keys, and are
+    /// fewer than that, can be lost, and neither estimates nor audits are likely to show it.
     Budgeted(BudgetSettings),
     /// The keys with the largest logits, found by multi-level Prioritized DCI: IceFormer as published
     /// ([Mao, Ester and Li 2024](https://arxiv.org/abs/2405.02842)).
@@ -117,7 +119,7 @@ impl Attention {
     /// Writes `output` `[tokens, query_heads, value_dim]` and, where asked for, `log_sum_exp` `[tokens, query_heads]`
     /// (nats, over the keys kept; −∞ for a query that sees no key, whose output is zero). The result does not depend on
     /// the number of threads. That of method `budgeted` does on earlier calls with the same cache, as more queries were
-    /// measured then, and so on the order of calls that share it: within the budget either way.
+    /// measured then, and so on the order of calls that share it: within what the budget promises either way.
     ///
     /// # Panics
     /// When a slice has another length than its shape takes, `query_heads` is no multiple of `kv_heads`, the last query

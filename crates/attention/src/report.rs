@@ -20,7 +20,8 @@ pub struct HeadReport {
     pub rounded_rows: u64,
     /// (query, key) pairs the mask allows.
     pub allowed_keys: u64,
-    /// (query, key) pairs whose logit was computed, those of keys that only lead a search included.
+    /// (query, key) pairs whose logit was computed, those of keys that only lead a search included. What is computed beside
+    /// them to measure and to audit rows does not count.
     pub evaluated_keys: u64,
     /// (query, key) pairs whose own value entered the output.
     pub kept_keys: u64,

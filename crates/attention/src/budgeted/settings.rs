@@ -5,7 +5,7 @@ use std::fmt;
 /// Settings of method `budgeted`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BudgetSettings {
-    /// Missed mass that a row may have, above 0 up to 1.
+    /// Missed mass that a row may have, above 0 up to 1: about one in a hundred of the rows that are measured may have more.
     pub budget: f32,
 }
 
