@@ -195,6 +195,14 @@ def test_a_budget_leaves_room_for_rounding():
         assert missed.max() < settings.get("budget", 1e-5), settings
 
 
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_key_lengths_of_every_kind(kind):
+    arrays = inputs()
+    wanted = iceformer.attention(*arrays, key_lengths=[(1, 5), (0, 70)])
+    for lengths in ([kind([1, 5]), kind([0, 70])], [kind([1, 5]), 70], kind([[1, 5], [0, 70]])):
+        assert torch.equal(iceformer.attention(*arrays, key_lengths=lengths), wanted)
+
+
 def test_threads_change_nothing():
     for tokens in (1, 300):
         arrays = inputs(tokens=tokens, keys=3000)
@@ -309,6 +317,8 @@ def test_what_does_not_fit_is_named(change, error, message):
     [
         ({"method": "best"}, ValueError, 'method is "best"; expected "auto", "exact"'),
         ({"method": "budgeted", "budget": 2.0}, ValueError, "the budget is 2; expected a share above 0"),
+        ({"method": "exact", "budget": 0.1}, ValueError, "budget is 0.1 and method 'exact', which has none; expected"),
+        ({"method": "dci", "budget": 0.1}, ValueError, "budget is 0.1 and method 'dci', which has none; expected"),
         ({"window": 0}, ValueError, "window is 0; expected 1 or more"),
         ({"key_lengths": [1]}, ValueError, "key_lengths has 1 entries for a batch of 2"),
         ({"key_lengths": [1, 71]}, ValueError, r"key_lengths\[1\] is 71; expected 0 <= start <= end <= 70"),
@@ -321,6 +331,8 @@ def test_what_does_not_fit_is_named(change, error, message):
         ({"method": None}, TypeError, 'method is None; expected "auto", "exact", "budgeted" or "dci"'),
         ({"kv_type": None}, TypeError, 'kv_type is None; expected "auto", "f32", "bf16" or "int8"'),
         ({"window": 2.5}, TypeError, "window is a float; expected a whole number"),
+        ({"key_lengths": [np.array([1, 5, 6]), 5]}, ValueError, r"key_lengths\[0\] is array.*; expected a length or"),
+        ({"key_lengths": [np.array([1.0, 5.0]), 5]}, TypeError, r"key_lengths\[0\] is array.*whole numbers"),
         ({"key_lengths": 5}, TypeError, "key_lengths is 5; expected a length or"),
         ({"key_lengths": torch.tensor(5)}, TypeError, r"key_lengths is tensor\(5\); expected a length or"),
         ({"key_lengths": [5.0, 5]}, TypeError, r"key_lengths\[0\] is 5.0; expected a length .* of whole numbers"),

@@ -146,6 +146,9 @@ def test_what_does_not_fit_is_named(engine, tmp_path):
         iceformer.Engine(REFERENCE, context=10_000_000)
     with pytest.raises(ValueError, match='kv_type is "q4"'):
         iceformer.Engine(REFERENCE, kv_type="q4")
+    for method in ("exact", "dci"):
+        with pytest.raises(ValueError, match=f"budget is 0.1 and method '{method}', which has none"):
+            iceformer.Engine(REFERENCE, method=method, budget=0.1)
     with pytest.raises(ValueError, match="no tokens"):
         engine.generate([])
     with pytest.raises(ValueError, match="the context takes"):

@@ -28,9 +28,10 @@ def options(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Checked settings as the native half takes them."""
+    method, budget = method_and_budget(method, budget)
     return {
-        "method": choice("method", method, METHODS),
-        "budget": None if budget is None else real_number("budget", budget),
+        "method": method,
+        "budget": budget,
         "causal": truth("causal", causal),
         "window": None if window is None else whole_number("window", window, least=1),
         "scale": finite_number("scale", scale),
@@ -51,12 +52,27 @@ MOST = 2**48
 METHODS = '"auto", "exact", "budgeted" or "dci"'
 KV_TYPES = '"auto", "f32", "bf16" or "int8"'
 
+#: The methods to which a budget means nothing.
+WITHOUT_BUDGET = ("exact", "dci")
+
 
 def choice(name: str, value: Any, expected: str) -> str:
     """`value`, when it is a text; which one is checked by the native half."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is {value!r}; expected {expected}")
     return value
+
+
+def method_and_budget(method: Any, budget: Any) -> tuple[str, float | None]:
+    """Both, when the method is a text and heeds a budget where one is given; the native half checks the rest."""
+    method = choice("method", method, METHODS)
+    if budget is None:
+        return method, None
+    if method in WITHOUT_BUDGET:
+        raise ValueError(
+            f'budget is {budget} and method {method!r}, which has none; expected method "budgeted" or "auto", or no budget'
+        )
+    return method, real_number("budget", budget)
 
 
 def real_number(name: str, value: Any) -> float:
@@ -124,7 +140,7 @@ def _key_ranges(key_lengths: Any, batch: int, keys: int) -> list[tuple[int, int]
         raise ValueError(f"key_lengths has {len(key_lengths)} entries for a batch of {batch}; expected one for each")
     ranges = []
     for index, entry in enumerate(key_lengths):
-        pair = entry if isinstance(entry, (tuple, list)) else (0, entry)
+        pair = tuple(entry) if isinstance(entry, (tuple, list)) or getattr(entry, "ndim", 0) == 1 else (0, entry)
         if len(pair) != 2:
             raise ValueError(f"key_lengths[{index}] is {entry!r}; expected a length or (start, end)")
         try:
@@ -169,8 +185,9 @@ def attention(
         values: `[batch, kv_heads, keys, value_dim]`.
         method: `"exact"`; `"budgeted"` (the keys that matter, within `budget`); `"dci"` (IceFormer as published,
             arXiv 2405.02842); `"auto"`: budgeted where a budget is given, else exact.
-        budget: Softmax mass that a row may miss, above 0 up to 1 (method budgeted; .05 unless given). About one row in a
-            hundred of those that are measured may miss more: rare rows that look for single keys can be lost.
+        budget: Softmax mass that a row may miss, above 0 up to 1; .05 unless given (method budgeted; an error with
+            `"exact"` and `"dci"`, which have none). About one row in a hundred of those that are measured may miss
+            more: rare rows that look for single keys can be lost.
         causal: A query sees keys up to its own position only. Unlike in torch's SDPA the *last* query stands at the
             last key, so that a chunk behind a cache needs nothing else.
         scale: Factor on the logits; `1/√key_dim` unless given.
@@ -194,9 +211,9 @@ def attention(
     Returns:
         `[batch, query_heads, tokens, value_dim]` in the library and type of `queries`: a view of memory in the order
         `[batch, tokens, query_heads, value_dim]`, without gradients. A query that sees no key gets zeros. A NaN in a
-        key or value makes at least the rows that see it NaN (method dci: those that keep it); an infinity makes them NaN or infinite, unless it makes
-        the logit of its key −∞, which hides the key. Either may also reach nearby rows that do not see it, and packed
-        as int8 whatever shares a scale with it.
+        key or value makes at least the rows that see it NaN (method dci: the rows that keep it); an infinity makes them
+        NaN or infinite, unless it makes the logit of its key −∞, which hides the key. Either may also reach nearby rows
+        that do not see it, and packed as int8 whatever shares a scale with it.
 
     Raises:
         TypeError: For other types of arrays or numbers.

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from iceformer import _core
-from iceformer._attention import KV_TYPES, METHODS, as_list, choice, real_number, thread_count, truth, whole_number
+from iceformer._attention import (
+    KV_TYPES,
+    as_list,
+    choice,
+    method_and_budget,
+    real_number,
+    thread_count,
+    truth,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -109,7 +118,7 @@ class Engine:
         chunk: Tokens of one pass through the layers.
         kv_type: Type of the key/value cache: `"int8"` (also `"auto"`), `"bf16"` or `"f32"`.
         method: How attention chooses keys; see `iceformer.attention`.
-        budget: Softmax mass that a row may miss (method budgeted).
+        budget: Softmax mass that a row may miss; .05 unless given (method budgeted).
         progress: Called with `(done, total)` layers while the model is loaded.
 
     Raises:
@@ -132,8 +141,8 @@ class Engine:
         if context is not None:
             context = whole_number("context", context)
         chunk = whole_number("chunk", chunk)
-        kv_type, method = choice("kv_type", kv_type, KV_TYPES), choice("method", method, METHODS)
-        budget = None if budget is None else real_number("budget", budget)
+        kv_type = choice("kv_type", kv_type, KV_TYPES)
+        method, budget = method_and_budget(method, budget)
         if not isinstance(model, (str, os.PathLike)):
             raise TypeError(f"model is a {type(model).__name__}; expected the path of a model folder or a .gguf file")
         _check_progress(progress)

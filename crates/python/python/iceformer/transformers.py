@@ -43,7 +43,7 @@ except ImportError as error:
     ) from error
 
 from iceformer import _core, _operator
-from iceformer._attention import options
+from iceformer._attention import WITHOUT_BUDGET, method_and_budget, options
 from iceformer._families import NAME, refuse_other_families, takes_implementation
 from iceformer._masks import MaskPattern, ToldMask, mask, only_selected, pattern_of, pattern_of_key_mask
 
@@ -91,6 +91,7 @@ class Settings:
             raise TypeError(f"budget is {self.budget!r}; expected a number above 0 and up to 1")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(f"budget is {self.budget}; expected a share above 0 and up to 1")
+        method_and_budget(self.method, self.budget)
         if self.threads is not None and not isinstance(self.threads, numbers.Integral):
             raise TypeError(f"threads is {self.threads!r}; expected a whole number from 1 to 1024")
         if self.threads is not None and not 1 <= self.threads <= 1024:
@@ -109,14 +110,22 @@ def current_settings() -> Settings:
     return _settings.get() or _default
 
 
+def _changed(before: Settings, changes: dict[str, Any]) -> Settings:
+    """The settings `before` with `changes`, checked. A method without a budget leaves that of `before` behind."""
+    if changes.get("method") in WITHOUT_BUDGET:
+        changes = {"budget": None, **changes}
+    changed = replace(before, **changes)
+    changed.check()
+    return changed
+
+
 @contextlib.contextmanager
 def settings(**changes: Any) -> Iterator[Settings]:
     """Changes settings inside a block: `with iceformer.transformers.settings(method="budgeted", budget=0.02):`
 
     A thread started inside (to stream what `generate()` gives) has those of the process still: call `configure`, or run
     it with `contextvars.copy_context().run`."""
-    changed = replace(current_settings(), **changes)
-    changed.check()
+    changed = _changed(current_settings(), changes)
     token = _settings.set(changed)
     try:
         yield changed
@@ -127,8 +136,7 @@ def settings(**changes: Any) -> Iterator[Settings]:
 def configure(**changes: Any) -> Settings:
     """Changes the settings of the whole process."""
     global _default
-    changed = replace(_default, **changes)
-    changed.check()
+    changed = _changed(_default, changes)
     _default = changed
     return changed
 
