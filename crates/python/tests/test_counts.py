@@ -117,6 +117,17 @@ def test_masks_of_another_length(name, settings, kind):
     assert ((ours(**arguments)[0] - wanted) * seen[..., None]).abs().max() < 1e-4
 
 
+def test_graphs_over_a_cache_that_tells_fewer_keys_than_it_holds():
+    wanted = generate(minimax("sdpa"))[0]
+    ours = minimax("iceformer")
+    ours.forward = torch.compile(ours.forward, backend="aot_eager")
+    assert torch.equal(generate(ours)[0], wanted)
+    padding = torch.ones_like(IDS)
+    padding[1, :7] = 0
+    with pytest.raises(ValueError, match="for 1 keys, and the layer has 41"):
+        generate(ours, attention_mask=padding)
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 @pytest.mark.parametrize("length", [30, 50])
 def test_compiled_graphs_refuse_them(name, length):

@@ -329,7 +329,9 @@ def mask(
         padding = padding[:, kv_offset : kv_offset + kv_length]
     if compiling:
         offset, first = (q_offset, -kv_offset) if isinstance(q_offset, torch.Tensor) else (None, q_offset - kv_offset)
-        return MaskPattern(causal, window, first, offset, padding, None, write_out)
+        # The counts of a padding are compared when the graph runs.
+        counts = (q_length, kv_length) if padding is None else None
+        return MaskPattern(causal, window, first, offset, padding, None, write_out, counts, sdpa_has_none)
     first = int(q_offset) - int(kv_offset)
     if first < 0:
         return write_out()
