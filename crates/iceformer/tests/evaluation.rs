@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{assert_error, damaged_model, iceformer, json_lines, records, stderr, stdout, unread};
+use common::{assert_error, damaged_model, iceformer, json_lines, records, spawn, stderr, stdout, unread};
 use serde_json::Value;
 
 #[test]
@@ -163,16 +163,10 @@ fn damaged_weights_are_no_measurement() {
 #[test]
 fn an_interrupted_evaluation_tells_how_much_was_done() {
     use std::io::{BufRead, BufReader, Read};
-    use std::process::{Command, Stdio};
+    use std::process::Command;
 
     let needle = ["eval", "needle", "--tasks", "single", "--lengths", "400", "--cases", "5000", "--methods", "exact"];
-    let mut child = Command::new(assert_cmd::cargo::cargo_bin("iceformer"))
-        .args(needle)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = spawn(&needle);
     let mut told = BufReader::new(child.stderr.take().unwrap());
     let mut line = String::new();
     // The first line comes after some seconds of cases.

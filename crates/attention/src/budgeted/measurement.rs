@@ -139,8 +139,8 @@ pub(crate) fn share_of_allowed(missed: f32, exact_output: &[f32], budget: f32, v
 }
 
 /// Measures the query heads of `kv_head` at `places` places of the call at most, one in each of as many stretches: the last
-/// tokens among them, or `between` those that were measured of it before. Where that is all tokens of the call, as they are decoded, the exact rows are left in
-/// `answer`.
+/// tokens among them, or `between` those that were measured of it before. Where that is all tokens of the call, as they are
+/// decoded, the exact rows are left in `answer`.
 pub(super) fn measure(
     budgeted: &Budgeted<'_>,
     kv_head: usize,

@@ -16,7 +16,7 @@ use serde_json::{Map, Value};
 
 use super::arguments::{MachineArguments, RunArguments, SamplingArguments};
 use super::attention_figures::AttentionFigures;
-use super::chat::Opening;
+use super::chat::{Given, Opening};
 use super::embedded::{self, Example};
 use super::memory;
 use super::progress::Progress;
@@ -214,8 +214,8 @@ pub fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
     let load_seconds = start.elapsed().as_secs_f64();
     let opening = match (&plan.text, &plan.opening) {
         (Some(_), _) if !plan.goes_on => return answer(&plan, &model, &prompt, chat, load_seconds),
-        (Some(text), _) => Opening::Ask(text.clone()),
-        (None, Some(text)) => Opening::Read(text.clone()),
+        (Some(text), _) => Opening::Ask(Given { text: text.clone(), tokens: prompt }),
+        (None, Some(text)) => Opening::Read(Given { text: text.clone(), tokens: prompt }),
         (None, None) => Opening::Nothing,
     };
     chat::run(&plan, &model, opening)

@@ -2,7 +2,7 @@
 #![allow(dead_code, missing_docs)]
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -47,15 +47,20 @@ pub fn with_input(arguments: &[&str], input: &str) -> Output {
     assert_cmd::Command::cargo_bin("iceformer").unwrap().args(arguments).write_stdin(input).output().unwrap()
 }
 
-/// What comes of it when nobody reads standard output.
-pub fn unread(arguments: &[&str]) -> Output {
-    let mut child = Command::new(assert_cmd::cargo::cargo_bin("iceformer"))
+/// The program at work, with nothing on its standard input.
+pub fn spawn(arguments: &[&str]) -> Child {
+    Command::new(assert_cmd::cargo::cargo_bin("iceformer"))
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .unwrap();
+        .unwrap()
+}
+
+/// What comes of it when nobody reads standard output.
+pub fn unread(arguments: &[&str]) -> Output {
+    let mut child = spawn(arguments);
     drop(child.stdout.take());
     child.wait_with_output().unwrap()
 }

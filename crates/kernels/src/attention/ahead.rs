@@ -241,6 +241,48 @@ pub(super) fn fetch_to<const LEVEL: u8>(address: *const u8, offset: usize) {
     }
 }
 
+/// Defines `micro_tile_rows`, which enters the `micro_tile::<ROWS, AHEAD>` of a kernel compiled with `$features`.
+#[cfg(target_arch = "x86_64")]
+macro_rules! enter_micro_tile {
+    ($features:literal) => {
+        /// Runs `rows` (1 to 6) rows.
+        ///
+        /// # Safety
+        /// The machine has the features; the pointers of `tile` hold for `rows` rows with queries, keys and values of the types
+        /// that the kernel takes.
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn micro_tile_rows(rows: usize, tile: &mut MicroTile<'_>) {
+            // SAFETY: forwarded from the caller.
+            unsafe {
+                match tile.ahead.map_or(ahead::NOTHING, |ahead| ahead.level()) {
+                    ahead::FIRST => any_rows::<{ ahead::FIRST }>(rows, tile),
+                    ahead::SECOND => any_rows::<{ ahead::SECOND }>(rows, tile),
+                    _ => any_rows::<{ ahead::NOTHING }>(rows, tile),
+                }
+            }
+        }
+
+        /// As [`micro_tile_rows`], asking for lines to the cache `AHEAD`.
+        #[inline]
+        #[target_feature(enable = $features)]
+        unsafe fn any_rows<const AHEAD: u8>(rows: usize, tile: &mut MicroTile<'_>) {
+            // SAFETY: forwarded from the caller.
+            unsafe {
+                match rows {
+                    1 => micro_tile::<1, AHEAD>(tile),
+                    2 => micro_tile::<2, AHEAD>(tile),
+                    3 => micro_tile::<3, AHEAD>(tile),
+                    4 => micro_tile::<4, AHEAD>(tile),
+                    5 => micro_tile::<5, AHEAD>(tile),
+                    _ => micro_tile::<6, AHEAD>(tile),
+                }
+            }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+pub(super) use enter_micro_tile;
+
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
     use super::*;

@@ -15,38 +15,8 @@ use super::tile::{MicroTile, NOTHING_SEEN};
 use super::value_scales::{LEAST, WEIGHT_STEPS};
 use super::{FEW_ROWS, MAX_BLOCK_KEYS, PAGE_KEYS, PAGE_PAIRS, pages_at_once};
 
-/// Runs `rows` (1 to 6) rows.
-///
-/// # Safety
-/// The machine has the features; the pointers of `tile` hold for `rows` rows with int8 queries, keys and values.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) unsafe fn micro_tile_rows(rows: usize, tile: &mut MicroTile<'_>) {
-    // SAFETY: forwarded from the caller.
-    unsafe {
-        match tile.ahead.map_or(ahead::NOTHING, |ahead| ahead.level()) {
-            ahead::FIRST => any_rows::<{ ahead::FIRST }>(rows, tile),
-            ahead::SECOND => any_rows::<{ ahead::SECOND }>(rows, tile),
-            _ => any_rows::<{ ahead::NOTHING }>(rows, tile),
-        }
-    }
-}
-
-/// As [`micro_tile_rows`], asking for lines to the cache `AHEAD`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn any_rows<const AHEAD: u8>(rows: usize, tile: &mut MicroTile<'_>) {
-    // SAFETY: forwarded from the caller.
-    unsafe {
-        match rows {
-            1 => micro_tile::<1, AHEAD>(tile),
-            2 => micro_tile::<2, AHEAD>(tile),
-            3 => micro_tile::<3, AHEAD>(tile),
-            4 => micro_tile::<4, AHEAD>(tile),
-            5 => micro_tile::<5, AHEAD>(tile),
-            _ => micro_tile::<6, AHEAD>(tile),
-        }
-    }
-}
+// Takes int8 queries, keys and values.
+ahead::enter_micro_tile!("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni");
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]

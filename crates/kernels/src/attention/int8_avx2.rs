@@ -13,6 +13,7 @@ use super::softmax::EXP2;
 use super::tile::{MicroTile, NOTHING_SEEN};
 use super::value_scales::{LEAST, WEIGHT_STEPS};
 use super::{MAX_BLOCK_KEYS, MICRO_ROWS, PAGE_KEYS, PAGE_PAIRS};
+use crate::simd::avx2::largest_lane;
 use crate::simd::exponential::LOWEST_WEIGHT;
 
 /// Lanes of a vector; a page of keys has two sides of as many.
@@ -22,38 +23,8 @@ const FEW_SUMS: usize = 3;
 
 const _: () = assert!(MICRO_ROWS <= SIDE);
 
-/// Runs `rows` (1 to 6) rows.
-///
-/// # Safety
-/// The machine has AVX2 and FMA; the pointers of `tile` hold for `rows` rows with int16 queries, and int8 keys and values.
-#[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn micro_tile_rows(rows: usize, tile: &mut MicroTile<'_>) {
-    // SAFETY: forwarded from the caller.
-    unsafe {
-        match tile.ahead.map_or(ahead::NOTHING, |ahead| ahead.level()) {
-            ahead::FIRST => any_rows::<{ ahead::FIRST }>(rows, tile),
-            ahead::SECOND => any_rows::<{ ahead::SECOND }>(rows, tile),
-            _ => any_rows::<{ ahead::NOTHING }>(rows, tile),
-        }
-    }
-}
-
-/// As [`micro_tile_rows`], asking for lines to the cache `AHEAD`.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn any_rows<const AHEAD: u8>(rows: usize, tile: &mut MicroTile<'_>) {
-    // SAFETY: forwarded from the caller.
-    unsafe {
-        match rows {
-            1 => micro_tile::<1, AHEAD>(tile),
-            2 => micro_tile::<2, AHEAD>(tile),
-            3 => micro_tile::<3, AHEAD>(tile),
-            4 => micro_tile::<4, AHEAD>(tile),
-            5 => micro_tile::<5, AHEAD>(tile),
-            _ => micro_tile::<6, AHEAD>(tile),
-        }
-    }
-}
+// Takes int16 queries, and int8 keys and values.
+ahead::enter_micro_tile!("avx2,fma");
 
 #[target_feature(enable = "avx2,fma")]
 unsafe fn micro_tile<const ROWS: usize, const AHEAD: u8>(tile: &mut MicroTile<'_>) {
@@ -153,15 +124,6 @@ unsafe fn largest_scores(tile: &MicroTile<'_>, row: usize) -> __m256 {
         largest = unsafe { _mm256_max_ps(largest, _mm256_loadu_ps(tile.scores.add(row * MAX_BLOCK_KEYS + first))) };
     }
     largest
-}
-
-/// Largest lane.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn largest_lane(vector: __m256) -> f32 {
-    let four = _mm_max_ps(_mm256_castps256_ps128(vector), _mm256_extractf128_ps::<1>(vector));
-    let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
 }
 
 /// 2^x for x up to 0, as [`super::softmax::exp2`].

@@ -173,10 +173,15 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn reduce_max(self, a: __m256) -> f32 {
-        intrinsic! {
-            let four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
-            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
-        }
+        intrinsic!(largest_lane(a))
     }
+}
+
+/// Largest lane; a NaN may be passed over.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn largest_lane(vector: __m256) -> f32 {
+    let four = _mm_max_ps(_mm256_castps256_ps128(vector), _mm256_extractf128_ps::<1>(vector));
+    let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
 }

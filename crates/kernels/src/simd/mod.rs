@@ -7,7 +7,7 @@ pub(crate) mod exponential;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
-mod avx2;
+pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 

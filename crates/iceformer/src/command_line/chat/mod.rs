@@ -18,9 +18,16 @@ use input::{HELP, Input, Keyboard};
 pub enum Opening {
     Nothing,
     /// Read at once, and in front of the first message.
-    Read(String),
+    Read(Given),
     /// The first message.
-    Ask(String),
+    Ask(Given),
+}
+
+/// A text from the command line.
+pub struct Given {
+    pub text: String,
+    /// Of the conversation with it as its only message.
+    pub tokens: Vec<u32>,
 }
 
 /// Runs the chat until the input ends or the user leaves.
@@ -30,13 +37,13 @@ pub fn run(plan: &Plan, model: &Model, opening: Opening) -> anyhow::Result<Outco
     chat.guide("Ctrl-C stops an answer, Ctrl-D ends the chat, /help shows more.\n");
     match opening {
         Opening::Nothing => {}
-        Opening::Read(text) => {
-            if !chat.read_ahead(text)? {
+        Opening::Read(given) => {
+            if !chat.read_ahead(given)? {
                 return Ok(Outcome::Interrupted);
             }
         }
-        Opening::Ask(text) => {
-            if !chat.turn(text)? {
+        Opening::Ask(Given { text, tokens }) => {
+            if !chat.answer(text, &tokens)? {
                 return Ok(Outcome::Interrupted);
             }
         }
@@ -99,10 +106,9 @@ impl<'a> Chat<'a> {
         Ok(self.model.tokenizer().encode(&self.plan.render(self.template, &messages)?, false)?)
     }
 
-    /// Reads `text`, which the first message is to begin with, so that its answer need not wait; `false` when Ctrl-C
-    /// stopped it.
-    fn read_ahead(&mut self, text: String) -> anyhow::Result<bool> {
-        let tokens = self.tokens(&text)?;
+    /// Reads a text that the first message is to begin with, so that its answer need not wait; `false` when Ctrl-C stopped
+    /// it.
+    fn read_ahead(&mut self, Given { text, tokens }: Given) -> anyhow::Result<bool> {
         let _guard = interrupt::guard(self.session.cancel());
         let start = Instant::now();
         match read(&mut self.session, &tokens, self.plan.quiet)? {
@@ -123,10 +129,15 @@ impl<'a> Chat<'a> {
             None => message,
         };
         let tokens = self.tokens(&content)?;
+        self.answer(content, &tokens)
+    }
+
+    /// Answers a message with which the conversation has these `tokens`, as [`turn`](Self::turn) does.
+    fn answer(&mut self, content: String, tokens: &[u32]) -> anyhow::Result<bool> {
         let _guard = interrupt::guard(self.session.cancel());
         let start = Instant::now();
         // A turn that is not read is dropped and the chat goes on.
-        let kept = match read(&mut self.session, &tokens, self.plan.quiet) {
+        let kept = match read(&mut self.session, tokens, self.plan.quiet) {
             Ok(Some(kept)) => kept,
             Ok(None) => return Ok(false),
             Err(error) => {
