@@ -146,7 +146,7 @@ impl Operation for SumsUpTo<'_> {
         for chunk in &mut chunks {
             let values = simd.load(chunk);
             for (sum, limit) in sums.iter_mut().zip(self.limits) {
-                *sum = simd.add(*sum, simd.zero_above(values, simd.splat(limit)));
+                *sum = simd.add(*sum, simd.at_most(values, simd.splat(limit), values, simd.splat(0.0)));
             }
         }
         let mut totals = [0.0; 8];

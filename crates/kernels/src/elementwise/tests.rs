@@ -142,11 +142,14 @@ fn soft_caps_of_every_length() {
     for level in super::levels() {
         for length in 0..=70 {
             let values = Random::new(length as u64).normals(length, 40.0);
-            let expected: Vec<f64> = values.iter().map(|&x| 50.0 * (f64::from(x) / 50.0).tanh()).collect();
-            let mut output = values;
-            soft_cap_at(level, &mut output, 50.0);
-            for (actual, expected) in output.iter().zip(&expected) {
-                assert!((f64::from(*actual) - expected).abs() < 1.5e-5, "{level:?}: {actual} for {expected}");
+            for limit in [0.1_f32, 50.0, 1e4, 1e8, 1e30] {
+                let mut output = values.clone();
+                soft_cap_at(level, &mut output, limit);
+                for (actual, &x) in output.iter().zip(&values) {
+                    let expected = f64::from(limit) * (f64::from(x) / f64::from(limit)).tanh();
+                    let error = (f64::from(*actual) - expected).abs();
+                    assert!(error <= 5e-7 * expected.abs(), "{level:?}: {actual} for {expected}, capped at {limit}");
+                }
             }
         }
         let mut limits = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 0.0, 1e30, -1e30];

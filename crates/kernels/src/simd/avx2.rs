@@ -138,8 +138,8 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn zero_above(self, a: __m256, limit: __m256) -> __m256 {
-        intrinsic!(_mm256_and_ps(a, _mm256_cmp_ps::<_CMP_LE_OQ>(a, limit)))
+    fn at_most(self, a: __m256, limit: __m256, then: __m256, otherwise: __m256) -> __m256 {
+        intrinsic!(_mm256_blendv_ps(otherwise, then, _mm256_cmp_ps::<_CMP_LE_OQ>(a, limit)))
     }
 
     #[inline(always)]

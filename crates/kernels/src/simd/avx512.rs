@@ -141,8 +141,8 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn zero_above(self, a: __m512, limit: __m512) -> __m512 {
-        intrinsic!(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, limit), a))
+    fn at_most(self, a: __m512, limit: __m512, then: __m512, otherwise: __m512) -> __m512 {
+        intrinsic!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, limit), otherwise, then))
     }
 
     #[inline(always)]

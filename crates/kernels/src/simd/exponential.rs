@@ -97,7 +97,7 @@ pub(crate) fn erfc_of_positive<S: Simd>(simd: S, z: S::Vector) -> S::Vector {
 
 /// Horner's rule; the constant term comes first.
 #[inline(always)]
-fn polynomial<S: Simd, const N: usize>(simd: S, x: S::Vector, coefficients: [f32; N]) -> S::Vector {
+pub(crate) fn polynomial<S: Simd, const N: usize>(simd: S, x: S::Vector, coefficients: [f32; N]) -> S::Vector {
     let mut value = simd.splat(coefficients[N - 1]);
     for &coefficient in coefficients[..N - 1].iter().rev() {
         value = simd.mul_add(value, x, simd.splat(coefficient));

@@ -49,8 +49,9 @@ pub(crate) trait Simd: Copy {
     fn min(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// `a > b ? a : b`
     fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
-    /// `a <= limit ? a : 0`
-    fn zero_above(self, a: Self::Vector, limit: Self::Vector) -> Self::Vector;
+    /// `a <= limit ? then : otherwise`; `otherwise` at NaN
+    fn at_most(self, a: Self::Vector, limit: Self::Vector, then: Self::Vector, otherwise: Self::Vector)
+    -> Self::Vector;
     /// One bit for each lane, the first lane's the lowest: whether `a < limit`.
     fn below(self, a: Self::Vector, limit: Self::Vector) -> u32;
     /// Writes `first` plus the place of each bit that is set, of the lowest `LANES`, to `places`, and returns how many there

@@ -95,8 +95,8 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn zero_above(self, a: Vector, limit: Vector) -> Vector {
-        lanes(|i| if a[i] <= limit[i] { a[i] } else { 0.0 })
+    fn at_most(self, a: Vector, limit: Vector, then: Vector, otherwise: Vector) -> Vector {
+        lanes(|i| if a[i] <= limit[i] { then[i] } else { otherwise[i] })
     }
 
     #[inline(always)]

@@ -37,7 +37,7 @@ def options(
         "scale": finite_number("scale", scale),
         "first_position": whole_number("first_position", first_position),
         "key_ranges": key_ranges,
-        "soft_cap": None if soft_cap is None else real_number("soft_cap", soft_cap),
+        "soft_cap": None if soft_cap is None else finite_number("soft_cap", soft_cap),
         "sinks": sinks,
         "kv_type": choice("kv_type", kv_type, KV_TYPES),
         "threads": thread_count(threads),
