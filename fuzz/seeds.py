@@ -131,6 +131,9 @@ def main():
     tensors = {"a": numpy.ones((2, 3), dtype=numpy.float32), "b": numpy.ones(4, dtype=numpy.float16)}
     put("safetensors_index", "file", b"\1" + save(tensors, {"format": "pt"}))
 
+    for kind in sorted((CORPUS.parent.parent / "testing/golden/tokenizers").glob("*.tokenizer.json")):
+        put("tokenizer_json", kind.name, kind.read_text())
+
     chats = json.loads((CORPUS.parent.parent / "testing/golden/chat.json").read_text())
     for name, template in chats["templates"].items():
         put("chat_template", name.replace(" ", "-"), template)

@@ -9,7 +9,6 @@ mod json;
 mod methods;
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use minijinja::Value as JinjaValue;
 use minijinja::value::ValueKind;
@@ -17,6 +16,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::gguf::Metadata;
+use crate::panics::caught;
 use crate::side_file::SideFile;
 use crate::text::{printable, quoted};
 
@@ -62,7 +62,7 @@ pub struct ChatTemplate {
 #[derive(Clone, Copy)]
 pub(crate) struct TemplateFiles<'a> {
     /// `chat_template.jinja`.
-    pub template: Option<&'a [u8]>,
+    pub template: SideFile<'a>,
     /// `tokenizer_config.json`.
     pub config: SideFile<'a>,
     /// `special_tokens_map.json`.
@@ -97,13 +97,12 @@ impl ChatTemplate {
         let TemplateFiles { template, config, special_tokens_map } = *files;
         let read =
             |file: SideFile<'_>| file.json().map_err(|problem| ChatError::Read { file: file.file.into(), problem });
-        let problem = |problem: String| ChatError::Read { file: config.file.into(), problem };
+        let file = if template.bytes.is_some() { template.file } else { config.file };
+        let problem = |problem: String| ChatError::Read { file: file.into(), problem };
         let config = read(config)?;
-        let sources = match template {
+        let sources = match template.bytes {
             Some(bytes) => {
-                let file = || "chat_template.jinja".into();
-                let text = std::str::from_utf8(bytes);
-                let text = text.map_err(|_| ChatError::Read { file: file(), problem: "not UTF-8".into() })?;
+                let text = std::str::from_utf8(bytes).map_err(|_| problem("not UTF-8".into()))?;
                 Some((text.to_owned(), None))
             }
             None => templates_of_config(&config).map_err(problem)?,
@@ -230,10 +229,10 @@ impl ChatTemplate {
         context.insert("add_generation_prompt".into(), JinjaValue::from(add_generation_prompt));
 
         // A panic of the library must not end the program: one of its releases panicked on reversed slices.
-        let rendered = catch_unwind(AssertUnwindSafe(|| {
+        let rendered = caught(|| {
             let template = environment.template_from_str(source)?;
             template.render(context)
-        }));
+        });
         let rendered = rendered.map_err(|_| ChatError::Render("the template library panicked".into()))?;
         rendered.map_err(|error| {
             if let Some(words) = environment::refusal(&error) {

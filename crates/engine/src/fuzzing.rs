@@ -7,6 +7,7 @@ use crate::chat::TemplateFiles;
 use crate::config::{Family, ModelConfig, RopeConfig, RopeScaling};
 use crate::file_map::FileSource;
 use crate::side_file::SideFile;
+use crate::tokenizer::TokenFiles;
 use crate::{ChatTemplate, Message, ModelFiles, TensorName, Tokenizer};
 
 const TEXT: &str = "The 2 ships, 1729 entries.\n\n  naïve 灯台 🙂 <|end|> <s> ▁x\t";
@@ -36,10 +37,29 @@ pub fn config(data: &[u8]) {
     }
 }
 
+pub fn tokenizer_json(data: &[u8]) {
+    let missing = SideFile { bytes: None, file: "fuzz" };
+    let beside = TokenFiles { config: missing, special_tokens_map: missing, added_tokens: missing };
+    contained_panics(|| {
+        if let Ok(tokenizer) = Tokenizer::from_hugging_face(data, "fuzz", &beside, &tiny_config()) {
+            use_tokenizer(&tokenizer);
+        }
+    });
+}
+
 /// Reads a GGUF header that has metadata only.
 pub fn tokenizer_metadata(data: &[u8]) {
     let Ok(header) = crate::gguf::Header::parse(data) else { return };
-    let config = ModelConfig {
+    if let Ok(tokenizer) = Tokenizer::from_gguf(&header.metadata, "fuzz", &tiny_config()) {
+        use_tokenizer(&tokenizer);
+    }
+    if let Ok(Some(template)) = ChatTemplate::from_gguf(&header.metadata, "fuzz") {
+        contained_panics(|| drop(template.render(&[Message::new("user", "hello")], true)));
+    }
+}
+
+fn tiny_config() -> ModelConfig {
+    ModelConfig {
         family: Family::Llama,
         hidden_size: 8,
         intermediate_size: 8,
@@ -60,19 +80,14 @@ pub fn tokenizer_metadata(data: &[u8]) {
         query_key_norm: false,
         bos_token: Some(0),
         eos_tokens: vec![1],
-    };
-    if let Ok(tokenizer) = Tokenizer::from_gguf(&header.metadata, "fuzz", &config) {
-        use_tokenizer(&tokenizer);
-    }
-    if let Ok(Some(template)) = ChatTemplate::from_gguf(&header.metadata, "fuzz") {
-        contained_panics(|| drop(template.render(&[Message::new("user", "hello")], true)));
     }
 }
 
 pub fn chat_template(data: &[u8]) {
     let tokens = br#"{"bos_token": "<s>", "eos_token": {"content": "</s>"}}"#;
     let file = |bytes| SideFile { bytes, file: "fuzz" };
-    let files = TemplateFiles { template: Some(data), config: file(Some(tokens)), special_tokens_map: file(None) };
+    let files =
+        TemplateFiles { template: file(Some(data)), config: file(Some(tokens)), special_tokens_map: file(None) };
     let Ok(Some(template)) = ChatTemplate::from_hugging_face(&files) else { return };
     let messages = [Message::new("system", "Be brief."), Message::new("user", " a\n"), Message::new("assistant", "b")];
     contained_panics(|| {
@@ -81,7 +96,7 @@ pub fn chat_template(data: &[u8]) {
     });
 }
 
-/// The fuzzer's hook ends the process at any panic; those that `render` contains are fine.
+/// The fuzzer's hook ends the process at any panic; those that the engine catches are fine.
 fn contained_panics(run: impl FnOnce()) {
     let hook = std::panic::take_hook();
     run();

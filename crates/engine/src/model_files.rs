@@ -304,8 +304,7 @@ impl ModelFiles {
             return Tokenizer::from_gguf(metadata, &self.table.sources[0].name, &self.config);
         }
         let read = |name: &str, memory: fn(&MemoryModel) -> Option<&Cow<'static, [u8]>>| {
-            self.side_file(name, memory)
-                .map_err(|error| TokenizerError::Read { file: name.into(), problem: error.to_string() })
+            self.side_file(name, memory).map_err(|(file, problem)| TokenizerError::Read { file, problem })
         };
         let (json, file) = read("tokenizer.json", |model| Some(&model.tokenizer))?;
         let Some(json) = json else { return Err(TokenizerError::Missing { file }) };
@@ -329,30 +328,33 @@ impl ModelFiles {
             return ChatTemplate::from_gguf(metadata, &self.table.sources[0].name);
         }
         let read = |name, memory: fn(&MemoryModel) -> Option<&Cow<'static, [u8]>>| {
-            self.side_file(name, memory)
-                .map_err(|error| ChatError::Read { file: name.into(), problem: error.to_string() })
+            self.side_file(name, memory).map_err(|(file, problem)| ChatError::Read { file, problem })
         };
         let (config, config_file) = read("tokenizer_config.json", |model| model.tokenizer_config.as_ref())?;
-        let (template, _) = read("chat_template.jinja", |_| None)?;
+        let (template, template_file) = read("chat_template.jinja", |_| None)?;
         let (older, older_file) = read("special_tokens_map.json", |_| None)?;
         ChatTemplate::from_hugging_face(&TemplateFiles {
-            template: template.as_deref(),
+            template: SideFile { bytes: template.as_deref(), file: &template_file },
             config: SideFile { bytes: config.as_deref(), file: &config_file },
             special_tokens_map: SideFile { bytes: older.as_deref(), file: &older_file },
         })
     }
 
-    /// Contents of a file beside the weights, `None` where it does not exist, and how messages call it.
+    /// Contents of a file beside the weights, `None` where it does not exist, and how messages call it. An error tells
+    /// that too, and what is wrong.
     fn side_file(
         &self,
         name: &str,
         memory: fn(&MemoryModel) -> Option<&Cow<'static, [u8]>>,
-    ) -> std::io::Result<(Option<Vec<u8>>, String)> {
+    ) -> Result<SideContents, (String, String)> {
         match &self.side {
             SideFiles::Folder { path } => {
                 let path = path.join(name);
-                let bytes = if path.exists() { Some(read_small(&path)?) } else { None };
-                Ok((bytes, path.display().to_string()))
+                let file = path.display().to_string();
+                match path.exists().then(|| read_small(&path)).transpose() {
+                    Ok(bytes) => Ok((bytes, file)),
+                    Err(error) => Err((file, error.to_string())),
+                }
             }
             SideFiles::Memory(model) => {
                 Ok((memory(model).map(|bytes| bytes.to_vec()), format!("{}/{name}", self.name)))
@@ -361,6 +363,9 @@ impl ModelFiles {
         }
     }
 }
+
+/// Contents of a file, `None` where it does not exist, and how messages call it.
+type SideContents = (Option<Vec<u8>>, String);
 
 /// A revision in the folder of a model in the cache of the Hugging Face Hub; where they are, when there is not just one.
 fn revision_of_hub_cache(path: &Path) -> Option<String> {

@@ -9,11 +9,11 @@ mod sentence_piece;
 mod stream;
 
 use std::collections::BTreeSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 pub(crate) use added_tokens::TokenFiles;
 pub use stream::TextStream;
 
+use crate::panics::caught;
 use crate::text::quoted;
 use bytes::TokenText;
 use sentence_piece::SentencePiece;
@@ -57,8 +57,9 @@ impl Tokenizer {
         tokens.extend(self.added_before.filter(|_| add_special));
         match &self.encoder {
             Encoder::HuggingFace(tokenizer) => {
-                let encoding = tokenizer
-                    .encode_fast(text, add_special)
+                // Some steps that a file may ask for panic: a map of characters that points outside of itself does.
+                let encoding = caught(|| tokenizer.encode_fast(text, add_special))
+                    .map_err(|words| TokenizerError::Encode(format!("the tokenizers library panicked: {words}")))?
                     .map_err(|error| TokenizerError::Encode(error.to_string()))?;
                 tokens.extend_from_slice(encoding.get_ids());
             }
@@ -92,7 +93,7 @@ impl Tokenizer {
             // Its errors are those of a decoder that expects other tokens. Some fail by a panic: stripping the end of an
             // empty token does.
             Encoder::HuggingFace(tokenizer) => {
-                let decoded = catch_unwind(AssertUnwindSafe(|| tokenizer.decode(tokens, true)));
+                let decoded = caught(|| tokenizer.decode(tokens, true));
                 decoded.ok().and_then(Result::ok).unwrap_or_default()
             }
             Encoder::SentencePiece(_) => String::new(),

@@ -110,6 +110,8 @@ fn a_template_cannot_run_or_write_without_end() {
         "{{ 'x'.replace('', 'y' * 9000000) | list | tojson }}",
         "{{ 'x'.ljust(10000000000) }}{{ 'x' | center(10000000000) }}",
         "{{ '\t\t'.expandtabs(10000000000) }}",
+        "{{ '{:10000000000d}'.format(1) }}",
+        "{{ '{{}}{0:.5000000000f}{0:>5000000000}'.format(1) }}",
     ] {
         let message = render(source).unwrap_err().to_string();
         assert!(message.starts_with("the model's chat template fails: "), "{message}");

@@ -276,6 +276,9 @@ fn both_layouts_of_rope() {
         panic!()
     };
     assert!((f64::from(attention_factor) - (0.1 * 4f64.ln() + 1.0)).abs() < 1e-6);
+    // As transformers reads it: what is not stated is yes, and null is no.
+    let unstated = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": null});
+    assert!(matches!(open("rope_scaling", unstated).scaling, RopeScaling::Yarn { truncate: false, .. }));
     assert_eq!(open("rope_theta", json!(5e5)).theta, 5e5);
     assert_eq!(open("rope_parameters", json!({"rope_type": "default", "rope_theta": 7.0})).theta, 7.0);
     assert_eq!(open("rope_scaling", Value::Null).scaling, RopeScaling::None);
@@ -509,6 +512,8 @@ fn indexes_and_shards() {
 
 #[test]
 fn tokenizers() {
+    // A backtrace allocates too.
+    iceformer_engine::silence_caught_panics();
     let folder = Folder::new("tokenizer");
     for (json, expected) in [
         ("", "not a tokenizer: not valid JSON"),
@@ -521,16 +526,63 @@ fn tokenizers() {
         (r#"{"model": {"type": "BPE", "vocab": {"a": 64}, "merges": []}}"#, "token id 64 is not below"),
         (r#"{"model": {"type": "BPE", "vocab": {"a": 4294967295}, "merges": []}}"#, "token id 4294967295"),
         (r#"{"model": {"type": "BPE", "dropout": 0.5, "vocab": {"a": 0}, "merges": []}}"#, "model.dropout"),
+        (
+            r#"{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]],
+            "continuing_subword_prefix": "aaaa"}}"#,
+            "the tokenizers library panicked",
+        ),
+        (r#"{"decoder": !"#, "not valid JSON"),
+        (r#"{"decoder": {"type": "Sequ"#, "not valid JSON"),
     ] {
         folder.put("tokenizer.json", json);
         assert_names(&folder.error(), &["tokenizer.json: ", expected]);
+    }
+    let trie_of_everything = "/////w==";
+    let trie_of_another = "BAAAAP////9hYmMA";
+    for (part, value, expected) in [
+        ("decoder", json!({"type": "none"}), "not a tokenizer"),
+        ("decoder", nested("decoders", 100), "recursion limit exceeded"),
+        ("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "panicked"),
+        ("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": trie_of_everything}), "is cut off"),
+        ("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": trie_of_another}), "panicked"),
+        (
+            "normalizer",
+            json!({"type": "Sequence", "normalizers":
+                [{"type": "Precompiled", "precompiled_charsmap": trie_of_everything}]}),
+            "normalizer.precompiled_charsmap is cut off",
+        ),
+        ("pre_tokenizer", json!({"type": "FixedLength", "length": 0}), "panicked"),
+        (
+            "post_processor",
+            json!({"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}], "pair": [],
+                "special_tokens": {}}),
+            "panicked",
+        ),
+    ] {
+        let mut tokenizer: Value = serde_json::from_str(TOKENIZER).unwrap();
+        tokenizer[part] = value;
+        folder.put("tokenizer.json", tokenizer.to_string());
+        assert_names(&folder.error(), &["tokenizer.json: not a tokenizer: ", expected]);
     }
     folder.put("tokenizer.json", TOKENIZER);
     folder.put("tokenizer_config.json", "{");
     assert_names(&folder.error(), &["tokenizer_config.json: not valid JSON"]);
     folder.remove("tokenizer_config.json");
     folder.put("chat_template.jinja", "{% for %}");
-    assert_names(&folder.error(), &["chat template: syntax error"]);
+    assert_names(&folder.error(), &["/chat_template.jinja: chat template: syntax error"]);
+    folder.put("chat_template.jinja", [0xff]);
+    assert_names(&folder.error(), &["/chat_template.jinja: not UTF-8"]);
+    folder.remove("chat_template.jinja");
+    std::fs::create_dir(folder.0.join("chat_template.jinja")).unwrap();
+    assert_names(&folder.error(), &["/chat_template.jinja: "]);
+    folder.remove("tokenizer.json");
+    std::fs::create_dir(folder.0.join("tokenizer.json")).unwrap();
+    assert_names(&folder.error(), &["/tokenizer.json: "]);
+}
+
+/// A sequence of steps in a sequence, and so on.
+fn nested(steps: &str, depth: usize) -> Value {
+    (0..depth).fold(json!({"type": "Fuse"}), |inner, _| json!({"type": "Sequence", steps: [inner]}))
 }
 
 /// A tokenizer file may ask for texts to be cut to a length; a prompt is never cut silently.
@@ -539,7 +591,7 @@ fn truncation_in_the_tokenizer_file_is_ignored() {
     let folder = Folder::new("truncation");
     let mut tokenizer: Value = serde_json::from_str(TOKENIZER).unwrap();
     tokenizer["truncation"] = json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
-    tokenizer["padding"] = json!({"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": null,
+    tokenizer["padding"] = json!({"strategy": {"Fixed": 1_000_000_000_000_u64}, "direction": "Right", "pad_to_multiple_of": null,
         "pad_id": 0, "pad_type_id": 0, "pad_token": "a"});
     folder.put("tokenizer.json", tokenizer.to_string());
     let tokenizer = ModelFiles::open(&folder.0).unwrap().tokenizer().unwrap();

@@ -29,6 +29,8 @@ pub(super) fn new<'source>() -> Environment<'source> {
     environment.add_filter("escape", filters::escape);
     environment.add_filter("forceescape", filters::force_escape);
     environment.add_filter("center", filters::center);
+    environment.add_filter("default", filters::default);
+    environment.add_filter("d", filters::default);
     environment.add_filter("truncate", filters::truncate);
     environment.add_filter("urlencode", filters::url_encode);
     environment.add_filter("wordcount", filters::word_count);

@@ -31,6 +31,15 @@ pub(super) fn center(state: &State<'_, '_>, value: Value, width: Option<usize>) 
     justified(state, &value.to_string(), "center", width.unwrap_or(80), ' ')
 }
 
+/// `default(value, default_value='', boolean=False)`; the library's own takes no names.
+pub(super) fn default(value: Value, other: Option<Value>, lax: Option<Value>, options: Kwargs) -> Result<Value, Error> {
+    let other = other.or(options.get("default_value")?).unwrap_or_else(|| Value::from(""));
+    let lax = lax.or(options.get("boolean")?);
+    options.assert_all_used()?;
+    let is_missing = value.is_undefined() || (lax.is_some_and(|lax| lax.is_true()) && !value.is_true());
+    Ok(if is_missing { other } else { value })
+}
+
 /// `truncate(length=255, killwords=false, end='...', leeway=5)`, the last by its name.
 pub(super) fn truncate(
     text: &str,
@@ -87,6 +96,8 @@ mod tests {
             ("'<' | e | escape", "&lt;"),
             ("['a'] | tojson | e", "[&#34;a&#34;]"),
             ("'ab' | center(5) ~ '|'", "  ab |"),
+            ("x | default ~ x | d('y') ~ '' | default('y') ~ '' | default('z', true) ~ 0 | d('1', false)", "yz0"),
+            ("x | default(default_value='x') ~ '' | default('y', boolean=true) ~ 'w' | d('z', boolean=true)", "xyw"),
             ("'one two three' | truncate(9, leeway=0)", "one..."),
             ("'one two three' | truncate(9, true, '…', leeway=0)", "one two …"),
             ("'one two three' | truncate(length=9)", "one two three"),

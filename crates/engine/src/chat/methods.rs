@@ -76,8 +76,30 @@ pub(super) fn call(state: &mut State<'_, '_>, value: &Value, name: &str, argumen
             state.consume_fuel(fuel_for(text.matches('\t').count().saturating_mul(width)))?;
             Ok(expanded_tabs(text, width).into())
         }
+        "format" => {
+            state.consume_fuel(fuel_for(numbers_in_fields(text)))?;
+            pycompat::unknown_method_callback(state, value, name, arguments)
+        }
         _ => pycompat::unknown_method_callback(state, value, name, arguments),
     }
+}
+
+/// The numbers in the replacement fields of a format string added up: no widths and precisions are larger together.
+fn numbers_in_fields(format: &str) -> usize {
+    let (mut sum, mut number, mut is_field) = (0_usize, 0_usize, false);
+    let mut bytes = format.bytes().peekable();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'{' if !is_field && bytes.next_if_eq(&b'{').is_some() => {}
+            b'{' => is_field = true,
+            b'0'..=b'9' if is_field => number = number.saturating_mul(10).saturating_add(usize::from(byte - b'0')),
+            _ => {
+                sum = sum.saturating_add(std::mem::take(&mut number));
+                is_field &= byte != b'}';
+            }
+        }
+    }
+    sum
 }
 
 /// What so many bytes cost before they are made; the library takes it only for results that are there.
@@ -173,6 +195,7 @@ mod tests {
             ),
             ("'ab'.ljust(4) ~ '|' ~ 'é'.rjust(3, '🙂')", "ab  |🙂🙂é"),
             ("'ab'.zfill(4) ~ ' ' ~ '-5'.zfill(4) ~ ' ' ~ '+5'.zfill(1) ~ ' ' ~ '--5'.zfill(5)", "00ab -005 +5 -00-5"),
+            ("'{:03d}|{:>4}|{{20251129000000}}'.format(7, 'a')", "007|   a|{20251129000000}"),
             ("'aéb'.index('b')", "2"),
             ("'Straße É'.swapcase()", "sTRASSE é"),
             (

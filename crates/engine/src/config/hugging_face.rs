@@ -298,7 +298,8 @@ fn yarn(fields: &Fields<'_>, context_length: usize, original_context: usize) -> 
         beta_fast: fields.number("beta_fast")?.filter(|&beta| beta != 0.0).unwrap_or(32.0) as f32,
         beta_slow: fields.number("beta_slow")?.filter(|&beta| beta != 0.0).unwrap_or(1.0) as f32,
         original_context,
-        truncate: fields.boolean("truncate")?.unwrap_or(true),
+        // transformers takes a null for no.
+        truncate: fields.boolean("truncate")?.unwrap_or(!fields.object.contains_key("truncate")),
     })
 }
 

@@ -2,22 +2,54 @@
 
 use std::collections::BTreeSet;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::Value;
 use tokenizers::ModelWrapper;
 
 use super::added_tokens::{TokenFiles, add_missing};
 use super::{END_OF_TURN, Encoder, TokenText, Tokenizer, TokenizerError};
 use crate::config::ModelConfig;
+use crate::panics::caught;
 use crate::text::quoted;
 
-/// Why the library does not take `json`, whose own `words` are about its syntax where a field is what is missing.
-fn reason(json: &[u8], words: &str) -> String {
-    match serde_json::from_slice(json) {
-        Err(error) => format!("not valid JSON: {error}"),
-        Ok(Value::Object(object)) if object.get("model").is_none_or(Value::is_null) => "model is missing".into(),
-        Ok(Value::Object(_)) => quoted(words),
-        Ok(_) => "expected an object".into(),
+/// Looks at what the library does not: the syntax, before it is at the first field, and sizes that it takes on trust.
+fn outline(json: &[u8]) -> Result<(), String> {
+    #[derive(Deserialize)]
+    struct Outline {
+        #[serde(default)]
+        normalizer: Value,
+        model: Option<IgnoredAny>,
     }
+
+    let first = json.iter().find(|byte| !byte.is_ascii_whitespace());
+    let outline: Outline = match serde_json::from_slice(json) {
+        Ok(_) if first != Some(&b'{') => return Err("expected an object".into()),
+        Ok(outline) => outline,
+        Err(error) if error.is_data() && first != Some(&b'{') => return Err("expected an object".into()),
+        Err(error) => return Err(format!("not valid JSON: {error}")),
+    };
+    if outline.model.is_none() {
+        return Err("model is missing".into());
+    }
+    charsmaps(&outline.normalizer)
+}
+
+/// The tables of `Precompiled` normalizers start with the size of a part, for which the library makes room unseen.
+fn charsmaps(normalizer: &Value) -> Result<(), String> {
+    if let Some(Value::String(map)) = normalizer.get("precompiled_charsmap") {
+        // Other faults of it the library tells.
+        let bytes = BASE64_STANDARD.decode(map).unwrap_or_default();
+        if let Some((size, rest)) = bytes.split_first_chunk::<4>()
+            && u32::from_le_bytes(*size) as usize > rest.len()
+        {
+            return Err("normalizer.precompiled_charsmap is cut off".into());
+        }
+    }
+    let steps = normalizer.get("normalizers").and_then(Value::as_array);
+    steps.into_iter().flatten().try_for_each(charsmaps)
 }
 
 impl Tokenizer {
@@ -29,10 +61,22 @@ impl Tokenizer {
         config: &ModelConfig,
     ) -> Result<Self, TokenizerError> {
         let problem = |problem: String| TokenizerError::Read { file: file.into(), problem };
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(json)
-            .map_err(|error| problem(format!("not a tokenizer: {}", reason(json, &error.to_string()))))?;
-        add_missing(&mut tokenizer, beside)?;
-        Self::from_library(tokenizer, file, config)
+        outline(json).map_err(|words| problem(format!("not a tokenizer: {words}")))?;
+        // The library panics at a decoder that is none and at pieces of a vocabulary that do not fit together, and some
+        // steps that a file may ask for at any text.
+        let read = caught(|| {
+            let mut tokenizer = tokenizers::Tokenizer::from_bytes(json)
+                .map_err(|error| problem(format!("not a tokenizer: {}", quoted(&error.to_string()))))?;
+            add_missing(&mut tokenizer, beside)?;
+            let tokenizer = Self::from_library(tokenizer, file, config)?;
+            if let Encoder::HuggingFace(library) = &tokenizer.encoder {
+                let _ = library.encode_fast("some words", true);
+            }
+            Ok(tokenizer)
+        });
+        read.unwrap_or_else(|words| {
+            Err(problem(format!("not a tokenizer: the tokenizers library panicked: {}", quoted(&words))))
+        })
     }
 
     pub(super) fn from_library(

@@ -23,6 +23,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::error::ErrorKind;
+use iceformer_engine::silence_caught_panics;
 use iceformer_kernels::InstructionSet;
 
 use arguments::{Arguments, Command, RunArguments};
@@ -49,6 +50,7 @@ pub fn main() -> ExitCode {
 }
 
 fn execute(arguments: Arguments) -> anyhow::Result<Outcome> {
+    silence_caught_panics();
     InstructionSet::from_environment().map_err(anyhow::Error::msg)?;
     interrupt::install()?;
     match arguments.command {
