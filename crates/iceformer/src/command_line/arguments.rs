@@ -1,8 +1,10 @@
 //! The arguments as typed.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::builder::{PossibleValue, TypedValueParser};
+use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use iceformer_attention::{BudgetSettings, KeyValueType, Method};
 use iceformer_kernels::linear::WeightType;
 use iceformer_study::synthetic::Kind;
@@ -46,13 +48,13 @@ pub struct RunArguments {
     pub file: Vec<PathBuf>,
     /// Text to read after the files. With neither files nor prompt, standard input is read, or a chat starts where it is
     /// a terminal.
-    #[arg(long, short)]
+    #[arg(long, short, allow_hyphen_values = true)]
     pub prompt: Option<String>,
     /// Runs the built-in example: a novel with a question at its end.
     #[arg(long, conflicts_with_all = ["model", "file", "prompt", "chat", "system", "template_variable"])]
     pub example: bool,
     /// System message of the chat.
-    #[arg(long, conflicts_with = "no_chat")]
+    #[arg(long, allow_hyphen_values = true, conflicts_with = "no_chat")]
     pub system: Option<String>,
     /// Uses the model's chat template [default: when the model has one]. Where standard input is a terminal, a chat goes on
     /// after the files and the prompt.
@@ -69,23 +71,23 @@ pub struct RunArguments {
     #[arg(long, short = 'n', default_value = "1024", value_name = "TOKENS", value_parser = count)]
     pub max_tokens: usize,
     /// Ends at this text, which is not shown; may be given several times.
-    #[arg(long, value_name = "TEXT", value_parser = stop)]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = stop)]
     pub stop: Vec<String>,
     /// Goes on at the model's end tokens.
     #[arg(long)]
     pub ignore_end: bool,
-    #[command(flatten)]
-    pub sampling: SamplingArguments,
-    #[command(flatten)]
-    pub method: MethodArguments,
-    #[command(flatten)]
-    pub machine: MachineArguments,
     /// Writes one JSON object with the text and all figures to standard output when done, and no text before.
     #[arg(long)]
     pub json: bool,
     /// Writes neither progress nor figures to standard error.
     #[arg(long, short)]
     pub quiet: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArguments,
+    #[command(flatten)]
+    pub method: MethodArguments,
+    #[command(flatten)]
+    pub machine: MachineArguments,
 }
 
 impl Arguments {
@@ -101,7 +103,7 @@ impl Arguments {
 
 /// `command` whose options take `-1` for a value and not for an option, so that each says what it expected.
 fn numbers_may_be_negative(command: clap::Command) -> clap::Command {
-    let takes_values = |argument: &clap::Arg| argument.get_action().takes_values();
+    let takes_values = |argument: &Arg| argument.get_action().takes_values();
     command
         .mut_args(|argument| match takes_values(&argument) {
             true => argument.allow_negative_numbers(true),
@@ -151,10 +153,10 @@ pub struct SamplingArguments {
 #[derive(Clone, Debug, Args)]
 pub struct MethodArguments {
     /// How attention chooses keys [default: budgeted where --budget is given, else exact].
-    #[arg(long, value_name = "METHOD", value_parser = method)]
+    #[arg(long, value_name = "METHOD", value_parser = method(), help_heading = "Attention")]
     method: Option<Method>,
     /// Share of the softmax mass that a query may miss [default: 0.05].
-    #[arg(long, value_name = "SHARE", value_parser = budget)]
+    #[arg(long, value_name = "SHARE", value_parser = budget, help_heading = "Attention")]
     budget: Option<f32>,
 }
 
@@ -178,7 +180,7 @@ pub struct MachineArguments {
     #[arg(long, short, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
     /// Element type of the key/value cache.
-    #[arg(long, default_value = "int8", value_name = "TYPE", value_parser = kv_type)]
+    #[arg(long, default_value = "int8", value_name = "TYPE", value_parser = kv_type())]
     pub kv_type: KeyValueType,
     /// Most tokens of prompt and answer together [default: what the model is made for].
     #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
@@ -240,7 +242,7 @@ pub struct BenchCommon {
 #[derive(Debug, Args)]
 pub struct LinearArguments {
     /// Type of the weights.
-    #[arg(long, default_value = "bf16", value_name = "TYPE", value_parser = weight_type)]
+    #[arg(long, default_value = "bf16", value_name = "TYPE", value_parser = weight_type())]
     pub weights: WeightType,
     /// Rows of the input: tokens.
     #[arg(long, default_value = "512", value_parser = size)]
@@ -264,7 +266,7 @@ pub struct AttentionArguments {
     #[command(flatten)]
     pub method: MethodArguments,
     /// Synthetic queries, keys and values.
-    #[arg(long, default_value = "gauss", value_name = "KIND", value_parser = generator)]
+    #[arg(long, default_value = "gauss", value_name = "KIND", value_parser = generator())]
     pub generator: Kind,
     /// Queries, keys and values of a dump that `iceformer study dump` wrote, repeated to --tokens.
     #[arg(long, value_name = "DUMP", conflicts_with_all = SYNTHETIC)]
@@ -288,7 +290,7 @@ pub struct AttentionArguments {
     #[arg(long, default_value = "64", value_parser = size)]
     pub head_dim: usize,
     /// Element type of the cache.
-    #[arg(long, default_value = "bf16", value_name = "TYPE", value_parser = kv_type)]
+    #[arg(long, default_value = "bf16", value_name = "TYPE", value_parser = kv_type())]
     pub kv_type: KeyValueType,
     /// Queries, at the last positions [default: as many as tokens].
     #[arg(long, value_parser = size)]
@@ -303,8 +305,8 @@ pub struct AttentionArguments {
     /// decoding, what it knows of a text by then.
     #[arg(long, default_value = "0", value_name = "TOKENS", value_parser = count)]
     pub read_first: usize,
-    /// Measures this method too, in turn with the other, and tells how much faster the other is.
-    #[arg(long, value_name = "METHOD", value_parser = method)]
+    /// Measures this method too, in turn with --method, and tells how much faster --method is.
+    #[arg(long, value_name = "METHOD", value_parser = method())]
     pub against: Option<Method>,
     /// (query, head) rows whose true error is taken, against attention in f64; 0: none.
     #[arg(long, default_value = "256", value_name = "ROWS", value_parser = count)]
@@ -346,7 +348,7 @@ pub struct PromptArguments {
     #[arg(long)]
     pub shape: Option<Shape>,
     /// Type of the random weights.
-    #[arg(long, value_name = "TYPE", value_parser = weight_type, conflicts_with = "model", default_value = "bf16")]
+    #[arg(long, value_name = "TYPE", value_parser = weight_type(), conflicts_with = "model", default_value = "bf16")]
     pub weights: WeightType,
     /// Tokens of the prompt.
     #[arg(long, default_value = "4096", value_parser = size)]
@@ -355,7 +357,7 @@ pub struct PromptArguments {
     #[arg(long, default_value = "32", value_name = "TOKENS", value_parser = count)]
     pub generate: usize,
     /// Element type of the key/value cache.
-    #[arg(long, default_value = "int8", value_name = "TYPE", value_parser = kv_type)]
+    #[arg(long, default_value = "int8", value_name = "TYPE", value_parser = kv_type())]
     pub kv_type: KeyValueType,
     #[command(flatten)]
     pub method: MethodArguments,
@@ -413,20 +415,20 @@ pub fn seed(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| format!("expected a whole number from 0 to {}", u64::MAX))
 }
 
-pub fn kv_type(text: &str) -> Result<KeyValueType, String> {
-    choice(text, &KeyValueType::ALL, KeyValueType::name)
+pub fn kv_type() -> Choice<KeyValueType> {
+    choice(&KeyValueType::ALL, KeyValueType::name)
 }
 
-fn weight_type(text: &str) -> Result<WeightType, String> {
-    choice(text, &WeightType::ALL, WeightType::name)
+fn weight_type() -> Choice<WeightType> {
+    choice(&WeightType::ALL, WeightType::name)
 }
 
-pub fn method(text: &str) -> Result<Method, String> {
-    choice(text, &Method::ALL, Method::name)
+pub fn method() -> Choice<Method> {
+    choice(&Method::ALL, Method::name)
 }
 
-fn generator(text: &str) -> Result<Kind, String> {
-    choice(text, &Kind::ALL, Kind::name)
+fn generator() -> Choice<Kind> {
+    choice(&Kind::ALL, Kind::name)
 }
 
 pub fn noise(text: &str) -> Result<f32, String> {
@@ -450,9 +452,32 @@ pub fn once<T: PartialEq>(values: impl IntoIterator<Item = T>) -> Vec<T> {
     once
 }
 
-pub fn choice<T: Copy>(text: &str, all: &[T], name: impl Fn(T) -> &'static str) -> Result<T, String> {
-    all.iter().copied().find(|&value| name(value) == text).ok_or_else(|| {
-        let names: Vec<_> = all.iter().map(|&value| name(value)).collect();
-        format!("expected one of {}", names.join(", "))
-    })
+/// One of `all` by its name; help lists the names.
+pub fn choice<T: Copy>(all: &'static [T], name: fn(T) -> &'static str) -> Choice<T> {
+    Choice { all, name }
+}
+
+#[derive(Clone)]
+pub struct Choice<T: 'static> {
+    all: &'static [T],
+    name: fn(T) -> &'static str,
+}
+
+impl<T: Copy + Send + Sync> TypedValueParser for Choice<T> {
+    type Value = T;
+
+    fn parse_ref(&self, command: &clap::Command, argument: Option<&Arg>, value: &OsStr) -> Result<T, clap::Error> {
+        let Self { all, name } = *self;
+        let parser = move |text: &str| {
+            all.iter().copied().find(|&value| name(value) == text).ok_or_else(|| {
+                let names: Vec<_> = all.iter().map(|&value| name(value)).collect();
+                format!("expected one of {}", names.join(", "))
+            })
+        };
+        parser.parse_ref(command, argument, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(self.all.iter().map(|&value| PossibleValue::new((self.name)(value)))))
+    }
 }

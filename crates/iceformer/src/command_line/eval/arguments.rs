@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use iceformer_attention::{BudgetSettings, KeyValueType, Method};
 use iceformer_evaluation::needle::Task;
 
-use crate::command_line::arguments::{budget, choice, kv_type, method, number, once, seed, size, threads};
+use crate::command_line::arguments::{Choice, budget, choice, kv_type, method, number, once, seed, size, threads};
 
 #[derive(Debug, Args)]
 pub struct EvalArguments {
@@ -57,7 +57,7 @@ pub struct EvalCommon {
     #[arg(long, value_name = "FILE")]
     pub text: Vec<PathBuf>,
     /// Methods to compare. `perplexity` and `agreement` always run `exact`, which the others are compared with.
-    #[arg(long, value_delimiter = ',', default_value = "exact,budgeted,dci", value_name = "METHODS", value_parser = method)]
+    #[arg(long, value_delimiter = ',', default_value = "exact,budgeted,dci", value_name = "METHODS", value_parser = method())]
     pub methods: Vec<Method>,
     /// Share of the softmax mass that a query of method `budgeted` may miss; several are compared [default: 0.05].
     #[arg(long, value_delimiter = ',', value_name = "SHARES", value_parser = budget)]
@@ -66,7 +66,7 @@ pub struct EvalCommon {
     #[arg(long, short, value_name = "N", value_parser = threads, help_heading = "Machine")]
     pub threads: Option<usize>,
     /// Element type of the key/value cache.
-    #[arg(long, default_value = "int8", value_name = "TYPE", value_parser = kv_type, help_heading = "Machine")]
+    #[arg(long, default_value = "int8", value_name = "TYPE", value_parser = kv_type(), help_heading = "Machine")]
     pub kv_type: KeyValueType,
     /// Tokens of the prompt that go through the layers together.
     #[arg(long, default_value = "512", value_name = "TOKENS", value_parser = size, help_heading = "Machine")]
@@ -142,8 +142,8 @@ pub struct LongevalArguments {
 
 #[derive(Debug, Args)]
 pub struct NeedleArguments {
-    /// Tasks: single, multi-key, multi-value, multi-query, variable-tracking, common-words, frequent-words [default: all].
-    #[arg(long, value_delimiter = ',', value_name = "TASKS", value_parser = task)]
+    /// Tasks, with commas between [default: all of them].
+    #[arg(long, value_delimiter = ',', value_name = "TASKS", value_parser = task())]
     pub tasks: Vec<Task>,
     /// Tokens of a prompt: whole numbers, or such as 16k.
     #[arg(long, value_delimiter = ',', default_value = "4k,8k,16k", value_name = "TOKENS", value_parser = length)]
@@ -197,8 +197,8 @@ pub struct PerplexityArguments {
     pub common: EvalCommon,
 }
 
-fn task(text: &str) -> Result<Task, String> {
-    choice(text, &Task::ALL, Task::name)
+fn task() -> Choice<Task> {
+    choice(&Task::ALL, Task::name)
 }
 
 /// A share given in percent.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use iceformer_study::dump::NumberType;
 
-use crate::command_line::arguments::{choice, count, noise, seed, size, threads};
+use crate::command_line::arguments::{Choice, choice, count, noise, seed, size, threads};
 
 #[derive(Debug, Args)]
 pub struct StudyArguments {
@@ -40,7 +40,7 @@ pub struct DumpArguments {
     #[arg(long, value_name = "N", value_parser = size)]
     pub tokens: Option<usize>,
     /// Type of the numbers in the file.
-    #[arg(long = "type", default_value = "f16", value_name = "TYPE", value_parser = number_type)]
+    #[arg(long = "type", default_value = "f16", value_name = "TYPE", value_parser = number_type())]
     pub number_type: NumberType,
     /// Tokens that go through the layers together.
     #[arg(long, default_value = "512", value_name = "TOKENS", value_parser = size)]
@@ -91,6 +91,6 @@ fn share(text: &str) -> Result<f64, String> {
     share.ok_or_else(|| "expected a share from 0 to 1, such as 0.1".to_owned())
 }
 
-fn number_type(text: &str) -> Result<NumberType, String> {
-    choice(text, &NumberType::ALL, NumberType::name)
+fn number_type() -> Choice<NumberType> {
+    choice(&NumberType::ALL, NumberType::name)
 }
