@@ -38,7 +38,7 @@ pub use budgeted::{BudgetError, BudgetSettings};
 pub use cache::{CacheShape, KeyValueCache, KeyValueType};
 pub use dci::{DciSettings, DciSettingsError};
 pub use exact::AttentionScratch;
-pub use iceformer_kernels::ThreadTeam;
+pub use iceformer_kernels::{InstructionSet, ThreadTeam};
 pub use mask::Mask;
 pub use method::{Attention, Method, MethodError, Queries, Sequence};
 pub use report::{HeadReport, MassHistogram, Report};

@@ -17,8 +17,8 @@ use crate::observer::AttentionObserver;
 pub struct SessionSettings {
     /// Most tokens of the sequence; `None`: what the model is made for.
     pub context: Option<usize>,
-    /// Tokens of one pass through the layers.
-    pub chunk: usize,
+    /// Tokens of one pass through the layers; `None`: as [`chunk`](Self::chunk) tells.
+    pub chunk: Option<usize>,
     /// Element type of the key/value cache.
     pub key_value_type: KeyValueType,
     /// How attention chooses keys.
@@ -27,11 +27,24 @@ pub struct SessionSettings {
 
 impl Default for SessionSettings {
     fn default() -> Self {
-        Self { context: None, chunk: 512, key_value_type: KeyValueType::Int8, method: Method::Exact }
+        Self { context: None, chunk: None, key_value_type: KeyValueType::Int8, method: Method::Exact }
     }
 }
 
+/// Tokens of one pass: enough that weights are read from memory for many, and few buffers.
+const CHUNK: usize = 512;
+/// Method `budgeted` makes clusters, and chooses among them, better and for less in longer calls (docs/performance.md).
+const BUDGETED_CHUNK: usize = 2048;
+
 impl SessionSettings {
+    /// Tokens of one pass through the layers: unless stated 512, and 2,048 of method `budgeted`.
+    pub fn chunk(&self) -> usize {
+        self.chunk.unwrap_or(match self.method {
+            Method::Budgeted(_) => BUDGETED_CHUNK,
+            Method::Exact | Method::Dci(_) => CHUNK,
+        })
+    }
+
     /// Tokens that a session of a model will hold at most: lets a caller check a prompt before the weights are loaded.
     ///
     /// # Errors
@@ -42,7 +55,7 @@ impl SessionSettings {
         if !(1..=model).contains(&context) {
             return Err(SessionError::Context { asked: context, model });
         }
-        if self.chunk == 0 {
+        if self.chunk == Some(0) {
             return Err(SessionError::Chunk);
         }
         self.method.validate()?;
@@ -144,7 +157,7 @@ impl Session {
     /// As [`SessionSettings::check`].
     pub fn new(decoder: Arc<Decoder>, team: Arc<ThreadTeam>, settings: &SessionSettings) -> Result<Self, SessionError> {
         let context = settings.check(decoder.config())?;
-        let mut state = decoder.state(settings.chunk.min(context));
+        let mut state = decoder.state(settings.chunk().min(context));
         state.set_method(settings.method);
         Ok(Self {
             caches: decoder.caches(settings.key_value_type),
@@ -304,7 +317,8 @@ impl Session {
     pub fn read_with_logits(&mut self, tokens: &[u32], mut logits: impl FnMut(&[f32])) -> Result<(), SessionError> {
         self.check(tokens, self.tokens.len())?;
         self.reserve(tokens.len());
-        for chunk in tokens.chunks(self.state.chunk()) {
+        // Logits are as wide as the vocabulary.
+        for chunk in tokens.chunks(self.state.chunk().min(CHUNK)) {
             let rows = self.pass(chunk, LogitsFor::All, |_| {})?;
             logits(rows);
         }

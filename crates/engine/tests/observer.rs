@@ -44,7 +44,7 @@ fn model() -> Model {
 }
 
 fn session(model: &Model, chunk: usize) -> Session {
-    let settings = SessionSettings { chunk, key_value_type: KeyValueType::F32, ..Default::default() };
+    let settings = SessionSettings { chunk: Some(chunk), key_value_type: KeyValueType::F32, ..Default::default() };
     model.session(&settings).unwrap()
 }
 

@@ -20,7 +20,7 @@ fn model(threads: usize) -> Model {
 }
 
 fn settings(chunk: usize, key_value_type: KeyValueType) -> SessionSettings {
-    SessionSettings { chunk, key_value_type, ..Default::default() }
+    SessionSettings { chunk: Some(chunk), key_value_type, ..Default::default() }
 }
 
 fn tokens(value: &Value) -> Vec<u32> {

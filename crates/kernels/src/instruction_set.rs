@@ -103,13 +103,14 @@ impl InstructionSet {
         *CURRENT.get_or_init(|| Self::from_environment().unwrap_or_else(|message| panic!("{message}")))
     }
 
-    /// The level `ICEFORMER_ISA` asks for, or the detected one when it is unset.
+    /// The level `ICEFORMER_ISA` asks for, or the detected one when it is unset or empty.
     ///
     /// # Errors
     /// A sentence for the user when the variable names no level or one above this machine's.
     pub fn from_environment() -> Result<Self, String> {
         let detected = Self::detected();
-        let Some(wanted) = std::env::var_os("ICEFORMER_ISA") else { return Ok(detected) };
+        let wanted = std::env::var_os("ICEFORMER_ISA").filter(|wanted| !wanted.is_empty());
+        let Some(wanted) = wanted else { return Ok(detected) };
         let names = Self::ALL.map(Self::name).join(", ");
         let level = Self::ALL
             .into_iter()

@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use iceformer_attention::KeyValueType;
 use iceformer_engine::{
-    Cancel, GenerationSettings, Model, ModelFiles, Sampler, SamplerSettings, Session, SessionSettings, generate,
+    Cancel, GenerationSettings, Model, ModelFiles, Sampler, SamplerError, SamplerSettings, Session, SessionSettings,
+    generate,
 };
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -39,6 +40,7 @@ struct Request {
     top_p: f32,
     min_p: f32,
     repetition_penalty: f32,
+    repetition_window: usize,
     seed: u64,
 }
 
@@ -75,7 +77,7 @@ impl Engine {
         path: PathBuf,
         threads: usize,
         context: Option<usize>,
-        chunk: usize,
+        chunk: Option<usize>,
         kv_type: &str,
         method: &str,
         budget: Option<f32>,
@@ -162,10 +164,16 @@ impl Engine {
             top_p: request.top_p,
             min_p: request.min_p,
             repetition_penalty: request.repetition_penalty,
+            repetition_window: request.repetition_window,
             seed: request.seed,
-            ..SamplerSettings::default()
         })
-        .map_err(value_error)?;
+        .map_err(|error| match error {
+            SamplerError::OutOfRange { setting, value, expected } => {
+                let name = setting.replace(['-', ' '], "_");
+                PyValueError::new_err(format!("{name} is {value}; expected {expected}"))
+            }
+            SamplerError::NotANumber => value_error(error),
+        })?;
         let settings = GenerationSettings {
             max_tokens: request.max_tokens,
             stop: request.stop,

@@ -16,6 +16,11 @@ use pyo3::prelude::*;
 /// Native functions of `iceformer`.
 #[pymodule]
 mod _core {
+    use iceformer_attention::InstructionSet;
+    use iceformer_engine::silence_caught_panics;
+    use pyo3::exceptions::PyValueError;
+    use pyo3::prelude::*;
+
     #[pymodule_export]
     use super::attend::attend;
     #[pymodule_export]
@@ -28,4 +33,12 @@ mod _core {
     use super::settings::{kernel, version};
     #[pymodule_export]
     use super::teams::available_threads;
+
+    /// # Errors
+    /// `ValueError` where `ICEFORMER_ISA` names no instruction set that this machine has.
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        silence_caught_panics();
+        InstructionSet::from_environment().map(drop).map_err(PyValueError::new_err)
+    }
 }

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -158,6 +160,9 @@ def test_what_does_not_fit_is_named(engine, tmp_path):
     for settings in ({"max_tokens": -1}, {"top_k": -1}, {"seed": -1}, {"seed": 2**64}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))} is .*; expected"):
             engine.generate("a", **settings)
+    for setting in ("top_p", "min_p", "repetition_penalty"):
+        with pytest.raises(ValueError, match=f"{setting} is -1; expected a number"):
+            engine.generate("a", **{setting: -1.0})
     with pytest.raises(TypeError, match="max_tokens is a float; expected a whole number"):
         engine.generate("a", max_tokens=1.5)
     with pytest.raises(TypeError, match="temperature is '1'; expected a number"):
@@ -242,3 +247,13 @@ def test_settings_of_other_types_are_named(engine, settings, message):
 def test_models_of_other_types_are_named():
     with pytest.raises(TypeError, match="model is a NoneType; expected the path of a model folder"):
         iceformer.Engine(None)
+
+
+@pytest.mark.parametrize(("value", "error"), [("mmx", "ICEFORMER_ISA is \"mmx\"; expected one of portable"), ("", None)])
+def test_instruction_sets_that_are_none(value, error):
+    environment = {**os.environ, "ICEFORMER_ISA": value}
+    code = "import iceformer, numpy; x = numpy.ones((1, 1, 4, 8), numpy.float32); iceformer.attention(x, x, x)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == (error is None), done.stderr
+    if error is not None:
+        assert f"ValueError: {error}" in done.stderr

@@ -71,7 +71,7 @@ pub fn load(path: &Path, threads: usize) -> Model {
 
 /// An empty session that reads `chunk` tokens at a time.
 pub fn session(model: &Model, chunk: usize, key_value_type: KeyValueType) -> Session {
-    model.session(&SessionSettings { chunk, key_value_type, ..Default::default() }).unwrap()
+    model.session(&SessionSettings { chunk: Some(chunk), key_value_type, ..Default::default() }).unwrap()
 }
 
 /// Logits of every token, `[tokens, vocabulary]`.

@@ -185,9 +185,9 @@ pub struct MachineArguments {
     /// Most tokens of prompt and answer together [default: what the model is made for].
     #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
     pub context: Option<usize>,
-    /// Tokens of the prompt that go through the layers together.
-    #[arg(long, default_value = "512", value_name = "TOKENS", value_parser = at_least_one)]
-    pub chunk: usize,
+    /// Tokens of the prompt that go through the layers together [default: 512; 2048 with method budgeted].
+    #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
+    pub chunk: Option<usize>,
 }
 
 #[derive(Debug, Args)]
@@ -361,9 +361,9 @@ pub struct PromptArguments {
     pub kv_type: KeyValueType,
     #[command(flatten)]
     pub method: MethodArguments,
-    /// Tokens that go through the layers together.
-    #[arg(long, default_value = "512", value_name = "TOKENS", value_parser = size)]
-    pub chunk: usize,
+    /// Tokens that go through the layers together [default: 512; 2048 with method budgeted].
+    #[arg(long, value_name = "TOKENS", value_parser = size)]
+    pub chunk: Option<usize>,
     /// Threads [default: the cores this process may use].
     #[arg(long, short, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,

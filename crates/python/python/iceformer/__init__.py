@@ -7,7 +7,7 @@
 from iceformer._attention import KeyValueCache, attention
 from iceformer._core import HeadReport, Report, available_threads, kernel
 from iceformer._core import version as _version
-from iceformer.engine import Answer, Engine
+from iceformer.engine import Answer, Engine, Stream
 
 __version__: str = _version()
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "HeadReport",
     "KeyValueCache",
     "Report",
+    "Stream",
     "__version__",
     "attention",
     "available_threads",

@@ -49,7 +49,7 @@ class Engine:
         path: str | PathLike[str],
         threads: int,
         context: int | None,
-        chunk: int,
+        chunk: int | None,
         kv_type: str,
         method: str,
         budget: float | None,

@@ -36,6 +36,7 @@ class GenerateSettings(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    repetition_window: int
     seed: int
     stop: Sequence[str]
     ignore_end: bool
@@ -115,7 +116,7 @@ class Engine:
         model: A folder with `config.json`, `tokenizer.json` and `*.safetensors`, or a `.gguf` file.
         threads: All cores that the process may use unless given.
         context: Most tokens of prompt and answer; what the model is made for unless given.
-        chunk: Tokens of one pass through the layers.
+        chunk: Tokens of one pass through the layers; 512 unless given, 2,048 of method budgeted.
         kv_type: Type of the key/value cache: `"int8"` (also `"auto"`), `"bf16"` or `"f32"`.
         method: How attention chooses keys; see `iceformer.attention`.
         budget: Softmax mass that a row may miss; .05 unless given (method budgeted).
@@ -131,7 +132,7 @@ class Engine:
         *,
         threads: int | None = None,
         context: int | None = None,
-        chunk: int = 512,
+        chunk: int | None = None,
         kv_type: str = "auto",
         method: str = "auto",
         budget: float | None = None,
@@ -140,7 +141,8 @@ class Engine:
         count = thread_count(threads)
         if context is not None:
             context = whole_number("context", context)
-        chunk = whole_number("chunk", chunk)
+        if chunk is not None:
+            chunk = whole_number("chunk", chunk)
         kv_type = choice("kv_type", kv_type, KV_TYPES)
         method, budget = method_and_budget(method, budget)
         if not isinstance(model, (str, os.PathLike)):
@@ -159,12 +161,13 @@ class Engine:
         prompt: Prompt,
         *,
         stream: bool = False,
-        max_tokens: int | None = 512,
+        max_tokens: int | None = 1024,
         temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
         repetition_penalty: float = 1.0,
+        repetition_window: int = 64,
         seed: int = 0,
         stop: Sequence[str] = (),
         ignore_end: bool = False,
@@ -180,9 +183,11 @@ class Engine:
             max_tokens: Most tokens to generate; None: until the context is full.
             temperature: Divisor of the logits; 0 takes the most probable token always.
             top_k: Keep the `top_k` most probable tokens; 0 keeps all.
-            top_p: Keep the most probable tokens that add up to this share.
-            min_p: Keep tokens at least this share as probable as the most probable one.
+            top_p: Keep the most probable tokens that add up to this share; 1 keeps all.
+            min_p: Keep tokens at least this share as probable as the most probable one; 0 keeps all. Like `top_k` and
+                `top_p` it changes nothing without a temperature.
             repetition_penalty: Divides the logits of recent tokens; 1 leaves them.
+            repetition_window: Tokens that the penalty looks at, prompt included.
             seed: The same seed gives the same text, on any number of threads.
             stop: Strings that end the text and are no part of it.
             ignore_end: Goes on at end tokens.
@@ -211,6 +216,7 @@ class Engine:
             "top_p": real_number("top_p", top_p),
             "min_p": real_number("min_p", min_p),
             "repetition_penalty": real_number("repetition_penalty", repetition_penalty),
+            "repetition_window": whole_number("repetition_window", repetition_window),
             "seed": whole_number("seed", seed, 2**64 - 1),
         }
         pieces = Stream(self._engine.generate(tokens, chat, request), progress)

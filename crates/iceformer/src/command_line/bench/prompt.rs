@@ -38,7 +38,7 @@ struct Measured {
 
 /// Runs the measurement.
 pub fn run(arguments: &PromptArguments) -> anyhow::Result<Outcome> {
-    let &PromptArguments { tokens, generate, kv_type, chunk, .. } = arguments;
+    let &PromptArguments { tokens, generate, kv_type, .. } = arguments;
     let team = Arc::new(ThreadTeam::new(arguments.threads.unwrap_or_else(ThreadTeam::available)));
     let start = Instant::now();
     let method = arguments.method.method()?;
@@ -67,7 +67,8 @@ pub fn run(arguments: &PromptArguments) -> anyhow::Result<Outcome> {
     };
     let load_seconds = start.elapsed().as_secs_f64();
     let decoder = Arc::new(decoder);
-    let settings = SessionSettings { context: None, chunk, key_value_type: kv_type, method };
+    let settings = SessionSettings { context: None, chunk: arguments.chunk, key_value_type: kv_type, method };
+    let chunk = settings.chunk();
 
     let (mut measured, mut ceilings) = (Vec::new(), Vec::new());
     for _ in 0..arguments.repeat {

@@ -68,9 +68,9 @@ pub struct EvalCommon {
     /// Element type of the key/value cache.
     #[arg(long, default_value = "int8", value_name = "TYPE", value_parser = kv_type(), help_heading = "Machine")]
     pub kv_type: KeyValueType,
-    /// Tokens of the prompt that go through the layers together.
-    #[arg(long, default_value = "512", value_name = "TOKENS", value_parser = size, help_heading = "Machine")]
-    pub chunk: usize,
+    /// Tokens of the prompt that go through the layers together [default: 512; 2048 of method budgeted].
+    #[arg(long, value_name = "TOKENS", value_parser = size, help_heading = "Machine")]
+    pub chunk: Option<usize>,
     /// Writes a page with plots and tables to this file, which any browser shows without a network.
     #[arg(long, value_name = "FILE.html")]
     pub report: Option<PathBuf>,

@@ -52,7 +52,7 @@ pub fn run(arguments: &DumpArguments) -> anyhow::Result<Outcome> {
     let tokenizer = files.tokenizer()?;
     let settings = SessionSettings {
         context: None,
-        chunk: arguments.chunk,
+        chunk: Some(arguments.chunk),
         // Exact attention over what was computed, so that each layer sees what the model means it to see.
         key_value_type: KeyValueType::F32,
         method: Method::Exact,
