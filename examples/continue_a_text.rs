@@ -3,7 +3,7 @@
 //! `cargo run --release --example continue_a_text -- MODEL "Once upon a time"`
 
 use std::error::Error;
-use std::io::Write;
+use std::io::{Write, stdout};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
@@ -24,14 +24,15 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let mut sampler = Sampler::new(SamplerSettings { temperature: 0.8, seed: 1, ..Default::default() })?;
     let settings = GenerationSettings { max_tokens: Some(60), ..Default::default() };
-    print!("{text}");
+    let show = |piece: &str| stdout().write_all(piece.as_bytes()).and_then(|()| stdout().flush());
+    show(&text)?;
     let generation = generate(&mut session, model.tokenizer(), &mut sampler, &settings, |piece| {
-        print!("{piece}");
-        match std::io::stdout().flush() {
+        // A reader that went away ends the generation, and is no error.
+        match show(piece) {
             Ok(()) => ControlFlow::Continue(()),
             Err(_) => ControlFlow::Break(()),
         }
     })?;
-    println!("\n[{} tokens, {}]", generation.tokens.len(), generation.finish.name());
+    eprintln!("\n[{} tokens, {}]", generation.tokens.len(), generation.finish.name());
     Ok(())
 }

@@ -1,7 +1,32 @@
 //! Runs pretrained decoder models on the CPU.
 //!
-//! [`ModelFiles`] turns files (a Hugging Face folder or a GGUF file) into a checked description: [`ModelConfig`],
-//! tensors by [`TensorName`], [`Tokenizer`] and [`ChatTemplate`].
+//! [`Model::load`] opens a model, [`Model::session`] starts a sequence, [`Session::read`] reads a prompt and [`generate`]
+//! continues it:
+//!
+//! ```no_run
+//! use std::ops::ControlFlow;
+//! use std::path::Path;
+//! use std::sync::Arc;
+//!
+//! use iceformer_engine::{GenerationSettings, Model, Sampler, SamplerSettings, SessionSettings, generate};
+//! use iceformer_kernels::ThreadTeam;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let team = Arc::new(ThreadTeam::new(ThreadTeam::available()));
+//! let model = Model::load(Path::new("MODEL"), team, |_, _| {})?;
+//! let mut session = model.session(&SessionSettings::default())?;
+//! session.read(&model.tokenizer().encode("Once upon a time", true)?, |_, _| {})?;
+//! let mut sampler = Sampler::new(SamplerSettings::default())?;
+//! let answer = generate(&mut session, model.tokenizer(), &mut sampler, &GenerationSettings::default(), |_| {
+//!     ControlFlow::Continue(())
+//! })?;
+//! println!("{}", answer.text);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Below that, [`ModelFiles`] turns files (a Hugging Face folder or a GGUF file) into a checked description:
+//! [`ModelConfig`], tensors by [`TensorName`], [`Tokenizer`] and [`ChatTemplate`].
 
 mod chat;
 mod config;

@@ -179,7 +179,7 @@ fn an_interrupted_evaluation_tells_how_much_was_done() {
     let last = line.lines().last().unwrap();
     assert!(last.starts_with("needle: cancelled after ") && last.contains(" of 5,000 cases in "), "{last}");
     let state = stdout(&output).lines().last().unwrap().to_owned();
-    let done = state.strip_prefix("interrupted: ").unwrap().strip_suffix(" of 5000 cases are done").unwrap();
+    let done = state.strip_prefix("interrupted: ").unwrap().strip_suffix(" of 5000 cases are done by all methods").unwrap();
     assert!((1..5000).contains(&done.parse().unwrap()), "{state}");
 }
 
@@ -332,7 +332,7 @@ fn a_report_is_written_though_nobody_reads_the_lines() {
     let output = unread(&[&needle[..], &["--json", "--report", page.to_str().unwrap()]].concat());
     assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
     let page = std::fs::read_to_string(page).unwrap();
-    assert!(page.contains("interrupted: 1 of 2 cases are done"), "{page}");
+    assert!(page.contains("interrupted: 1 of 2 cases are done by all methods"), "{page}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Instruction-set kernels of IceFormer, each behind a safe interface.
 //!
-//! The only crate of the workspace with `unsafe` code. Callers pass slices; shapes are checked once at the border.
+//! The only crate of the workspace with `unsafe` code, but for the line of the engine that maps a file. Callers pass slices; shapes are checked once at the border.
 //! [`InstructionSet::current`] tells which kernels run; the environment variable `ICEFORMER_ISA` lowers it.
 
 pub mod activation;

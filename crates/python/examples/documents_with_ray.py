@@ -1,6 +1,6 @@
 """Embeds every text file of a folder on a Ray cluster (or on this machine, where there is none).
 
-    pip install "iceformer[ray,sentence-transformers]"
+    pip install "./crates/python[ray,sentence-transformers]"
     python documents_with_ray.py MODEL FOLDER OUTPUT --actors 2 --threads 1
 
 Writes Parquet files with the columns path, text and embedding to OUTPUT.

@@ -138,7 +138,7 @@ pub fn run(what: &Eval) -> anyhow::Result<Outcome> {
     let (done, of) = told.cases;
     let interrupted = match outcome {
         Ok(()) => None,
-        Err(EvaluationError::Cancelled) => Some(format!("interrupted: {done} of {of} cases are done")),
+        Err(EvaluationError::Cancelled) => Some(format!("interrupted: {done} of {of} cases are done by all methods")),
         Err(error) => return Err(error.into()),
     };
     if let Some((path, file)) = page {
