@@ -179,7 +179,8 @@ fn an_interrupted_evaluation_tells_how_much_was_done() {
     let last = line.lines().last().unwrap();
     assert!(last.starts_with("needle: cancelled after ") && last.contains(" of 5,000 cases in "), "{last}");
     let state = stdout(&output).lines().last().unwrap().to_owned();
-    let done = state.strip_prefix("interrupted: ").unwrap().strip_suffix(" of 5000 cases are done by all methods").unwrap();
+    let done =
+        state.strip_prefix("interrupted: ").unwrap().strip_suffix(" of 5000 cases are done by all methods").unwrap();
     assert!((1..5000).contains(&done.parse().unwrap()), "{state}");
 }
 

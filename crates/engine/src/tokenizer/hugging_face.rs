@@ -40,12 +40,11 @@ fn outline(json: &[u8]) -> Result<(), String> {
 /// The tables of `Precompiled` normalizers start with the size of a part, for which the library makes room unseen.
 fn charsmaps(normalizer: &Value) -> Result<(), String> {
     if let Some(Value::String(map)) = normalizer.get("precompiled_charsmap") {
-        // Other faults of it the library tells.
-        let bytes = BASE64_STANDARD.decode(map).unwrap_or_default();
-        if let Some((size, rest)) = bytes.split_first_chunk::<4>()
-            && u32::from_le_bytes(*size) as usize > rest.len()
-        {
-            return Err("normalizer.precompiled_charsmap is cut off".into());
+        let field = "normalizer.precompiled_charsmap";
+        let bytes = BASE64_STANDARD.decode(map).map_err(|error| format!("{field} is not base64: {error}"))?;
+        match bytes.split_first_chunk::<4>() {
+            Some((size, rest)) if u32::from_le_bytes(*size) as usize <= rest.len() => {}
+            _ => return Err(format!("{field} is cut off")),
         }
     }
     let steps = normalizer.get("normalizers").and_then(Value::as_array);
