@@ -592,8 +592,8 @@ fn truncation_in_the_tokenizer_file_is_ignored() {
     let folder = Folder::new("truncation");
     let mut tokenizer: Value = serde_json::from_str(TOKENIZER).unwrap();
     tokenizer["truncation"] = json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
-    tokenizer["padding"] = json!({"strategy": {"Fixed": 1_000_000_000_000_u64}, "direction": "Right", "pad_to_multiple_of": null,
-        "pad_id": 0, "pad_type_id": 0, "pad_token": "a"});
+    tokenizer["padding"] = json!({"strategy": {"Fixed": 1_000_000_000_000_u64}, "direction": "Right",
+        "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "a"});
     folder.put("tokenizer.json", tokenizer.to_string());
     let tokenizer = ModelFiles::open(&folder.0).unwrap().tokenizer().unwrap();
     assert_eq!(tokenizer.encode("abab", true).unwrap(), [0, 1, 0, 1]);

@@ -21,8 +21,8 @@ pub fn softmax_in_place(logits: &mut [f32]) -> f32 {
 }
 
 /// Replaces each value `x` by `limit · tanh(x / limit)`: soft-capping of logits, as in Gemma 2
-/// ([arXiv 2408.00118](https://arxiv.org/abs/2408.00118), §2). Within 5·10⁻⁷ of the
-/// result, so that a limit far above all values changes nothing; NaN at NaN.
+/// ([arXiv 2408.00118](https://arxiv.org/abs/2408.00118), §2). Within 5·10⁻⁷ of the result, so that a limit far
+/// above all values changes nothing; NaN at NaN.
 pub fn soft_cap_in_place(values: &mut [f32], limit: f32) {
     soft_cap_at(InstructionSet::current(), values, limit);
 }

@@ -1,6 +1,6 @@
 //! Filters of Jinja that the library lacks or writes otherwise.
 
-use minijinja::value::Kwargs;
+use minijinja::value::{Kwargs, Rest};
 use minijinja::{Error, ErrorKind, State, Value};
 
 use super::methods::justified;
@@ -32,12 +32,17 @@ pub(super) fn center(state: &State<'_, '_>, value: Value, width: Option<usize>) 
 }
 
 /// `default(value, default_value='', boolean=False)`; the library's own takes no names.
-pub(super) fn default(value: Value, other: Option<Value>, lax: Option<Value>, options: Kwargs) -> Result<Value, Error> {
+pub(super) fn default(
+    state: &State<'_, '_>,
+    value: Value,
+    other: Option<Value>,
+    lax: Option<Value>,
+    options: Kwargs,
+) -> Result<Value, Error> {
     let other = other.or(options.get("default_value")?).unwrap_or_else(|| Value::from(""));
-    let lax = lax.or(options.get("boolean")?);
+    let lax = lax.or(options.get("boolean")?).unwrap_or_else(|| Value::from(false));
     options.assert_all_used()?;
-    let is_missing = value.is_undefined() || (lax.is_some_and(|lax| lax.is_true()) && !value.is_true());
-    Ok(if is_missing { other } else { value })
+    minijinja::filters::default(state, &value, Rest(vec![other, lax]))
 }
 
 /// `truncate(length=255, killwords=false, end='...', leeway=5)`, the last by its name.

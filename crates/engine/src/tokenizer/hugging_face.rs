@@ -24,17 +24,14 @@ fn outline(json: &[u8]) -> Result<(), String> {
         model: Option<IgnoredAny>,
     }
 
-    let first = json.iter().find(|byte| !byte.is_ascii_whitespace());
-    let outline: Outline = match serde_json::from_slice(json) {
-        Ok(_) if first != Some(&b'{') => return Err("expected an object".into()),
-        Ok(outline) => outline,
-        Err(error) if error.is_data() && first != Some(&b'{') => return Err("expected an object".into()),
-        Err(error) => return Err(format!("not valid JSON: {error}")),
-    };
-    if outline.model.is_none() {
-        return Err("model is missing".into());
+    // A list would do for the fields in their order.
+    let is_object = json.trim_ascii_start().starts_with(b"{");
+    match serde_json::from_slice::<Outline>(json) {
+        Err(error) if is_object || !error.is_data() => Err(format!("not valid JSON: {error}")),
+        Ok(Outline { model: None, .. }) if is_object => Err("model is missing".into()),
+        Ok(outline) if is_object => charsmaps(&outline.normalizer),
+        _ => Err("expected an object".into()),
     }
-    charsmaps(&outline.normalizer)
 }
 
 /// The tables of `Precompiled` normalizers start with the size of a part, for which the library makes room unseen.
