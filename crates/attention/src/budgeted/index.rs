@@ -6,19 +6,12 @@ use std::sync::{Mutex, PoisonError};
 use iceformer_kernels::attention::MICRO_ROWS;
 
 use super::calibration::{Calibration, LEAST_PLACES, Measurement, PLACES, UNKNOWN};
+use super::merging::{MERGED_UNITS, Merging, keys_of};
 use super::metric::QueryMetric;
 use super::region::{FIRST_KEYS, REGION_KEYS, Region, RegionScratch, SortedKeys};
 use crate::ThreadTeam;
 use crate::tiles::Call;
 
-/// Sizes of regions, in units of [`REGION_KEYS`] keys, the largest first. As many of one size as make the next become one,
-/// which is clustered anew: the more keys, the tighter their clusters. Sorting them again takes as long as some thousand
-/// keys of exact attention do, which is little beside many keys, so that the larger sizes are only twice one another.
-const REGION_UNITS: [usize; 7] = [256, 128, 64, 32, 16, 4, 1];
-/// The largest that a call of few queries makes: a decode step must not wait for more to be sorted.
-const MOST_UNITS_OF_FEW: usize = 4;
-/// The same in keys.
-pub(super) const LARGEST_OF_FEW: usize = MOST_UNITS_OF_FEW * REGION_KEYS;
 /// Regions that a head is tried on.
 const FIRST_REGIONS: usize = 2;
 
@@ -56,9 +49,9 @@ pub(super) struct HeadClusters {
     /// In the order of their keys, without gaps from [`FIRST_KEYS`] on.
     pub regions: Vec<Region>,
     /// What queries look at in keys.
-    metric: QueryMetric,
-    /// Of the keys from [`FIRST_KEYS`] on, those that regions may be merged over, in units of [`REGION_KEYS`].
-    settled: Settled,
+    pub metric: QueryMetric,
+    /// Up to which size regions are merged.
+    pub merging: Merging,
     /// One for each query head that reads the head, empty before the first measurement.
     calibrations: Vec<Calibration>,
     /// Budget of the measurements, and clustered keys at the first of them.
@@ -76,15 +69,6 @@ pub(super) struct HeadClusters {
     /// Query heads that read the head, and units of [`REGION_KEYS`] keys that there were, clustered or not, at the last call.
     group: usize,
     units: usize,
-}
-
-/// Keys that every query to come sees whole, so that regions may be merged over them.
-#[derive(Clone, Copy, Default)]
-struct Settled {
-    /// To regions of up to [`MOST_UNITS_OF_FEW`] units.
-    small: usize,
-    /// To larger ones.
-    large: usize,
 }
 
 /// A query head whose clusters do not pay is tried again when there are so many times as many keys as when that was found,
@@ -125,52 +109,42 @@ impl ClusterIndex {
     }
 
     /// Clusters the first `len` keys of the cache of `call`, as far as they are not, for queries like its own: of each head
-    /// a few regions first, the others when measurements have shown that they pay. Regions that end at `settled` or
-    /// before, which every query to come sees whole, become larger ones: the largest where there are `many` queries, for
-    /// which they are worth the time.
+    /// a few regions first, the others when measurements have shown that they pay. Those of the first `settled` keys, which
+    /// every query to come sees whole, are merged where that makes their clusters tighter, into ones of at most `most` units.
     pub(super) fn extend(
         &mut self,
         call: &Call<'_>,
         len: usize,
-        settled: usize,
-        many: bool,
+        (settled, most): (usize, usize),
         team: &ThreadTeam,
         scratch: &[Mutex<RegionScratch>],
     ) {
-        let cache = call.cache;
-        self.heads.resize_with(cache.shape().kv_heads, HeadClusters::default);
-        let total = len.saturating_sub(FIRST_KEYS) / REGION_KEYS;
-        let settled = (settled.saturating_sub(FIRST_KEYS) / REGION_KEYS).min(total);
-        let mut built: Vec<(usize, Range<usize>, Option<Region>)> = Vec::new();
+        self.heads.resize_with(call.cache.shape().kv_heads, HeadClusters::default);
+        let units = |keys: usize| keys.saturating_sub(FIRST_KEYS) / REGION_KEYS;
+        let (total, settled) = (units(len), units(settled));
+        let mut missing = Vec::new();
         for (index, head) in self.heads.iter_mut().enumerate() {
             (head.group, head.units) = (call.group(), total);
-            // Never fewer: queries at earlier positions may follow.
-            let wanted = head.wanted(total).max(head.keys() / REGION_KEYS);
-            head.settled.small = head.settled.small.max(settled.min(wanted));
-            if many {
-                head.settled.large = head.settled.small;
-            }
-            let layout = layout(head.settled, wanted);
-            let kept = head.regions.iter().zip(&layout).take_while(|(region, keys)| region.keys() == **keys).count();
-            head.regions.truncate(kept);
-            built.extend(layout.into_iter().skip(kept).map(|keys| (index, keys, None)));
+            let units = head.keys() / REGION_KEYS..head.wanted(total);
+            missing.extend(units.map(|unit| (index, keys_of(unit, 1))));
         }
-        if built.is_empty() {
-            return;
+        let build = |heads: &mut [HeadClusters], wanted| build(heads, wanted, call, team, scratch);
+        for (head, region) in build(&mut self.heads, missing) {
+            self.heads[head].push(region);
         }
-        team.run_chunks(&mut self.heads, 1, |index, head, _| {
-            if !head[0].has_learnt && built.iter().any(|(head, ..)| *head == index) {
-                head[0].metric.learn(call, index);
-                head[0].has_learnt = true;
+        for size in MERGED_UNITS.into_iter().filter(|size| *size <= most) {
+            // One of each head first, where it is not known whether that makes clusters tighter.
+            let heads = self.heads.iter().enumerate();
+            let tried = heads.filter_map(|(index, head)| Some((index, head.tried(size, settled)?))).collect();
+            for (head, region) in build(&mut self.heads, tried) {
+                self.heads[head].try_merged(size, region);
             }
-        });
-        team.run_chunks(&mut built, 1, |_, region, worker| {
-            let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            let (head, keys, region) = &mut region[0];
-            *region = Some(Region::new(cache, *head, keys.clone(), &self.heads[*head].metric, &mut scratch));
-        });
-        for (head, _, region) in built {
-            self.heads[head].regions.extend(region);
+            let heads = self.heads.iter().enumerate();
+            let merged = heads.flat_map(|(index, head)| head.mergeable(size, settled).map(move |keys| (index, keys)));
+            let merged = merged.collect();
+            for (head, region) in build(&mut self.heads, merged) {
+                self.heads[head].merge(region);
+            }
         }
     }
 
@@ -183,8 +157,7 @@ impl ClusterIndex {
         let kept = head.regions.iter().take_while(|region| region.keys().end <= len).count();
         let first = head.regions.get(kept)?.keys().start;
         head.regions.truncate(kept);
-        let units = head.keys() / REGION_KEYS;
-        head.settled = Settled { small: head.settled.small.min(units), large: head.settled.large.min(units) };
+        head.merging.truncate(head.units);
         // What was measured on a little more holds for what is left.
         head.calibrated.1 = head.calibrated.1.min(head.keys());
         if head.regions.is_empty() {
@@ -203,24 +176,31 @@ impl ClusterIndex {
     }
 }
 
-/// The regions that `wanted` units of [`REGION_KEYS`] keys form, of which those that are `settled` may be merged: as large
-/// ones as there are first, then smaller ones.
-fn layout(settled: Settled, wanted: usize) -> Vec<Range<usize>> {
-    let mut regions = Vec::new();
-    let mut unit = 0;
-    for size in REGION_UNITS {
-        let end = match size {
-            1 => wanted,
-            ..=MOST_UNITS_OF_FEW => settled.small,
-            _ => settled.large,
-        };
-        while unit + size <= end {
-            let first = FIRST_KEYS + unit * REGION_KEYS;
-            regions.push(first..first + size * REGION_KEYS);
-            unit += size;
-        }
+/// Clusters the keys of each of `wanted`, of the head beside them.
+fn build(
+    heads: &mut [HeadClusters],
+    wanted: Vec<(usize, Range<usize>)>,
+    call: &Call<'_>,
+    team: &ThreadTeam,
+    scratch: &[Mutex<RegionScratch>],
+) -> Vec<(usize, Region)> {
+    // Most decode steps: no thread need wake.
+    if wanted.is_empty() {
+        return Vec::new();
     }
-    regions
+    team.run_chunks(heads, 1, |index, head, _| {
+        if !head[0].has_learnt && wanted.iter().any(|(head, _)| *head == index) {
+            head[0].metric.learn(call, index);
+            head[0].has_learnt = true;
+        }
+    });
+    let mut built: Vec<_> = wanted.into_iter().map(|(head, keys)| (head, keys, None)).collect();
+    team.run_chunks(&mut built, 1, |_, region, worker| {
+        let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        let (head, keys, region) = &mut region[0];
+        *region = Some(Region::new(call.cache, *head, keys.clone(), &heads[*head].metric, &mut scratch));
+    });
+    built.into_iter().filter_map(|(head, _, region)| Some((head, region?))).collect()
 }
 
 impl HeadClusters {
@@ -241,13 +221,18 @@ impl HeadClusters {
 
     /// Units of [`REGION_KEYS`] keys that should be in regions, of `total` that there are.
     fn wanted(&self, total: usize) -> usize {
-        let units = self.keys() / REGION_KEYS;
-        match units {
-            _ if self.calibrations.is_empty() => total.min(units.max(FIRST_REGIONS)),
+        match () {
+            _ if self.calibrations.is_empty() => total.min(FIRST_REGIONS),
             _ if self.may_pay() => total,
-            _ if self.calibrations.iter().all(|known| known.is_given_up(total, RETRY_OF_NONE)) => units,
-            _ => (total / 2).max(units),
+            _ if self.calibrations.iter().all(|known| known.is_given_up(total, RETRY_OF_NONE)) => 0,
+            _ => total / 2,
         }
+    }
+
+    /// Takes a region of the keys behind all that are in some.
+    pub fn push(&mut self, mut region: Region) {
+        self.regions.last().inspect(|before| region.follow(before));
+        self.regions.push(region);
     }
 
     /// What is known of query head `head` of the group.
@@ -374,7 +359,6 @@ impl HeadClusters {
 mod tests {
     use super::*;
     use crate::budgeted::calibration::{MeasuredPlace, MeasuredRow};
-    use crate::budgeted::region::CLUSTER_KEYS;
     use crate::{CacheShape, KeyValueCache, KeyValueType};
 
     fn row() -> MeasuredRow {
@@ -397,10 +381,7 @@ mod tests {
         let numbers = vec![0.5; (FIRST_KEYS + count * REGION_KEYS) * 16];
         cache.append(&numbers, &numbers, &ThreadTeam::new(1));
         let mut scratch = RegionScratch::default();
-        (0..count).map(move |region| {
-            let first = FIRST_KEYS + region * REGION_KEYS;
-            Region::new(&cache, 0, first..first + REGION_KEYS, &QueryMetric::default(), &mut scratch)
-        })
+        (0..count).map(move |unit| Region::new(&cache, 0, keys_of(unit, 1), &QueryMetric::default(), &mut scratch))
     }
 
     #[test]
@@ -515,24 +496,5 @@ mod tests {
         head.take(0.05, vec![Measurement::default(), Measurement::default()]);
         head.note_tokens(1);
         assert_eq!(head.places_wanted(0.05, 1, true), 1);
-    }
-
-    #[test]
-    fn regions_cover_all_keys_in_order() {
-        for (settled, wanted) in [(0, 0), (0, 3), (3, 3), (4, 9), (16, 16), (39, 40)] {
-            let regions = layout(Settled { small: settled, large: settled }, wanted);
-            let mut end = FIRST_KEYS;
-            for region in &regions {
-                assert_eq!(region.start, end);
-                assert!((region.len() / CLUSTER_KEYS).is_power_of_two());
-                end = region.end;
-            }
-            assert_eq!(end, FIRST_KEYS + wanted * REGION_KEYS);
-        }
-        let units = |small, large| -> Vec<usize> {
-            layout(Settled { small, large }, 40).iter().map(|keys| keys.len() / REGION_KEYS).collect()
-        };
-        assert_eq!(units(39, 39), [32, 4, 1, 1, 1, 1]);
-        assert_eq!(units(39, 17), [16, 4, 4, 4, 4, 4, 1, 1, 1, 1]);
     }
 }

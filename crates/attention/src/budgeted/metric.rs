@@ -77,6 +77,16 @@ impl QueryMetric {
         std::mem::swap(direction, buffer);
     }
 
+    /// Mean square of what the logits of two keys differ by, in proportion, where keys differ by `variance` channel by channel.
+    pub fn spread(&self, variance: &[f32]) -> f32 {
+        match self.moments.is_empty() {
+            true => variance.iter().sum(),
+            false => {
+                self.moments.iter().step_by(self.width + 1).zip(variance).map(|(moment, value)| moment * value).sum()
+            }
+        }
+    }
+
     pub fn bytes(&self) -> usize {
         size_of_val(&*self.moments)
     }

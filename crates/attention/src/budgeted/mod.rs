@@ -1,7 +1,8 @@
 //! Budgeted attention: the keys that matter one by one, all others by what is known of their clusters, within an error
 //! that the user sets.
 //!
-//! Older keys are grouped into clusters of 64 that lie close together ([`index`], [`clustering`]). For six
+//! Older keys are grouped into clusters of 64 that lie close together ([`index`], [`clustering`]), a thousand keys at a
+//! time, or more where that makes clusters tighter ([`merging`]). For six
 //! neighbouring rows at a time, the mass of every cluster is estimated from its mean and its channel variances, and with
 //! it the error that taking all its values as one would make; these errors are independent from cluster to cluster, so
 //! their squares add up. The clusters with the largest are computed exactly, as few as keep the sum within the budget
@@ -21,6 +22,7 @@ mod descent;
 mod estimate;
 mod index;
 mod measurement;
+mod merging;
 mod metric;
 mod pieces;
 mod places;
@@ -49,6 +51,7 @@ use crate::{HeadReport, Mask, Report, ThreadTeam};
 use calibration::Measurement;
 use index::HeadClusters;
 use measurement::{Answer, MeasurementScratch};
+use merging::FEWEST_MERGED_UNITS;
 use pieces::PieceScratch;
 use region::RegionScratch;
 use tile::{AUDITED_CALL, Budgeted, NEAR_KEYS, TileScratch};
@@ -58,14 +61,12 @@ const LEAST_KEYS: usize = 4 * 1024;
 /// Windows in which they are: of a narrower one, too much is near or seen in part.
 const LEAST_WINDOW: usize = 5 * 1024;
 /// Queries from which a call makes large regions: their clusters take as long to make as exact attention of so many queries
-/// to their keys.
+/// to their keys, and a decode step must not wait for them.
 const MANY_TOKENS: usize = 256;
 /// Positions between two changes of the regions: a long call is cut there.
 const STEP_TOKENS: usize = 4096;
 /// Decoded tokens from one that is measured to the next, once the least number was.
 const DECODED_BETWEEN: usize = 8;
-/// A window has at least so many regions.
-const REGIONS_OF_WINDOW: usize = 8;
 
 /// Buffers reused from call to call.
 #[derive(Default)]
@@ -136,11 +137,13 @@ fn run_step<T: FromF32>(
         true => (cache.len().min(first + call.tokens()), first.saturating_sub(NEAR_KEYS)),
         false => (cache.len(), cache.len()),
     };
-    // A region that a window sees in part is computed: there they stay small beside it.
+    // A region that a window sees in part is computed: there they stay small.
     let mask = &call.attention.mask;
-    let holds_regions = |window: usize| window >= REGIONS_OF_WINDOW * index::LARGEST_OF_FEW;
-    let settled = if mask.window.is_none_or(holds_regions) { settled } else { 0 };
-    let many = call.tokens() >= MANY_TOKENS && mask.window.is_none();
+    let merged_units = match mask.window {
+        Some(_) => 1,
+        None if call.tokens() < MANY_TOKENS => FEWEST_MERGED_UNITS,
+        None => usize::MAX,
+    };
     let passed = if mask.causal { len.saturating_sub(NEAR_KEYS) } else { len };
     let is_padded = mask.keys.as_ref().is_some_and(|keys| keys.start > 0 || keys.end < len);
     guard.note_call(passed, mask.window.is_some() || is_padded);
@@ -153,7 +156,7 @@ fn run_step<T: FromF32>(
     scratch.budgeted.answers.resize_with(cache.shape().kv_heads, Answer::default);
     scratch.budgeted.answers.iter_mut().for_each(|answer| answer.is_known = false);
     for _ in 0..2 {
-        guard.extend(call, len, settled, many, team, &scratch.budgeted.index);
+        guard.extend(call, len, (settled, merged_units), team, &scratch.budgeted.index);
         let wanted = |(head, has_turned): (&mut HeadClusters, &bool)| match has_turned {
             true => HeadClusters::places_of_turned(call.tokens()),
             false => head.places_wanted(settings.budget, call.tokens(), resemble),

@@ -8,7 +8,7 @@ use iceformer_kernels::attention::{
 use iceformer_kernels::rows::ROW_MULTIPLE;
 
 use super::clustering::{BisectionScratch, bisect, weighted_squared_norm};
-use super::index::LARGEST_OF_FEW;
+use super::merging::LARGEST_KEPT;
 use super::metric::QueryMetric;
 use super::summaries::Summaries;
 use crate::segment::{SEGMENT_KEYS, Segment};
@@ -43,7 +43,9 @@ pub(super) struct Region {
     /// Sum of the squares of the values' norms.
     pub value_squares: f64,
     /// Variance of keys within clusters, channel by channel, the mean over the clusters.
-    mean_variance: Vec<f32>,
+    pub mean_variance: Vec<f32>,
+    /// The same of this region or of one before it, whichever is largest.
+    largest_variance: Vec<f32>,
 }
 
 /// Keys and values of a head, cluster after cluster, on their way into the cache.
@@ -119,11 +121,20 @@ impl Region {
             }
             summaries.set(cluster, &moments, &value, shape);
         }
-        if len > LARGEST_OF_FEW {
+        if len > LARGEST_KEPT {
             // Seldom as large again, and more than all else a thread keeps.
             *scratch = RegionScratch::default();
         }
-        Self { first, len, sorted: Some(sorted), summaries, value_sum, value_squares, mean_variance }
+        Self {
+            first,
+            len,
+            sorted: Some(sorted),
+            summaries,
+            value_sum,
+            value_squares,
+            largest_variance: mean_variance.clone(),
+            mean_variance,
+        }
     }
 
     /// Positions of the keys.
@@ -154,14 +165,20 @@ impl Region {
         self.sorted.take()
     }
 
-    /// By how much the logits of a query (`scale` is its factor) with the keys of a cluster vary: half their variance in a
-    /// cluster of the mean channel variances.
+    /// Notes that this region follows `before`.
+    pub fn follow(&mut self, before: &Self) {
+        let pairs = self.largest_variance.iter_mut().zip(&before.largest_variance);
+        pairs.for_each(|(variance, before)| *variance = variance.max(*before));
+    }
+
+    /// By how much the logits of a query (`scale` is its factor) with the keys of a cluster vary, of this region or of one
+    /// before it (keys of one may be all the same): half their variance in a cluster of the largest mean channel variances.
     pub fn logit_spread(&self, query: &[f32], scale: f32) -> f32 {
-        0.5 * scale * scale * weighted_squared_norm(query, &self.mean_variance)
+        0.5 * scale * scale * weighted_squared_norm(query, &self.largest_variance)
     }
 
     pub fn bytes(&self) -> usize {
-        let sums = 8 * self.value_sum.len() + 4 * self.mean_variance.len();
+        let sums = 8 * self.value_sum.len() + 4 * (self.mean_variance.len() + self.largest_variance.len());
         self.sorted.as_ref().map_or(0, SortedKeys::bytes) + self.summaries.bytes() + sums
     }
 }

@@ -278,14 +278,12 @@ impl Work<'_> {
         self.head().calibration(head)
     }
 
-    /// The spread of row `row`: that of the region in which it is the largest (keys of one may be all the same); see
-    /// [`Region::logit_spread`].
+    /// The spread of row `row`: see [`Region::logit_spread`].
     pub fn spread_of(&self, row: usize, buffer: &mut Vec<f32>) -> f32 {
         let call = &self.budgeted.call;
         let (head, token) = self.task.head_and_token(row);
         let query = call.query(self.task.kv_head * call.group() + head, token, buffer);
-        let spreads = self.regions().map(|region| region.logit_spread(query, call.attention.scale));
-        spreads.fold(0.0, f32::max)
+        self.regions().last().map_or(0.0, |region| region.logit_spread(query, call.attention.scale))
     }
 
     /// Whether some row of a micro-tile is unlike those that were measured of its head.
@@ -427,7 +425,7 @@ pub(super) mod tests {
         cache.append(&random.normals(KEYS * WIDTH, 1.0), &random.normals(KEYS * WIDTH, 1.0), &team);
         {
             let mut index = cache.clusters().write().unwrap();
-            index.extend(&call(&attention, queries, &cache), KEYS, 0, false, &team, &scratch);
+            index.extend(&call(&attention, queries, &cache), KEYS, (0, 1), &team, &scratch);
             index.note_call(passed, false);
         }
         cache.compact(&team);
