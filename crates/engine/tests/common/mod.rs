@@ -1,6 +1,7 @@
 //! What several tests of model files share.
 #![allow(dead_code, missing_docs)]
 
+pub mod folder;
 pub mod gguf;
 
 use std::borrow::Cow;
