@@ -146,7 +146,7 @@ fn what_is_read_first_is_known_while_decoding() {
     // Every key comes sixty times: clusters of such keys lose nothing.
     let path = dump(folder.path(), 100);
     let case = ["bench", "attention", "--from", path.to_str().unwrap(), "--layer", "0", "--method", "budgeted"];
-    let queries = ["--tokens", "6000", "--queries", "3", "--chunk", "1", "--samples", "18"];
+    let queries = ["--tokens", "6000", "--queries", "3", "--chunk", "1", "--samples", "18", "--budget", "0.05"];
     let measure = |more: &[&str]| lines(&[&case[..], &queries, &ONCE, more].concat()).remove(0);
     let number = |line: &Value, field: &str| line[field].as_f64().unwrap_or_else(|| panic!("{field} in {line}"));
     let (cold, warm) = (measure(&[]), measure(&["--read-first", "1000"]));
