@@ -6,9 +6,9 @@ use std::sync::{Mutex, PoisonError};
 use iceformer_kernels::attention::MICRO_ROWS;
 
 use super::calibration::{Calibration, LEAST_PLACES, Measurement, PLACES, UNKNOWN};
-use super::merging::{MERGED_UNITS, Merging, keys_of};
+use super::merging::{MERGED_UNITS, Merging, keys_of, units_of};
 use super::metric::QueryMetric;
-use super::region::{FIRST_KEYS, REGION_KEYS, Region, RegionScratch, SortedKeys};
+use super::region::{Region, RegionScratch, SortedKeys};
 use crate::ThreadTeam;
 use crate::tiles::Call;
 
@@ -46,7 +46,7 @@ pub(crate) struct ClusterIndex {
 /// The clusters of one key/value head.
 #[derive(Default)]
 pub(super) struct HeadClusters {
-    /// In the order of their keys, without gaps from [`FIRST_KEYS`] on.
+    /// In the order of their keys, without gaps from [`FIRST_KEYS`](super::region::FIRST_KEYS) on.
     pub regions: Vec<Region>,
     /// What queries look at in keys.
     pub metric: QueryMetric,
@@ -54,7 +54,7 @@ pub(super) struct HeadClusters {
     pub merging: Merging,
     /// One for each query head that reads the head, empty before the first measurement.
     calibrations: Vec<Calibration>,
-    /// Budget of the measurements, and clustered keys at the first of them.
+    /// Budget of the measurements, and clustered units at the first of them.
     calibrated: (f32, usize),
     /// Tokens whose queries were seen since the last.
     since: usize,
@@ -66,7 +66,7 @@ pub(super) struct HeadClusters {
     decodes: bool,
     /// Whether the metric has learnt from the queries of this call.
     has_learnt: bool,
-    /// Query heads that read the head, and units of [`REGION_KEYS`] keys that there were, clustered or not, at the last call.
+    /// Query heads that read the head, and units ([`keys_of`]) of keys that there were, clustered or not, at the last call.
     group: usize,
     units: usize,
 }
@@ -115,22 +115,21 @@ impl ClusterIndex {
         &mut self,
         call: &Call<'_>,
         len: usize,
-        (settled, most): (usize, usize),
+        settled: usize,
+        most: usize,
         team: &ThreadTeam,
         scratch: &[Mutex<RegionScratch>],
     ) {
         self.heads.resize_with(call.cache.shape().kv_heads, HeadClusters::default);
-        let units = |keys: usize| keys.saturating_sub(FIRST_KEYS) / REGION_KEYS;
-        let (total, settled) = (units(len), units(settled));
+        let (total, settled) = (units_of(len), units_of(settled));
         let mut missing = Vec::new();
         for (index, head) in self.heads.iter_mut().enumerate() {
             (head.group, head.units) = (call.group(), total);
-            let units = head.keys() / REGION_KEYS..head.wanted(total);
-            missing.extend(units.map(|unit| (index, keys_of(unit, 1))));
+            missing.extend((head.clustered_units()..head.wanted(total)).map(|unit| (index, keys_of(unit, 1))));
         }
         let build = |heads: &mut [HeadClusters], wanted| build(heads, wanted, call, team, scratch);
         for (head, region) in build(&mut self.heads, missing) {
-            self.heads[head].push(region);
+            self.heads[head].put(region);
         }
         for size in MERGED_UNITS.into_iter().filter(|size| *size <= most) {
             // One of each head first, where it is not known whether that makes clusters tighter.
@@ -143,7 +142,7 @@ impl ClusterIndex {
             let merged = heads.flat_map(|(index, head)| head.mergeable(size, settled).map(move |keys| (index, keys)));
             let merged = merged.collect();
             for (head, region) in build(&mut self.heads, merged) {
-                self.heads[head].merge(region);
+                self.heads[head].put(region);
             }
         }
     }
@@ -151,7 +150,7 @@ impl ClusterIndex {
     /// Forgets the regions of head `head` that hold keys from `len` on. Returns the first key of the first of them.
     pub fn truncate(&mut self, head: usize, len: usize) -> Option<usize> {
         let head = self.heads.get_mut(head)?;
-        head.units = head.units.min(len.saturating_sub(FIRST_KEYS) / REGION_KEYS);
+        head.units = head.units.min(units_of(len));
         let (units, budget) = (head.units, head.calibrated.0);
         head.calibrations.iter_mut().for_each(|known| known.forget_from(len, units, budget));
         let kept = head.regions.iter().take_while(|region| region.keys().end <= len).count();
@@ -159,7 +158,7 @@ impl ClusterIndex {
         head.regions.truncate(kept);
         head.merging.truncate(head.units);
         // What was measured on a little more holds for what is left.
-        head.calibrated.1 = head.calibrated.1.min(head.keys());
+        head.calibrated.1 = head.calibrated.1.min(head.clustered_units());
         if head.regions.is_empty() {
             *head = HeadClusters::default();
         }
@@ -204,9 +203,9 @@ fn build(
 }
 
 impl HeadClusters {
-    /// Keys in regions.
-    fn keys(&self) -> usize {
-        self.regions.last().map_or(0, |region| region.keys().end - FIRST_KEYS)
+    /// Units ([`keys_of`]) of keys in regions.
+    pub fn clustered_units(&self) -> usize {
+        self.regions.last().map_or(0, |region| units_of(region.keys().end))
     }
 
     fn bytes(&self) -> usize {
@@ -219,20 +218,17 @@ impl HeadClusters {
         regions.filter_map(Region::take_sorted).collect()
     }
 
-    /// Units of [`REGION_KEYS`] keys that should be in regions, of `total` that there are.
+    /// Units ([`keys_of`]) of keys that should be in regions, of `total` that there are.
     fn wanted(&self, total: usize) -> usize {
-        match () {
-            _ if self.calibrations.is_empty() => total.min(FIRST_REGIONS),
-            _ if self.may_pay() => total,
-            _ if self.calibrations.iter().all(|known| known.is_given_up(total, RETRY_OF_NONE)) => 0,
-            _ => total / 2,
+        if self.calibrations.is_empty() {
+            total.min(FIRST_REGIONS)
+        } else if self.may_pay() {
+            total
+        } else if self.calibrations.iter().all(|known| known.is_given_up(total, RETRY_OF_NONE)) {
+            0
+        } else {
+            total / 2
         }
-    }
-
-    /// Takes a region of the keys behind all that are in some.
-    pub fn push(&mut self, mut region: Region) {
-        self.regions.last().inspect(|before| region.follow(before));
-        self.regions.push(region);
     }
 
     /// What is known of query head `head` of the group.
@@ -312,9 +308,10 @@ impl HeadClusters {
 
     /// Whether the last measurement tells nothing of now.
     pub fn is_outdated(&self, budget: f32) -> bool {
-        let (calibrated_budget, keys) = self.calibrated;
+        let (calibrated_budget, units) = self.calibrated;
         let times = if self.decodes { OUTDATED_OF_DECODED } else { OUTDATED };
-        self.calibrations.len() != self.group || calibrated_budget != budget || self.keys() >= times * keys
+        let is_grown = self.clustered_units() >= times * units;
+        self.calibrations.len() != self.group || calibrated_budget != budget || is_grown
     }
 
     /// Takes what was measured of every query head of the group, now and at `budget`. Returns whether the text has turned to
@@ -322,7 +319,7 @@ impl HeadClusters {
     pub fn take(&mut self, budget: f32, measured: Vec<Measurement>) -> bool {
         if self.is_outdated(budget) {
             self.calibrations = vec![UNKNOWN.clone(); measured.len()];
-            self.calibrated = (budget, self.keys());
+            self.calibrated = (budget, self.clustered_units());
             self.pause = 0;
         }
         self.since = 0;
@@ -359,6 +356,7 @@ impl HeadClusters {
 mod tests {
     use super::*;
     use crate::budgeted::calibration::{MeasuredPlace, MeasuredRow};
+    use crate::budgeted::region::{FIRST_KEYS, REGION_KEYS};
     use crate::{CacheShape, KeyValueCache, KeyValueType};
 
     fn row() -> MeasuredRow {

@@ -39,6 +39,11 @@ impl Merging {
     }
 }
 
+/// Units that the first `len` keys of a text are enough for.
+pub(super) fn units_of(len: usize) -> usize {
+    len.saturating_sub(FIRST_KEYS) / REGION_KEYS
+}
+
 /// Keys of the `size` units from `unit` on.
 pub(super) fn keys_of(unit: usize, size: usize) -> Range<usize> {
     let first = FIRST_KEYS + unit * REGION_KEYS;
@@ -62,9 +67,9 @@ impl HeadClusters {
         let before: f32 = parts.map(|part| spread(part) * part.keys().len() as f32 / keys.len() as f32).sum();
         if spread(&merged) <= TIGHTER * before {
             self.merging = Merging { units: size, tried: 0 };
-            self.merge(merged);
+            self.put(merged);
         } else {
-            self.merging.tried = (keys.end - FIRST_KEYS) / REGION_KEYS;
+            self.merging.tried = units_of(keys.end);
         }
     }
 
@@ -76,8 +81,7 @@ impl HeadClusters {
     /// The keys of all groups of `size` units, of the first `settled`, that are clustered and are not one region or of a larger
     /// one.
     fn groups(&self, size: usize, settled: usize) -> impl Iterator<Item = Range<usize>> {
-        let clustered = self.regions.last().map_or(0, |region| (region.keys().end - FIRST_KEYS) / REGION_KEYS);
-        let groups = (0..settled.min(clustered) / size).map(move |group| keys_of(group * size, size));
+        let groups = (0..settled.min(self.clustered_units()) / size).map(move |group| keys_of(group * size, size));
         groups.filter(|keys| self.parts(keys).len() > 1)
     }
 
@@ -87,13 +91,13 @@ impl HeadClusters {
         first..self.regions.partition_point(|region| region.keys().start < keys.end)
     }
 
-    /// Puts `merged` in the place of the regions that had its keys.
-    pub fn merge(&mut self, mut merged: Region) {
-        let parts = self.parts(&merged.keys());
+    /// Puts `region` in the place of the regions that had its keys, or behind all where none had.
+    pub fn put(&mut self, mut region: Region) {
+        let parts = self.parts(&region.keys());
         if let Some(before) = parts.start.checked_sub(1) {
-            merged.follow(&self.regions[before]);
+            region.follow(&self.regions[before]);
         }
-        self.regions.splice(parts, [merged]);
+        self.regions.splice(parts, [region]);
     }
 }
 
@@ -122,7 +126,7 @@ mod tests {
         let mut cache = KeyValueCache::new(shape, KeyValueType::F32);
         cache.append(&keys, &keys, &ThreadTeam::new(1));
         let mut head = HeadClusters::default();
-        (0..UNITS).for_each(|unit| head.push(region(&cache, keys_of(unit, 1))));
+        (0..UNITS).for_each(|unit| head.put(region(&cache, keys_of(unit, 1))));
         (cache, head)
     }
 
@@ -141,7 +145,7 @@ mod tests {
         assert_eq!(head.regions.len(), UNITS - 3);
         let groups: Vec<_> = head.mergeable(4, 18).collect();
         assert_eq!(groups, [keys_of(0, 4), keys_of(4, 4), keys_of(12, 4)]);
-        groups.into_iter().for_each(|keys| head.merge(region(&cache, keys)));
+        groups.into_iter().for_each(|keys| head.put(region(&cache, keys)));
         assert_eq!(head.tried(4, 18), None);
         let keys = head.tried(16, 18).expect("a larger size");
         assert_eq!(keys, keys_of(0, 16));
@@ -176,7 +180,7 @@ mod tests {
         let (cache, mut head) = head(|random, position| if position < 1_088 { random.below(400) } else { 0 });
         let spread = |region: &Region| region.logit_spread(&[1.0; WIDTH], 0.5);
         assert!(spread(&region(&cache, keys_of(1, 4))) < 0.5 * spread(&head.regions[0]));
-        head.merge(region(&cache, keys_of(1, 4)));
+        head.put(region(&cache, keys_of(1, 4)));
         let first = spread(&head.regions[0]);
         assert!(head.regions.iter().all(|region| spread(region) >= first));
     }

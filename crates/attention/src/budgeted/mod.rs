@@ -2,10 +2,9 @@
 //! that the user sets.
 //!
 //! Older keys are grouped into clusters of 64 that lie close together ([`index`], [`clustering`]), a thousand keys at a
-//! time, or more where that makes clusters tighter ([`merging`]). For six
-//! neighbouring rows at a time, the mass of every cluster is estimated from its mean and its channel variances, and with
-//! it the error that taking all its values as one would make; these errors are independent from cluster to cluster, so
-//! their squares add up. The clusters with the largest are computed exactly, as few as keep the sum within the budget
+//! time, or more where that makes clusters tighter ([`merging`]). For six neighbouring rows at a time, the mass of every
+//! cluster is estimated from its mean and its channel variances, and with it the error that taking all its values as one
+//! would make; these errors are independent from cluster to cluster, so their squares add up. The clusters with the largest are computed exactly, as few as keep the sum within the budget
 //! ([`selection`]); the others enter the softmax with their estimated mass and their mean value ([`tile`]). How large
 //! the sum may be is measured for each head on a few of its queries, all along the text ([`measurement`],
 //! [`calibration`]). The first keys, recent ones and those not clustered yet are always exact. Where clusters would save
@@ -156,7 +155,7 @@ fn run_step<T: FromF32>(
     scratch.budgeted.answers.resize_with(cache.shape().kv_heads, Answer::default);
     scratch.budgeted.answers.iter_mut().for_each(|answer| answer.is_known = false);
     for _ in 0..2 {
-        guard.extend(call, len, (settled, merged_units), team, &scratch.budgeted.index);
+        guard.extend(call, len, settled, merged_units, team, &scratch.budgeted.index);
         let wanted = |(head, has_turned): (&mut HeadClusters, &bool)| match has_turned {
             true => HeadClusters::places_of_turned(call.tokens()),
             false => head.places_wanted(settings.budget, call.tokens(), resemble),

@@ -425,7 +425,7 @@ pub(super) mod tests {
         cache.append(&random.normals(KEYS * WIDTH, 1.0), &random.normals(KEYS * WIDTH, 1.0), &team);
         {
             let mut index = cache.clusters().write().unwrap();
-            index.extend(&call(&attention, queries, &cache), KEYS, (0, 1), &team, &scratch);
+            index.extend(&call(&attention, queries, &cache), KEYS, 0, 1, &team, &scratch);
             index.note_call(passed, false);
         }
         cache.compact(&team);
