@@ -1,8 +1,11 @@
 //! What is estimated of the clusters of a micro-tile, and which of them its limits leave to that.
 
+use std::ops::Range;
+
 use iceformer_kernels::attention::{
     AttentionTile, ClusterQueries, MICRO_ROWS, add_squared_errors, largest, masses_in_place, sum_of_squared_errors,
 };
+use iceformer_kernels::rows::add_scaled;
 
 use super::region::CLUSTER_KEYS;
 use super::selection::select;
@@ -23,6 +26,9 @@ pub(super) struct Estimate {
     queries: ClusterQueries,
     /// `[key_dim]`
     query: Vec<f32>,
+    /// The queries times the factor on the logits, and the mass of each row that is left to the estimate. `[rows of a
+    /// micro-tile][key_dim]`, padded
+    weights: Vec<f32>,
     /// Relative to each row's largest logit. `[rows of a micro-tile][clusters]`
     masses: Vec<f32>,
     /// `[rows of a micro-tile][clusters]`
@@ -46,9 +52,7 @@ impl Estimate {
         let Self { queries, query, masses, uncertainties, totals, .. } = self;
         queries.begin(rows.len(), call.cache.shape().padded_key_dim());
         for row in rows.clone() {
-            let (head, token) = work.task.head_and_token(row);
-            let query = call.query(work.task.kv_head * call.group() + head, token, query);
-            queries.set_row(row - rows.start, query, call.attention.scale);
+            queries.set_row(row - rows.start, work.query(row, query), call.attention.scale);
         }
         masses.resize(rows.len() * clusters, 0.0);
         uncertainties.resize(rows.len() * clusters, 0.0);
@@ -145,12 +149,35 @@ impl Estimate {
     pub fn add_others(&mut self, work: &Work<'_>, micro_tile: usize, tile: &mut AttentionTile) -> [f32; MICRO_ROWS] {
         let (rows, clusters) = (work.rows_of(micro_tile), work.clusters());
         let errors = self.take_selected(work).map(f32::sqrt);
+        let before = std::array::from_fn(|row| if row < rows.len() { tile.sum(rows.start + row) } else { 0.0 });
         let mut first = 0;
         for region in work.regions() {
             tile.add_clusters(rows.start, rows.len(), &self.masses[first..], clusters, region.summaries().values);
             first += region.clusters();
         }
+        self.add_first_order(work, rows, before, tile);
         errors
+    }
+
+    /// Adds what the values of the clusters differ by from their means on average, as queries weigh their keys: of `rows`, whose
+    /// softmax sums were `before` without them.
+    fn add_first_order(
+        &mut self,
+        work: &Work<'_>,
+        rows: Range<usize>,
+        before: [f32; MICRO_ROWS],
+        tile: &mut AttentionTile,
+    ) {
+        let call = &work.budgeted.call;
+        let key_dim = call.cache.shape().padded_key_dim();
+        self.weights.clear();
+        self.weights.resize(rows.len() * key_dim, 0.0);
+        for ((row, before), weights) in rows.clone().zip(before).zip(self.weights.chunks_exact_mut(key_dim)) {
+            let query = work.query(row, &mut self.query);
+            let factor = call.attention.scale * (tile.sum(row) - before);
+            add_scaled(&mut weights[..query.len()], factor, query);
+        }
+        tile.add_values(rows.start, rows.len(), &self.weights, key_dim, work.cross_covariance());
     }
 
     /// Makes ready for other limits, once the clusters that were not selected were added.
@@ -193,7 +220,8 @@ mod tests {
 
     use super::*;
     use crate::budgeted::tile::Budgeted;
-    use crate::budgeted::tile::tests::look_at_work;
+    use crate::budgeted::tile::distance;
+    use crate::budgeted::tile::tests::{KEYS, WIDTH, look_at_work, look_at_work_on};
     use crate::tiles::{self, Call};
     use crate::{Attention, KeyValueType};
 
@@ -247,5 +275,49 @@ mod tests {
             });
         }
         assert!(exceeded.get(), "the mean over the rows alone keeps them all");
+    }
+
+    /// Of clusters that are all left to the estimate, what values that go with their keys differ by from their mean.
+    #[test]
+    fn values_go_with_keys_as_queries_weigh_them() {
+        let mut random = Random::new(12);
+        let keys = random.normals(KEYS * WIDTH, 1.0);
+        // All of them are moved in the direction of the key, and by some noise of their own.
+        let noise = random.normals(KEYS * WIDTH, 0.3);
+        let values: Vec<f32> = keys.iter().zip(noise).map(|(key, noise)| key + noise).collect();
+        for kind in KeyValueType::ALL {
+            look_at_work_on(kind, (1, MICRO_ROWS), 0, [&keys, &values], &mut random, |work| {
+                let [mut tile, mut exact] = [AttentionTile::default(), AttentionTile::default()];
+                let mut estimate = Estimate::default();
+                tiles::begin(&mut tile, &work.budgeted.call, work.task);
+                tiles::begin(&mut exact, &work.budgeted.call, work.task);
+                work.accumulate_exactly(&mut exact, |_| true);
+                assert!(estimate.begin(work, 0, &mut tile));
+                estimate.select(work, 0, &[f32::MAX]);
+                assert!(estimate.selected().is_empty());
+                let missed = |tile: &AttentionTile| {
+                    let (mut output, mut expected) = ([0.0; WIDTH], [0.0; WIDTH]);
+                    work.rows_of(0)
+                        .map(|row| {
+                            tile.finish_row(row, &mut output);
+                            exact.finish_row(row, &mut expected);
+                            distance(&output, &expected)
+                        })
+                        .sum::<f32>()
+                };
+                let mut means = AttentionTile::default();
+                tiles::begin(&mut means, &work.budgeted.call, work.task);
+                means.copy_rows(&tile, work.rows_of(0));
+                let mut first = 0;
+                for region in work.regions() {
+                    let (masses, values) = (&estimate.masses[first..], region.summaries().values);
+                    means.add_clusters(0, MICRO_ROWS, masses, work.clusters(), values);
+                    first += region.clusters();
+                }
+                estimate.add_others(work, 0, &mut tile);
+                let (missed, of_means) = (missed(&tile), missed(&means));
+                assert!(missed < 0.5 * of_means, "{}: {missed} of {of_means}", kind.name());
+            });
+        }
     }
 }

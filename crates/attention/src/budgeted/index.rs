@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use iceformer_kernels::attention::MICRO_ROWS;
 
 use super::calibration::{Calibration, LEAST_PLACES, Measurement, PLACES, UNKNOWN};
+use super::cross_covariance::CrossCovariance;
 use super::merging::{MERGED_UNITS, Merging, keys_of, units_of};
 use super::metric::QueryMetric;
 use super::region::{Region, RegionScratch, SortedKeys};
@@ -50,6 +51,8 @@ pub(super) struct HeadClusters {
     pub regions: Vec<Region>,
     /// What queries look at in keys.
     pub metric: QueryMetric,
+    /// How values go with keys within clusters.
+    pub cross_covariance: CrossCovariance,
     /// Up to which size regions are merged.
     pub merging: Merging,
     /// One for each query head that reads the head, empty before the first measurement.
@@ -193,11 +196,17 @@ fn build(
             head[0].has_learnt = true;
         }
     });
+    let seen = &call.attention.mask.keys;
     let mut built: Vec<_> = wanted.into_iter().map(|(head, keys)| (head, keys, None)).collect();
     team.run_chunks(&mut built, 1, |_, region, worker| {
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
         let (head, keys, region) = &mut region[0];
-        *region = Some(Region::new(call.cache, *head, keys.clone(), &heads[*head].metric, &mut scratch));
+        let mut built = Region::new(call.cache, *head, keys.clone(), &heads[*head].metric, &mut scratch);
+        if seen.as_ref().is_some_and(|seen| keys.start < seen.start || keys.end > seen.end) {
+            // Padding may hold any values.
+            built.take_cross_moments();
+        }
+        *region = Some(built);
     });
     built.into_iter().filter_map(|(head, _, region)| Some((head, region?))).collect()
 }
@@ -210,7 +219,10 @@ impl HeadClusters {
 
     fn bytes(&self) -> usize {
         let regions = self.regions.iter().map(Region::bytes).sum::<usize>();
-        regions + self.metric.bytes() + self.calibrations.iter().map(Calibration::bytes).sum::<usize>()
+        regions
+            + self.metric.bytes()
+            + self.cross_covariance.bytes()
+            + self.calibrations.iter().map(Calibration::bytes).sum::<usize>()
     }
 
     fn take_sorted_keys(&mut self, passed: usize) -> Vec<SortedKeys> {

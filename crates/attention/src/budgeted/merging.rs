@@ -97,6 +97,7 @@ impl HeadClusters {
         if let Some(before) = parts.start.checked_sub(1) {
             region.follow(&self.regions[before]);
         }
+        self.cross_covariance.learn(&region.take_cross_moments(), region.keys().len(), parts.is_empty());
         self.regions.splice(parts, [region]);
     }
 }

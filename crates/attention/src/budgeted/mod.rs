@@ -17,6 +17,7 @@
 mod calibration;
 mod chosen;
 mod clustering;
+mod cross_covariance;
 mod descent;
 mod estimate;
 mod index;

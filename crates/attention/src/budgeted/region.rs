@@ -3,11 +3,13 @@
 use std::ops::Range;
 
 use iceformer_kernels::attention::{
-    ClusterSummaries, KeyBlock, KeyMoments, MAX_BLOCK_KEYS, PAGE_KEYS, PANEL_CLUSTERS, read_keys, value_moments,
+    ClusterSummaries, KeyBlock, KeyMoments, MAX_BLOCK_KEYS, PAGE_KEYS, PANEL_CLUSTERS, read_keys, read_values,
+    value_moments,
 };
 use iceformer_kernels::rows::ROW_MULTIPLE;
 
 use super::clustering::{BisectionScratch, bisect, weighted_squared_norm};
+use super::cross_covariance::CrossMoments;
 use super::merging::LARGEST_KEPT;
 use super::metric::QueryMetric;
 use super::summaries::Summaries;
@@ -46,6 +48,8 @@ pub(super) struct Region {
     pub mean_variance: Vec<f32>,
     /// The same of this region or of one before it, whichever is largest.
     largest_variance: Vec<f32>,
+    /// How values go with keys within clusters, until it was taken.
+    cross_moments: CrossMoments,
 }
 
 /// Keys and values of a head, cluster after cluster, on their way into the cache.
@@ -67,6 +71,8 @@ pub(super) struct RegionScratch {
     rows: Vec<u32>,
     order: Vec<u32>,
     bisection: BisectionScratch,
+    /// Those of a cluster. `[CLUSTER_KEYS][value_dim]`
+    values: Vec<f32>,
 }
 
 impl RegionScratch {
@@ -108,14 +114,19 @@ impl Region {
         let (mut value_sum, mut value_squares) = (vec![0.0; shape.value_dim], 0.0);
         let mut mean_variance = vec![0.0; width];
         let share = CLUSTER_KEYS as f32 / len as f32;
-        let (mut moments, mut value) = (KeyMoments::default(), vec![0.0; shape.padded_value_dim()]);
+        let (key_dim, value_dim) = (shape.padded_key_dim(), shape.padded_value_dim());
+        let (mut moments, mut value) = (KeyMoments::default(), vec![0.0; value_dim]);
+        let mut cross_moments = CrossMoments::new(key_dim, value_dim);
+        scratch.values.resize(CLUSTER_KEYS * value_dim, 0.0);
         for (cluster, members) in scratch.order.chunks_exact(CLUSTER_KEYS).enumerate() {
             moments.take(members, &scratch.keys, width);
             for (mean, variance) in mean_variance.iter_mut().zip(&moments.variance) {
                 *mean += share * variance;
             }
-            let members = sorted.block(first + cluster * CLUSTER_KEYS, CLUSTER_KEYS, shape);
-            value_squares += f64::from(value_moments(members, &mut value));
+            let block = sorted.block(first + cluster * CLUSTER_KEYS, CLUSTER_KEYS, shape);
+            read_values(block, value_dim, &mut scratch.values);
+            value_squares += f64::from(value_moments(&scratch.values, &mut value));
+            cross_moments.add(members, &scratch.keys, &moments, &scratch.values, 1.0 / len as f32);
             for (sum, value) in value_sum.iter_mut().zip(&value) {
                 *sum += CLUSTER_KEYS as f64 * f64::from(*value);
             }
@@ -134,6 +145,7 @@ impl Region {
             value_squares,
             largest_variance: mean_variance.clone(),
             mean_variance,
+            cross_moments,
         }
     }
 
@@ -163,6 +175,11 @@ impl Region {
     /// The keys and values, until they were taken: they are to be laid in the cache then.
     pub fn take_sorted(&mut self) -> Option<SortedKeys> {
         self.sorted.take()
+    }
+
+    /// How values go with keys within clusters. It is not kept.
+    pub fn take_cross_moments(&mut self) -> CrossMoments {
+        std::mem::take(&mut self.cross_moments)
     }
 
     /// Notes that this region follows `before`.

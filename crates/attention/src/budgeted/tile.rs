@@ -246,6 +246,11 @@ impl Work<'_> {
         self.regions.iter().map(|region| &self.head().regions[*region])
     }
 
+    /// How values go with keys within the clusters of the head: see [`CrossCovariance::values`](super::cross_covariance::CrossCovariance::values).
+    pub fn cross_covariance(&self) -> &[u16] {
+        self.head().cross_covariance.values()
+    }
+
     pub fn clusters(&self) -> usize {
         self.regions().map(Region::clusters).sum()
     }
@@ -280,10 +285,16 @@ impl Work<'_> {
 
     /// The spread of row `row`: see [`Region::logit_spread`].
     pub fn spread_of(&self, row: usize, buffer: &mut Vec<f32>) -> f32 {
+        let query = self.query(row, buffer);
+        let scale = self.budgeted.call.attention.scale;
+        self.regions().last().map_or(0.0, |region| region.logit_spread(query, scale))
+    }
+
+    /// The query of row `row`, in `buffer` unless it can be read where it lies.
+    pub fn query<'b>(&'b self, row: usize, buffer: &'b mut Vec<f32>) -> &'b [f32] {
         let call = &self.budgeted.call;
         let (head, token) = self.task.head_and_token(row);
-        let query = call.query(self.task.kv_head * call.group() + head, token, buffer);
-        self.regions().last().map_or(0.0, |region| region.logit_spread(query, call.attention.scale))
+        call.query(self.task.kv_head * call.group() + head, token, buffer)
     }
 
     /// Whether some row of a micro-tile is unlike those that were measured of its head.
@@ -409,8 +420,21 @@ pub(super) mod tests {
     /// [`WIDTH`], in two regions, once `passed` of them need not lie in order.
     pub fn look_at_work(
         kind: KeyValueType,
+        shape: (usize, usize),
+        passed: usize,
+        random: &mut Random,
+        look: impl Fn(&Work<'_>),
+    ) {
+        let [keys, values] = [random.normals(KEYS * WIDTH, 1.0), random.normals(KEYS * WIDTH, 1.0)];
+        look_at_work_on(kind, shape, passed, [&keys, &values], random, look);
+    }
+
+    /// The same of `[KEYS][WIDTH]` keys and values that are given.
+    pub fn look_at_work_on(
+        kind: KeyValueType,
         (heads, tokens): (usize, usize),
         passed: usize,
+        [keys, values]: [&[f32]; 2],
         random: &mut Random,
         look: impl Fn(&Work<'_>),
     ) {
@@ -422,7 +446,7 @@ pub(super) mod tests {
             Call { attention, queries, first_position: KEYS - queries.shape()[2], cache, soft_cap: None }
         }
         let mut cache = KeyValueCache::new(CacheShape { kv_heads: 1, key_dim: WIDTH, value_dim: WIDTH }, kind);
-        cache.append(&random.normals(KEYS * WIDTH, 1.0), &random.normals(KEYS * WIDTH, 1.0), &team);
+        cache.append(keys, values, &team);
         {
             let mut index = cache.clusters().write().unwrap();
             index.extend(&call(&attention, queries, &cache), KEYS, 0, 1, &team, &scratch);

@@ -47,8 +47,8 @@ pub use ahead::fetch;
 pub use block::KeyBlock;
 pub use clusters::{ClusterQueries, ClusterSummaries, PANEL_CLUSTERS};
 pub use masses::{add_squared_errors, largest, masses_in_place, sum_of_squared_errors, sums_up_to};
-pub use moments::{KeyMoments, value_moments};
-pub use read::read_keys;
+pub use moments::{KeyMoments, add_cross_moments, value_moments};
+pub use read::{read_keys, read_values};
 pub use tile::{AttentionTile, TileShape, multiplies_brain_floats};
 pub use transpose::transpose_keys;
 

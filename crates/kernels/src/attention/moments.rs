@@ -1,6 +1,6 @@
 //! What is known of a cluster of keys and values beside them: means, variances and the farthest key.
 
-use super::{KeyBlock, VALUE_DIM_MULTIPLE};
+use super::VALUE_DIM_MULTIPLE;
 use crate::InstructionSet;
 use crate::rows::ROW_MULTIPLE;
 use crate::simd::{self, Operation, Simd};
@@ -9,8 +9,6 @@ use crate::simd::{self, Operation, Simd};
 const TOGETHER: usize = 16;
 /// Sums of a mean that do not wait for one another.
 const SUMS: usize = 4;
-/// Channels of values at a time.
-const LANES: usize = VALUE_DIM_MULTIPLE;
 
 /// Mean, channel variances and farthest key (less the mean) of some keys, each `[width]`.
 #[derive(Default)]
@@ -108,117 +106,134 @@ impl Operation for TakeKeys<'_> {
     }
 }
 
-/// Writes the mean of the values of `block`, of padded width `value_dim`, to `mean` `[value_dim]`, and returns the sum of the
-/// squares of their norms. The mean of no values is NaN.
+/// Writes the mean of `values` `[keys][width]` to `mean` `[width]`, and returns the sum of the squares of their norms. The
+/// mean of no values is NaN.
 ///
 /// # Panics
-/// When the width is no multiple of [`VALUE_DIM_MULTIPLE`].
-pub fn value_moments(block: KeyBlock<'_>, mean: &mut [f32]) -> f32 {
-    value_moments_at(InstructionSet::current(), block, mean)
+/// When the width is no multiple of [`VALUE_DIM_MULTIPLE`], or there are no whole values.
+pub fn value_moments(values: &[f32], mean: &mut [f32]) -> f32 {
+    value_moments_at(InstructionSet::current(), values, mean)
 }
 
-fn value_moments_at(level: InstructionSet, block: KeyBlock<'_>, mean: &mut [f32]) -> f32 {
+fn value_moments_at(level: InstructionSet, values: &[f32], mean: &mut [f32]) -> f32 {
     assert!(mean.len().is_multiple_of(VALUE_DIM_MULTIPLE), "values of width {}", mean.len());
-    simd::run(level, TakeValues { block, mean })
+    assert!(values.len().is_multiple_of(mean.len()), "whole values of width {}", mean.len());
+    simd::run(level, TakeValues { values, mean })
 }
 
 struct TakeValues<'a> {
-    block: KeyBlock<'a>,
+    values: &'a [f32],
     mean: &'a mut [f32],
 }
 
 impl Operation for TakeValues<'_> {
     type Output = f32;
 
-    /// Plain loops over sixteen channels, which the compiler turns into the vectors of the caller's instruction set.
     #[inline(always)]
-    fn eval<S: Simd>(self, _: S) -> f32 {
-        let Self { block, mean } = self;
+    fn eval<S: Simd>(self, simd: S) -> f32 {
+        let Self { values, mean } = self;
         let width = mean.len();
-        match block {
-            KeyBlock::F32 { values, .. } => sum_pairs(
-                values.len() / width / 2,
-                mean,
-                #[inline(always)]
-                |pair, column| {
-                    [0, 1].map(
-                        #[inline(always)]
-                        |row| lanes(values, (2 * pair + row) * width + column),
-                    )
-                },
-            ),
-            KeyBlock::Bf16 { values, .. } => sum_pairs(
-                values.len() / width / 2,
-                mean,
-                #[inline(always)]
-                |pair, column| {
-                    let source: [u16; 2 * LANES] = lanes(values, 2 * (pair * width + column));
-                    separated(
-                        source,
-                        #[inline(always)]
-                        |bits, _| f32::from_bits(u32::from(bits) << 16),
-                    )
-                },
-            ),
-            KeyBlock::Int8 { values, value_scales, .. } => sum_pairs(
-                values.len() / width / 2,
-                mean,
-                #[inline(always)]
-                |pair, column| {
-                    let source: [i8; 2 * LANES] = lanes(values, 2 * (pair * width + column));
-                    let scales = [value_scales[2 * pair], value_scales[2 * pair + 1]];
-                    separated(
-                        source,
-                        #[inline(always)]
-                        |integer, row| f32::from(integer) * scales[row],
-                    )
-                },
-            ),
+        let share = simd.splat(1.0 / (values.len() / width) as f32);
+        let mut squares = [simd.splat(0.0); SUMS];
+        for column in (0..width).step_by(S::LANES) {
+            let mut sums = [simd.splat(0.0); SUMS];
+            for rows in values.chunks(SUMS * width) {
+                for (row, (sum, squares)) in rows.chunks_exact(width).zip(sums.iter_mut().zip(&mut squares)) {
+                    let value = simd.load(&row[column..]);
+                    *sum = simd.add(*sum, value);
+                    *squares = simd.mul_add(value, value, *squares);
+                }
+            }
+            let sum = simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3]));
+            simd.store(simd.mul(share, sum), &mut mean[column..]);
         }
+        let [a, b, c, d] = squares;
+        simd.reduce_add(simd.add(simd.add(a, b), simd.add(c, d)))
     }
 }
 
-/// `N` numbers from `values[first]` on.
-#[inline(always)]
-fn lanes<T: Copy, const N: usize>(values: &[T], first: usize) -> [T; N] {
-    *values[first..].first_chunk().expect("whole pages")
+/// Adds to `moments` `[key_dim][value_dim]`, padded, `share` times the products of what the rows `members` of `keys`
+/// `[keys][width]` differ by from their `mean` `[width]` with their `values` `[members][value_dim]`, summed over the members.
+/// As the former add up to nothing, the mean of the values makes no difference.
+///
+/// # Panics
+/// When `key_dim` is above `width`, `value_dim` no multiple of [`VALUE_DIM_MULTIPLE`], there is no such row, or there are not
+/// as many values as members.
+pub fn add_cross_moments(members: &[u32], keys: &[f32], mean: &[f32], values: &[f32], share: f32, moments: &mut [f32]) {
+    let level = InstructionSet::current();
+    add_cross_moments_at(level, CrossMoments { members, keys, mean, values, share, moments });
 }
 
-/// The numbers of two values that stand in turns, each by `convert`, which is told whose it is.
-#[inline(always)]
-fn separated<T: Copy>(pairs: [T; 2 * LANES], convert: impl Fn(T, usize) -> f32) -> [[f32; LANES]; 2] {
-    let mut values = [[0.0; LANES]; 2];
-    for lane in 0..LANES {
-        values[0][lane] = convert(pairs[2 * lane], 0);
-        values[1][lane] = convert(pairs[2 * lane + 1], 1);
-    }
-    values
+fn add_cross_moments_at(level: InstructionSet, moments: CrossMoments<'_>) {
+    let value_dim = moments.values.len() / moments.members.len().max(1);
+    assert_eq!(value_dim * moments.members.len(), moments.values.len(), "as many values as members");
+    assert!(value_dim.is_multiple_of(VALUE_DIM_MULTIPLE), "values of width {value_dim}");
+    assert!(moments.moments.len() <= moments.mean.len() * value_dim, "no more channels than keys have");
+    simd::run(level, moments);
 }
 
-/// Writes the mean of `2 · pairs` values to `mean`; `load` gives [`LANES`] channels of a pair of them, from a column on.
-/// Returns the sum of all squares.
-#[inline(always)]
-fn sum_pairs(pairs: usize, mean: &mut [f32], load: impl Fn(usize, usize) -> [[f32; LANES]; 2]) -> f32 {
-    let share = 1.0 / (2 * pairs) as f32;
-    let mut squares = [0.0; LANES];
-    for (part, mean) in mean.chunks_exact_mut(LANES).enumerate() {
-        let mut sums = [0.0; LANES];
-        for pair in 0..pairs {
-            let [one, other] = load(pair, part * LANES);
-            for lane in 0..LANES {
-                sums[lane] += one[lane] + other[lane];
-                squares[lane] += one[lane] * one[lane] + other[lane] * other[lane];
+struct CrossMoments<'a> {
+    members: &'a [u32],
+    keys: &'a [f32],
+    mean: &'a [f32],
+    values: &'a [f32],
+    share: f32,
+    moments: &'a mut [f32],
+}
+
+/// Channels of keys at a time.
+const CHANNELS: usize = 4;
+
+impl Operation for CrossMoments<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(mut self, simd: S) {
+        let Some(value_dim) = self.values.len().checked_div(self.members.len()) else { return };
+        for channel in (0..self.moments.len() / value_dim).step_by(CHANNELS) {
+            let mut column = 0;
+            while column < value_dim {
+                if value_dim - column >= 2 * S::LANES {
+                    self.columns::<S, 2>(simd, value_dim, channel, column);
+                    column += 2 * S::LANES;
+                } else {
+                    self.columns::<S, 1>(simd, value_dim, channel, column);
+                    column += S::LANES;
+                }
             }
         }
-        mean.iter_mut().zip(sums).for_each(|(mean, sum)| *mean = share * sum);
     }
-    squares.iter().sum()
+}
+
+impl CrossMoments<'_> {
+    #[inline(always)]
+    fn columns<S: Simd, const VECTORS: usize>(&mut self, simd: S, value_dim: usize, channel: usize, column: usize) {
+        let width = self.mean.len();
+        let mean = &self.mean[channel..][..CHANNELS];
+        let mut sums = [[simd.splat(0.0); VECTORS]; CHANNELS];
+        for (member, value) in self.members.iter().zip(self.values.chunks_exact(value_dim)) {
+            let key = &self.keys[*member as usize * width + channel..][..CHANNELS];
+            let values: [_; VECTORS] = std::array::from_fn(|vector| simd.load(&value[column + vector * S::LANES..]));
+            for (sums, (key, mean)) in sums.iter_mut().zip(key.iter().zip(mean)) {
+                let deviation = simd.splat(key - mean);
+                for (sum, value) in sums.iter_mut().zip(values) {
+                    *sum = simd.mul_add(deviation, value, *sum);
+                }
+            }
+        }
+        let share = simd.splat(self.share);
+        for (sums, moments) in sums.iter().zip(self.moments[channel * value_dim..].chunks_exact_mut(value_dim)) {
+            for (vector, sum) in sums.iter().enumerate() {
+                let target = &mut moments[column + vector * S::LANES..];
+                simd.store(simd.mul_add(share, *sum, simd.load(target)), target);
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::PAGE_KEYS;
     use crate::elementwise::levels;
 
     #[test]
@@ -265,37 +280,55 @@ mod tests {
 
     #[test]
     fn moments_of_values_are_those_of_f64() {
-        let pages = 3;
-        let keys = pages * PAGE_KEYS;
         for level in levels() {
-            for width in [16, 48, 64] {
-                let integer = |key: usize, channel: usize| ((key * 31 + channel * 7) % 255) as i32 - 127;
-                let scales: Vec<f32> = (0..keys).map(|key| 0.01 + key as f32 / 500.0).collect();
-                let pair = |at: usize| (at / (2 * width) * 2 + at % 2, at / 2 % width);
-                let (whole, narrow): (Vec<f32>, Vec<u16>) = (0..keys * width)
-                    .map(|at| (integer(at / width, at % width) as f32, pair(at)))
-                    .map(|(whole, (key, channel))| (whole, crate::brain_bits(integer(key, channel) as f32)))
-                    .unzip();
-                let integers: Vec<i8> =
-                    (0..keys * width).map(pair).map(|(key, channel)| integer(key, channel) as i8).collect();
-                let blocks = [
-                    KeyBlock::F32 { keys: &[], values: &whole },
-                    KeyBlock::Bf16 { keys: &[], values: &narrow },
-                    KeyBlock::Int8 { keys: &[], key_scales: &[], values: &integers, value_scales: &scales },
-                ];
-                for (kind, block) in blocks.into_iter().enumerate() {
-                    let value = |key: usize, channel: usize| {
-                        f64::from(integer(key, channel)) * if kind == 2 { f64::from(scales[key]) } else { 1.0 }
-                    };
-                    let mut mean = vec![9.0; width];
-                    let squares = f64::from(value_moments_at(level, block, &mut mean));
-                    let mut expected_squares = 0.0;
-                    for (channel, mean) in mean.into_iter().enumerate() {
-                        let expected = (0..keys).map(|key| value(key, channel)).sum::<f64>() / keys as f64;
-                        assert!((f64::from(mean) - expected).abs() < 1e-4, "{level:?}, kind {kind}, width {width}");
-                        expected_squares += (0..keys).map(|key| value(key, channel).powi(2)).sum::<f64>();
-                    }
-                    assert!((squares / expected_squares - 1.0).abs() < 1e-5, "{level:?}, kind {kind}, width {width}");
+            for (width, keys) in [(16, 1), (16, 64), (48, 7), (64, 64), (128, 3)] {
+                let values: Vec<f32> = (0..keys * width).map(|at| ((at * 31 % 509) as f32 - 200.0) / 50.0).collect();
+                let wide = |key: usize, channel: usize| f64::from(values[key * width + channel]);
+                let mut mean = vec![9.0; width];
+                let squares = f64::from(value_moments_at(level, &values, &mut mean));
+                for (channel, mean) in mean.into_iter().enumerate() {
+                    let expected = (0..keys).map(|key| wide(key, channel)).sum::<f64>() / keys as f64;
+                    assert!((f64::from(mean) - expected).abs() < 1e-4, "{level:?}, {keys} of width {width}");
+                }
+                let expected: f64 = values.iter().map(|value| f64::from(*value).powi(2)).sum();
+                assert!((squares / expected - 1.0).abs() < 1e-5, "{level:?}, {keys} of width {width}");
+            }
+        }
+    }
+
+    #[test]
+    fn cross_moments_are_those_of_f64() {
+        for level in levels() {
+            for (width, key_dim, value_dim, count) in
+                [(16, 4, 16, 1), (16, 16, 48, 5), (64, 64, 64, 64), (80, 72, 16, 7), (128, 128, 128, 64)]
+            {
+                let number = |at: usize| ((at * 37 % 1009) as f32 - 500.0) / 250.0;
+                let keys: Vec<f32> = (0..100 * width).map(number).collect();
+                let values: Vec<f32> = (0..count * value_dim).map(|at| number(at * 11 + 3)).collect();
+                let members: Vec<u32> = (0..count).map(|member| (member as u32 * 29 + 5) % 100).collect();
+                let mean: Vec<f32> = (0..width).map(|channel| number(channel * 7)).collect();
+                let mut moments: Vec<f32> = (0..key_dim * value_dim).map(number).collect();
+                let before = moments.clone();
+                let cross_moments = CrossMoments {
+                    members: &members,
+                    keys: &keys,
+                    mean: &mean,
+                    values: &values,
+                    share: 0.25,
+                    moments: &mut moments,
+                };
+                add_cross_moments_at(level, cross_moments);
+                for (at, found) in moments.into_iter().enumerate() {
+                    let (channel, column) = (at / value_dim, at % value_dim);
+                    let products = members.iter().enumerate().map(|(row, member)| {
+                        let deviation = f64::from(keys[*member as usize * width + channel]) - f64::from(mean[channel]);
+                        deviation * f64::from(values[row * value_dim + column])
+                    });
+                    let expected = f64::from(before[at]) + 0.25 * products.sum::<f64>();
+                    assert!(
+                        (f64::from(found) - expected).abs() < 1e-4,
+                        "{level:?}, {count} of {key_dim} × {value_dim}"
+                    );
                 }
             }
         }

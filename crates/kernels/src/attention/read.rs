@@ -1,14 +1,16 @@
-//! The keys of a block, row by row, as f32.
+//! The keys and values of a block, row by row, as f32.
 
 use bytemuck::cast_slice;
 
 use super::transpose::rows_of_page;
-use super::{KEY_DIM_MULTIPLE, KeyBlock, PAGE_KEYS};
+use super::{KEY_DIM_MULTIPLE, KeyBlock, PAGE_KEYS, VALUE_DIM_MULTIPLE};
 use crate::InstructionSet;
 use crate::simd::{self, Operation, Simd};
 
 /// Words of each key that are read together.
 const WORDS: usize = 16;
+/// Channels of values that are read together.
+const LANES: usize = VALUE_DIM_MULTIPLE;
 
 /// Writes the keys of `block`, of padded width `key_dim`, to the rows of `rows` `[rows][width]` that `targets` names, as the
 /// block holds them: rounded, and int8 keys less their channel mean. What a row has beyond `key_dim` stays as it is.
@@ -93,6 +95,69 @@ impl ReadKeys<'_> {
     }
 }
 
+/// Writes the values of `block`, of padded width `value_dim`, to `rows` `[keys][value_dim]`.
+///
+/// # Panics
+/// When the width is no multiple of [`VALUE_DIM_MULTIPLE`], or there are not as many rows as values.
+pub fn read_values(block: KeyBlock<'_>, value_dim: usize, rows: &mut [f32]) {
+    read_values_at(InstructionSet::current(), ReadValues { block, value_dim, rows });
+}
+
+fn read_values_at(level: InstructionSet, read: ReadValues<'_>) {
+    assert!(read.value_dim.is_multiple_of(LANES), "values of width {}", read.value_dim);
+    simd::run(level, read);
+}
+
+struct ReadValues<'a> {
+    block: KeyBlock<'a>,
+    value_dim: usize,
+    rows: &'a mut [f32],
+}
+
+impl Operation for ReadValues<'_> {
+    type Output = ();
+
+    /// Plain loops over sixteen channels, which the compiler turns into the vectors of the caller's instruction set.
+    #[inline(always)]
+    fn eval<S: Simd>(self, _: S) {
+        let Self { block, value_dim, rows } = self;
+        match block {
+            KeyBlock::F32 { values, .. } => rows.copy_from_slice(values),
+            KeyBlock::Bf16 { values, .. } => read_pairs(
+                values,
+                value_dim,
+                rows,
+                #[inline(always)]
+                |bits, _| f32::from_bits(u32::from(bits) << 16),
+            ),
+            KeyBlock::Int8 { values, value_scales, .. } => read_pairs(
+                values,
+                value_dim,
+                rows,
+                #[inline(always)]
+                |integer: i8, key| f32::from(integer) * value_scales[key],
+            ),
+        }
+    }
+}
+
+/// Writes `values` `[keys / 2][width][2]` to `rows` `[keys][width]`, each number by `convert`, which is told whose it is.
+#[inline(always)]
+fn read_pairs<T: Copy>(values: &[T], width: usize, rows: &mut [f32], convert: impl Fn(T, usize) -> f32) {
+    assert_eq!(values.len(), rows.len(), "as many rows as values");
+    for (pair, (values, rows)) in values.chunks_exact(2 * width).zip(rows.chunks_exact_mut(2 * width)).enumerate() {
+        let (even, odd) = rows.split_at_mut(width);
+        let sources = values.as_chunks::<{ 2 * LANES }>().0;
+        let targets = even.as_chunks_mut::<LANES>().0.iter_mut().zip(odd.as_chunks_mut::<LANES>().0);
+        for (source, (even, odd)) in sources.iter().zip(targets) {
+            for lane in 0..LANES {
+                even[lane] = convert(source[2 * lane], 2 * pair);
+                odd[lane] = convert(source[2 * lane + 1], 2 * pair + 1);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -138,6 +203,34 @@ mod tests {
                             };
                             assert_eq!(*value, expected, "{}, kind {kind}, width {key_dim}", level.name());
                         }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn values_come_to_their_rows() {
+        let keys = 3 * PAGE_KEYS;
+        let scales: Vec<f32> = (0..keys).map(|key| 0.5 + key as f32).collect();
+        for level in levels() {
+            for width in [16, 48, 64] {
+                let integer = |key: usize, channel: usize| ((key * 31 + channel * 7) % 255) as i32 - 127;
+                let pair = |at: usize| integer(at / (2 * width) * 2 + at % 2, at / 2 % width);
+                let whole: Vec<f32> = (0..keys * width).map(|at| integer(at / width, at % width) as f32).collect();
+                let narrow: Vec<u16> = (0..keys * width).map(|at| crate::brain_bits(pair(at) as f32)).collect();
+                let integers: Vec<i8> = (0..keys * width).map(|at| pair(at) as i8).collect();
+                let blocks = [
+                    KeyBlock::F32 { keys: &[], values: &whole },
+                    KeyBlock::Bf16 { keys: &[], values: &narrow },
+                    KeyBlock::Int8 { keys: &[], key_scales: &[], values: &integers, value_scales: &scales },
+                ];
+                for (kind, block) in blocks.into_iter().enumerate() {
+                    let mut rows = vec![9.0; keys * width];
+                    read_values_at(level, ReadValues { block, value_dim: width, rows: &mut rows });
+                    for (at, value) in rows.into_iter().enumerate() {
+                        let scale = if kind == 2 { scales[at / width] } else { 1.0 };
+                        assert_eq!(value, scale * whole[at], "{level:?}, kind {kind}, width {width}");
                     }
                 }
             }

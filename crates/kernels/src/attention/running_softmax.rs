@@ -94,7 +94,6 @@ impl AttentionTile {
     /// # Panics
     /// When a slice is too short, or there are more than [`MICRO_ROWS`] rows.
     pub fn add_clusters(&mut self, first_row: usize, rows: usize, masses: &[f32], stride: usize, values: &[u16]) {
-        assert!(rows <= MICRO_ROWS, "{rows} rows are more than a micro-tile has");
         let value_dim = self.shape.value_dim;
         let clusters = values.len() / value_dim;
         for row in 0..rows {
@@ -106,9 +105,20 @@ impl AttentionTile {
             // In the first lane, as kernels with shorter vectors look at no lanes behind theirs when the maximum rises.
             self.sums[(first_row + row) * PAGE_KEYS] += lanes.iter().sum::<f32>();
         }
+        self.add_values(first_row, rows, masses, stride, values);
+    }
+
+    /// Adds to the weighted values of the `rows` rows from `first_row` on, and not to their softmax sums: row `r` of `weights`
+    /// (rows of `stride`) holds the weight of each of `values` `[values / 2][value_dim][2]`, brain floats.
+    ///
+    /// # Panics
+    /// When a slice is too short, or there are more than [`MICRO_ROWS`] rows.
+    pub fn add_values(&mut self, first_row: usize, rows: usize, weights: &[f32], stride: usize, values: &[u16]) {
+        assert!(rows <= MICRO_ROWS, "{rows} rows are more than a micro-tile has");
+        let value_dim = self.shape.value_dim;
         let output = &mut self.output[first_row * value_dim..(first_row + rows) * value_dim];
         let level = self.instruction_set.expect("begin was called");
-        WeightedClusters { masses, stride, rows, values, value_dim, output }.run(level, &mut self.weights);
+        WeightedClusters { masses: weights, stride, rows, values, value_dim, output }.run(level, &mut self.weights);
     }
 
     /// Writes the output of row `row` (`output` may be narrower than the padded width): zeros for a row that saw no key.
