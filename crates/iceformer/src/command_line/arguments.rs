@@ -155,7 +155,7 @@ pub struct MethodArguments {
     /// How attention chooses keys [default: budgeted where --budget is given, else exact].
     #[arg(long, value_name = "METHOD", value_parser = method(), help_heading = "Attention")]
     method: Option<Method>,
-    /// Share of the softmax mass that a query may miss [default: 0.04].
+    /// Share of the softmax mass that a query may miss [default: 0.05].
     #[arg(long, value_name = "SHARE", value_parser = budget, help_heading = "Attention")]
     budget: Option<f32>,
 }

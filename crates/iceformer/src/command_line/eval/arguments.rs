@@ -59,7 +59,7 @@ pub struct EvalCommon {
     /// Methods to compare. `perplexity` and `agreement` always run `exact`, which the others are compared with.
     #[arg(long, value_delimiter = ',', default_value = "exact,budgeted,dci", value_name = "METHODS", value_parser = method())]
     pub methods: Vec<Method>,
-    /// Share of the softmax mass that a query of method `budgeted` may miss; several are compared [default: 0.04].
+    /// Share of the softmax mass that a query of method `budgeted` may miss; several are compared [default: 0.05].
     #[arg(long, value_delimiter = ',', value_name = "SHARES", value_parser = budget)]
     pub budget: Vec<f32>,
     /// Threads [default: the cores this process may use].
