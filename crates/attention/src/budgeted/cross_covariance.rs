@@ -33,51 +33,70 @@ impl CrossMoments {
 /// The mean covariance of keys and values within the clusters of a head.
 #[derive(Default)]
 pub(super) struct CrossCovariance {
-    /// Brain floats `[key_dim / 2][value_dim][2]`, padded; empty before any cluster was seen.
-    values: AlignedBuffer<u16>,
+    /// `[key_dim][value_dim]`, padded; empty before any cluster was seen.
+    mean: Vec<f32>,
+    value_dim: usize,
     /// Keys that it is the mean over.
     keys: usize,
+    /// What of it is in use: brain floats `[key_dim / 2][value_dim][2]`.
+    values: AlignedBuffer<u16>,
+    /// Whether the mean has changed since.
+    has_learnt: bool,
 }
 
 impl CrossCovariance {
     /// Takes in the moments of the clusters of `keys` keys, which `are_new` or are clustered anew: then they take the place of
-    /// so many others on average. What is no number tells nothing.
+    /// so many others on average. What is no number, or too large for a brain float, tells nothing.
     pub fn learn(&mut self, CrossMoments { moments, value_dim }: &CrossMoments, keys: usize, are_new: bool) {
-        if moments.is_empty() || !moments.iter().all(|value| value.is_finite()) {
+        if moments.is_empty() || !moments.iter().all(|value| value.abs() < MOST) {
+            return;
+        }
+        self.mean.resize(moments.len(), 0.0);
+        self.value_dim = *value_dim;
+        self.keys = if are_new { self.keys + keys } else { self.keys.max(keys) };
+        let share = keys as f32 / self.keys as f32;
+        self.mean.iter_mut().zip(moments).for_each(|(mean, moment)| *mean += share * (moment - *mean));
+        self.has_learnt = true;
+    }
+
+    /// Puts what was learnt to use. Under a causal mask that is before more is learnt from keys that come after queries: what
+    /// their values are must not tell in the output of a query before them.
+    pub fn put_to_use(&mut self) {
+        if !std::mem::take(&mut self.has_learnt) {
             return;
         }
         if self.values.is_empty() {
-            self.values = AlignedBuffer::zeroed(moments.len());
+            self.values = AlignedBuffer::zeroed(self.mean.len());
         }
-        self.keys = if are_new { self.keys + keys } else { self.keys.max(keys) };
-        let share = keys as f32 / self.keys as f32;
-        let rows = moments.chunks_exact(2 * value_dim).zip(self.values.chunks_exact_mut(2 * value_dim));
-        for (moments, values) in rows {
-            let (even, odd) = moments.split_at(*value_dim);
-            let pairs = values.as_chunks_mut::<2>().0;
-            for ((even, odd), pair) in even.iter().zip(odd).zip(pairs) {
-                for (value, moment) in pair.iter_mut().zip([even, odd]) {
-                    let before = widened(*value);
-                    *value = brain_bits(before + share * (moment - before));
-                }
+        let pairs_of_rows = 2 * self.value_dim;
+        for (mean, values) in self.mean.chunks_exact(pairs_of_rows).zip(self.values.chunks_exact_mut(pairs_of_rows)) {
+            let (even, odd) = mean.split_at(self.value_dim);
+            for (pair, (even, odd)) in values.as_chunks_mut::<2>().0.iter_mut().zip(even.iter().zip(odd)) {
+                *pair = [brain_bits(*even), brain_bits(*odd)];
             }
         }
     }
 
-    /// `[key_dim / 2][value_dim][2]`, brain floats: the values that a query's channels weigh; empty before any cluster was seen.
+    /// Notes that no more than `keys` keys are left, of those that it is the mean over. Which they are makes no difference: it is
+    /// of one head on one text, and what comes next counts as much as it would have.
+    pub fn truncate(&mut self, keys: usize) {
+        self.keys = self.keys.min(keys);
+    }
+
+    /// `[key_dim / 2][value_dim][2]`, brain floats: the values that a query's channels weigh; empty before any were put to use.
     pub fn values(&self) -> &[u16] {
         &self.values
     }
 
     pub fn bytes(&self) -> usize {
-        self.values.bytes()
+        size_of_val(&*self.mean) + self.values.bytes()
     }
 }
 
-fn widened(brain_float: u16) -> f32 {
-    f32::from_bits(u32::from(brain_float) << 16)
-}
+/// Covariances are smaller than this: far below the largest brain float, so that none becomes infinite.
+const MOST: f32 = 1e30;
 
+#[cfg(test)]
 #[cfg(test)]
 mod tests {
     use iceformer_testing::random::Random;
@@ -87,6 +106,10 @@ mod tests {
     const KEY_DIM: usize = 4;
     const VALUE_DIM: usize = 16;
 
+    fn widened(brain_float: u16) -> f32 {
+        f32::from_bits(u32::from(brain_float) << 16)
+    }
+
     fn moments(value: f32) -> CrossMoments {
         CrossMoments { moments: vec![value; KEY_DIM * VALUE_DIM], value_dim: VALUE_DIM }
     }
@@ -94,21 +117,37 @@ mod tests {
     #[test]
     fn every_key_counts_as_much() {
         let mut covariance = CrossCovariance::default();
+        covariance.put_to_use();
         assert!(covariance.values().is_empty());
         let mut expect = |moments: CrossMoments, keys, are_new, expected: f32| {
+            let before = covariance.values().to_vec();
             covariance.learn(&moments, keys, are_new);
+            assert_eq!(covariance.values(), before, "not put to use yet");
+            covariance.put_to_use();
+            assert_eq!(covariance.values().len(), KEY_DIM * VALUE_DIM);
             for value in covariance.values() {
                 assert!((widened(*value) - expected).abs() < 0.01 * expected, "{} for {expected}", widened(*value));
             }
         };
         expect(moments(8.0), 1024, true, 8.0);
         expect(moments(2.0), 1024, true, 5.0);
-        expect(moments(f32::NAN), 1024, true, 5.0);
-        expect(moments(f32::INFINITY), 1024, true, 5.0);
+        for broken in [f32::NAN, f32::INFINITY, -1e38] {
+            expect(moments(broken), 1024, true, 5.0);
+        }
         expect(CrossMoments::default(), 1024, true, 5.0);
         expect(moments(20.0), 1024, true, 10.0);
         expect(moments(1.0), 1024, false, 7.0);
         expect(moments(3.0), 4096, false, 3.0);
+        // Many, each of which changes little.
+        (0..996).for_each(|_| expect(moments(3.0), 1024, true, 3.0));
+        (0..1000).for_each(|_| covariance.learn(&moments(4.0), 1024, true));
+        covariance.put_to_use();
+        assert_eq!(widened(covariance.values()[0]), 3.5);
+        // Of a text that was cut off, less counts.
+        covariance.truncate(1024);
+        covariance.learn(&moments(4.5), 1024, true);
+        covariance.put_to_use();
+        assert_eq!(widened(covariance.values()[0]), 4.0);
     }
 
     /// Values that are a matrix times their keys: what a query shifts them by is that matrix times what it shifts keys by.
@@ -131,6 +170,8 @@ mod tests {
         moments.add(&rows, &keys, &of_keys, &values, 1.0 / members as f32);
         let mut covariance = CrossCovariance::default();
         covariance.learn(&moments, members, true);
+        covariance.put_to_use();
+        assert_eq!(covariance.values().len(), KEY_DIM * VALUE_DIM);
         for (at, value) in covariance.values().iter().enumerate() {
             let (channel, column) = (at / (2 * VALUE_DIM) * 2 + at % 2, at / 2 % VALUE_DIM);
             let share = |row: &[f32]| {

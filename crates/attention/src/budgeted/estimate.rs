@@ -26,7 +26,7 @@ pub(super) struct Estimate {
     queries: ClusterQueries,
     /// `[key_dim]`
     query: Vec<f32>,
-    /// The queries times the factor on the logits, and the mass of each row that is left to the estimate. `[rows of a
+    /// The queries, each times the factor on the logits and the mass that is left to the estimate. `[rows of a
     /// micro-tile][key_dim]`, padded
     weights: Vec<f32>,
     /// Relative to each row's largest logit. `[rows of a micro-tile][clusters]`
@@ -159,8 +159,9 @@ impl Estimate {
         errors
     }
 
-    /// Adds what the values of the clusters differ by from their means on average, as queries weigh their keys: of `rows`, whose
-    /// softmax sums were `before` without them.
+    /// Adds what the weighted mean of a cluster's values differs by from their mean, as far as all clusters have it in common
+    /// ([`cross_covariance`](super::cross_covariance)). The softmax sums of `rows` were `before` without the clusters that were
+    /// left to the estimate.
     fn add_first_order(
         &mut self,
         work: &Work<'_>,
@@ -282,9 +283,12 @@ mod tests {
     fn values_go_with_keys_as_queries_weigh_them() {
         let mut random = Random::new(12);
         let keys = random.normals(KEYS * WIDTH, 1.0);
-        // All of them are moved in the direction of the key, and by some noise of their own.
-        let noise = random.normals(KEYS * WIDTH, 0.3);
-        let values: Vec<f32> = keys.iter().zip(noise).map(|(key, noise)| key + noise).collect();
+        // Each is its key, the channels in another order, and some noise of its own.
+        let mut values = random.normals(KEYS * WIDTH, 0.3);
+        for (value, key) in values.chunks_exact_mut(WIDTH).zip(keys.chunks_exact(WIDTH)) {
+            let turned = key.iter().cycle().skip(3);
+            value.iter_mut().zip(turned).for_each(|(value, key)| *value += key);
+        }
         for kind in KeyValueType::ALL {
             look_at_work_on(kind, (1, MICRO_ROWS), 0, [&keys, &values], &mut random, |work| {
                 let [mut tile, mut exact] = [AttentionTile::default(), AttentionTile::default()];

@@ -9,7 +9,7 @@ use super::calibration::{Calibration, LEAST_PLACES, Measurement, PLACES, UNKNOWN
 use super::cross_covariance::CrossCovariance;
 use super::merging::{MERGED_UNITS, Merging, keys_of, units_of};
 use super::metric::QueryMetric;
-use super::region::{Region, RegionScratch, SortedKeys};
+use super::region::{REGION_KEYS, Region, RegionScratch, SortedKeys};
 use crate::ThreadTeam;
 use crate::tiles::Call;
 
@@ -148,6 +148,9 @@ impl ClusterIndex {
                 self.heads[head].put(region);
             }
         }
+        if !call.attention.mask.causal {
+            self.heads.iter_mut().for_each(|head| head.cross_covariance.put_to_use());
+        }
     }
 
     /// Forgets the regions of head `head` that hold keys from `len` on. Returns the first key of the first of them.
@@ -160,6 +163,7 @@ impl ClusterIndex {
         let first = head.regions.get(kept)?.keys().start;
         head.regions.truncate(kept);
         head.merging.truncate(head.units);
+        head.cross_covariance.truncate(head.clustered_units() * REGION_KEYS);
         // What was measured on a little more holds for what is left.
         head.calibrated.1 = head.calibrated.1.min(head.clustered_units());
         if head.regions.is_empty() {
@@ -274,6 +278,7 @@ impl HeadClusters {
         self.decodes = tokens < MICRO_ROWS;
         self.decoded = if self.decodes { self.decoded.saturating_add(tokens) } else { 0 };
         self.has_learnt = false;
+        self.cross_covariance.put_to_use();
     }
 
     /// At how many places of a call of `tokens` tokens queries should be measured. Where they `resemble` those that were just
@@ -368,7 +373,7 @@ impl HeadClusters {
 mod tests {
     use super::*;
     use crate::budgeted::calibration::{MeasuredPlace, MeasuredRow};
-    use crate::budgeted::region::{FIRST_KEYS, REGION_KEYS};
+    use crate::budgeted::region::FIRST_KEYS;
     use crate::{CacheShape, KeyValueCache, KeyValueType};
 
     fn row() -> MeasuredRow {

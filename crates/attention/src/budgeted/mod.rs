@@ -5,7 +5,8 @@
 //! time, or more where that makes clusters tighter ([`merging`]). For six neighbouring rows at a time, the mass of every
 //! cluster is estimated from its mean and its channel variances, and with it the error that taking all its values as one
 //! would make; these errors are independent from cluster to cluster, so their squares add up. The clusters with the largest are computed exactly, as few as keep the sum within the budget
-//! ([`selection`]); the others enter the softmax with their estimated mass and their mean value ([`tile`]). How large
+//! ([`selection`]); the others enter the softmax with their estimated mass, their mean value and what queries add to it
+//! by weighing keys ([`cross_covariance`], [`tile`]). How large
 //! the sum may be is measured for each head on a few of its queries, all along the text ([`measurement`],
 //! [`calibration`]). The first keys, recent ones and those not clustered yet are always exact. Where clusters would save
 //! little, exact attention takes over. What a call of few tiles has chosen is cut into [`pieces`], so that threads share it.

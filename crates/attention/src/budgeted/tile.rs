@@ -450,6 +450,7 @@ pub(super) mod tests {
         {
             let mut index = cache.clusters().write().unwrap();
             index.extend(&call(&attention, queries, &cache), KEYS, 0, 1, &team, &scratch);
+            index.heads_mut().iter_mut().for_each(|head| head.note_tokens(tokens));
             index.note_call(passed, false);
         }
         cache.compact(&team);

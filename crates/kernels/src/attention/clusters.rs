@@ -269,8 +269,8 @@ impl Estimate<'_> {
     }
 }
 
-/// Weighted sums of cluster values for the rows of a micro-tile: `output += masses · values`. The number of clusters is
-/// even.
+/// Weighted sums of cluster values, or of others, for the rows of a micro-tile: `output += masses · values`. The number of
+/// clusters is even.
 pub(super) struct WeightedClusters<'a> {
     /// Rows of `stride`, from the first cluster on.
     pub masses: &'a [f32],
