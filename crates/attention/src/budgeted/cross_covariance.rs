@@ -6,8 +6,13 @@
 //! noise. But what is left to the estimate are many clusters, over which noise averages out, and what they have in common
 //! does not: the mean covariance within all clusters of the head.
 
+use iceformer_kernels::AlignedBuffer;
 use iceformer_kernels::attention::{KeyMoments, add_cross_moments};
-use iceformer_kernels::{AlignedBuffer, brain_bits};
+
+use super::summaries::set_value;
+
+/// Covariances are smaller than this: far below the largest brain float, so that none becomes infinite.
+const MOST: f32 = 1e30;
 
 /// The covariance of keys and values within the clusters of some keys, the mean over these.
 #[derive(Default)]
@@ -68,12 +73,8 @@ impl CrossCovariance {
         if self.values.is_empty() {
             self.values = AlignedBuffer::zeroed(self.mean.len());
         }
-        let pairs_of_rows = 2 * self.value_dim;
-        for (mean, values) in self.mean.chunks_exact(pairs_of_rows).zip(self.values.chunks_exact_mut(pairs_of_rows)) {
-            let (even, odd) = mean.split_at(self.value_dim);
-            for (pair, (even, odd)) in values.as_chunks_mut::<2>().0.iter_mut().zip(even.iter().zip(odd)) {
-                *pair = [brain_bits(*even), brain_bits(*odd)];
-            }
+        for (channel, mean) in self.mean.chunks_exact(self.value_dim).enumerate() {
+            set_value(&mut self.values, channel, mean);
         }
     }
 
@@ -93,10 +94,6 @@ impl CrossCovariance {
     }
 }
 
-/// Covariances are smaller than this: far below the largest brain float, so that none becomes infinite.
-const MOST: f32 = 1e30;
-
-#[cfg(test)]
 #[cfg(test)]
 mod tests {
     use iceformer_testing::random::Random;

@@ -39,9 +39,7 @@ impl Summaries {
             self.variances[place] = brain_bits(moments.variance[channel]);
             self.farthest[place] = brain_bits(moments.farthest[channel]);
         }
-        let pair = &mut self.values[cluster / 2 * 2 * shape.padded_value_dim()..];
-        let target = pair.iter_mut().skip(cluster % 2).step_by(2);
-        target.zip(value).for_each(|(target, value)| *target = brain_bits(*value));
+        set_value(&mut self.values, cluster, value);
     }
 
     pub fn view(&self) -> ClusterSummaries<'_> {
@@ -52,4 +50,11 @@ impl Summaries {
     pub fn bytes(&self) -> usize {
         self.means.bytes() + self.variances.bytes() + self.farthest.bytes() + self.values.bytes()
     }
+}
+
+/// Sets number `number` of `values` `[values / 2][value_dim][2]`, brain floats, to `value` `[value_dim]`.
+pub(super) fn set_value(values: &mut [u16], number: usize, value: &[f32]) {
+    let pair = &mut values[number / 2 * 2 * value.len()..];
+    let target = pair.iter_mut().skip(number % 2).step_by(2);
+    target.zip(value).for_each(|(target, value)| *target = brain_bits(*value));
 }
